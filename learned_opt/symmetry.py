@@ -1,0 +1,561 @@
+"""Symmetry as data: which axes of which weights move together, and how.
+
+A network does not change when its hidden units are permuted, or rescaled (ReLU) or sign-flipped (tanh, sin) on the
+side that writes them and inversely on the side that reads them. A :class:`Symmetry` says so, axis by axis:
+
+* a **leaf** is one index of a tensor: its size, its *permutation label* (leaves with one label are permuted by one
+  permutation; ``None`` is fixed) and its *scale labels* with exponents (+1 written, -1 read);
+* an **axis** is a leaf, a product of axes (row-major: ``heads x head_dim``, ``channel x height x width``) or a sum of
+  axes (concatenation: ``q | k | v``);
+* a permutation label may be **over** others (a fibre): head_dim has one permutation for every head, and heads move
+  as wholes.
+
+Nothing here holds weights. A group element acts on weights by :meth:`Symmetry.act`, on gradients by its
+contragredient (``dual=True``): permutations and signs alike, positive scales inversely.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["out", "in", "kernel", "lookup", "gain"]
+Kind = Literal["positive", "sign", "real"]
+Shape = tuple[int, ...]
+
+
+class SymmetryError(ValueError):
+    """A symmetry that does not fit the tensors, or contradicts itself."""
+
+
+# ---------------------------------------------------------------------------------------------- axes
+@dataclass(frozen=True)
+class Leaf:
+    """One index: ``size`` positions, permuted by ``label`` (None: fixed), scaled by each of ``scale``."""
+
+    size: int
+    label: str | None = None
+    scale: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Prod:
+    """A row-major composite axis, such as ``heads x head_dim``."""
+
+    factors: tuple["Axis", ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A concatenated axis, such as ``q | k | v``."""
+
+    parts: tuple["Axis", ...]
+
+
+Axis = Leaf | Prod | Sum
+
+
+def size_of(axis: Axis) -> int:
+    """Number of positions of an axis."""
+    if isinstance(axis, Leaf):
+        return axis.size
+    if isinstance(axis, Prod):
+        return math.prod(size_of(a) for a in axis.factors)
+    return sum(size_of(a) for a in axis.parts)
+
+
+def _alternatives(axis: Axis) -> list[tuple[Leaf, ...]]:
+    """An axis as a list of pieces, each a row-major product of leaves (Sum distributes over Prod)."""
+    if isinstance(axis, Leaf):
+        return [(axis,)]
+    if isinstance(axis, Sum):
+        return [piece for part in axis.parts for piece in _alternatives(part)]
+    return [sum(choice, ()) for choice in product(*(_alternatives(a) for a in axis.factors))]
+
+
+def _split(tensor: Tensor, dim: int, axis: Axis) -> list[Tensor]:
+    """Views of ``tensor``, one per alternative, with ``dim`` unfolded into the alternative's leaves."""
+    if isinstance(axis, Leaf):
+        return [tensor]
+    if isinstance(axis, Sum):
+        parts = tensor.split([size_of(a) for a in axis.parts], dim)
+        return [v for part, a in zip(parts, axis.parts, strict=True) for v in _split(part, dim, a)]
+    views = [tensor.unflatten(dim, [size_of(a) for a in axis.factors])]
+    for offset, factor in reversed(list(enumerate(axis.factors))):
+        views = [piece for v in views for piece in _split(v, dim + offset, factor)]
+    if sum(isinstance(a, Sum) for a in axis.factors) > 1:
+        raise SymmetryError("a product axis with two concatenated factors is not supported")
+    return views
+
+
+def _join(pieces: list[Tensor], dim: int, axis: Axis) -> Tensor:
+    """Inverse of :func:`_split`."""
+    if isinstance(axis, Leaf):
+        return pieces[0]
+    if isinstance(axis, Sum):
+        joined, start = [], 0
+        for a in axis.parts:
+            count = len(_alternatives(a))
+            joined.append(_join(pieces[start : start + count], dim, a))
+            start += count
+        return torch.cat(joined, dim)
+    for offset, factor in enumerate(axis.factors):
+        count = len(_alternatives(factor))
+        groups = [pieces[i : i + count] for i in range(0, len(pieces), count)]
+        pieces = [_join(g, dim + offset, factor) for g in groups]
+    return pieces[0].flatten(dim, dim + len(axis.factors) - 1)
+
+
+# --------------------------------------------------------------------------------------------- tensors
+@dataclass(frozen=True)
+class Spec:
+    """The axes of one tensor and what each is to the network.
+
+    Roles: ``out`` is written, ``in`` is read, ``kernel`` is folded to the read side, ``lookup`` is indexed
+    (vocabulary, positions), ``gain`` multiplies a unit (the weight of a normalisation).
+    """
+
+    axes: tuple[Axis, ...]
+    roles: tuple[Role, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.roles):
+            raise SymmetryError(f"{len(self.axes)} axes but {len(self.roles)} roles")
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the tensor that the axes describe."""
+        return tuple(size_of(a) for a in self.axes)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of a parameter (a whole one, or q of ``q|k|v``) seen as a batch of matrices ``[B, R, C]``.
+
+    Rows are what the block writes, columns what it reads (kernel positions and lookups included). The batch is 1,
+    or the groups of a grouped convolution, whose columns are different units in every group.
+    """
+
+    param: str
+    batch: tuple[Leaf, ...]
+    rows: tuple[Leaf, ...]
+    cols: tuple[Leaf, ...]
+    order: tuple[int, ...]  # leaf dims in the order batch, rows, cols
+    kind: Literal["matrix", "embedding", "vector", "gain"]
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """All leaves, batch first, then rows, then columns."""
+        return self.batch + self.rows + self.cols
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(B, R, C)``."""
+        b, r, c = (math.prod(x.size for x in leaves) for leaves in (self.batch, self.rows, self.cols))
+        return b, r, c
+
+    def fold(self, piece: Tensor) -> Tensor:
+        """Leaf-shaped piece of the parameter -> ``[B, R, C]``."""
+        return piece.permute(self.order).reshape(self.shape)
+
+    def unfold(self, matrix: Tensor) -> Tensor:
+        """``[B, R, C]`` -> leaf-shaped piece of the parameter."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return matrix.reshape([x.size for x in self.leaves]).permute(inverse)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A permutation group: ``size`` indices, with one permutation for every index of the labels in ``over``."""
+
+    size: int
+    over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scaling group: one factor per index of permutation label ``label`` (or of a fixed leaf of ``size``)."""
+
+    kind: Kind
+    size: int
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Element:
+    """A group element. ``perms[l][..., i]`` is the old index that moves to ``i``; ``scales[s][..., i]`` multiplies
+    the new index ``i``. Leading dimensions run over the labels that a fibred label is over.
+    """
+
+    perms: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+
+
+# ------------------------------------------------------------------------------------------- symmetry
+@dataclass(frozen=True)
+class Symmetry:
+    """The group of a network: a :class:`Spec` per tensor (parameters and statistics), and the labels' groups.
+
+    Raises:
+        SymmetryError: when an axis names a label that is not declared, or of another size.
+    """
+
+    specs: Mapping[str, Spec]
+    labels: Mapping[str, Label] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, spec in self.specs.items():
+            for leaf in (leaf for axis in spec.axes for alt in _alternatives(axis) for leaf in alt):
+                if leaf.label is not None:
+                    label = self.labels.get(leaf.label)
+                    if label is None or label.size != leaf.size:
+                        found = "is not declared" if label is None else f"has size {label.size}"
+                        raise SymmetryError(
+                            f"{name}: an axis of size {leaf.size} has label {leaf.label!r}, which {found}"
+                        )
+                for scale, _ in leaf.scale:
+                    declared = self.scales.get(scale)
+                    if declared is None or (declared.size, declared.label) != (leaf.size, leaf.label):
+                        raise SymmetryError(
+                            f"{name}: scale {scale!r} on an axis of size {leaf.size}, label {leaf.label!r},"
+                            f" is declared as {declared}"
+                        )
+
+    # -- the network's tensors as matrices
+    @cached_property
+    def blocks(self) -> Mapping[str, tuple[Block, ...]]:
+        """Every tensor as one or more blocks of matrices, in the order of :meth:`split`."""
+        return {name: tuple(self._blocks(name, spec)) for name, spec in self.specs.items()}
+
+    def _blocks(self, name: str, spec: Spec) -> Iterable[Block]:
+        for choice in product(*(_alternatives(a) for a in spec.axes)):
+            leaves = [leaf for piece in choice for leaf in piece]
+            roles = [r for r, piece in zip(spec.roles, choice, strict=True) for _ in piece]
+            yield self._block(name, leaves, roles)
+
+    def _block(self, name: str, leaves: list[Leaf], roles: list[Role]) -> Block:
+        rows = [i for i, r in enumerate(roles) if r in ("out", "gain")]
+        cols = [i for i, r in enumerate(roles) if r in ("in", "kernel", "lookup")]
+        bases = {b for i in cols for b in self._over(leaves[i]) if b not in [leaves[j].label for j in cols]}
+        batch = [i for i in rows if leaves[i].label in bases]
+        rows = [i for i in rows if i not in batch]
+        if "in" in roles:
+            kind: Literal["matrix", "embedding", "vector", "gain"] = "matrix"
+        elif "lookup" in roles:
+            kind = "embedding"
+        else:
+            kind = "gain" if "gain" in roles else "vector"
+        pick = lambda index: tuple(leaves[i] for i in index)  # noqa: E731
+        return Block(name, pick(batch), pick(rows), pick(cols), tuple(batch + rows + cols), kind)
+
+    def _over(self, leaf: Leaf) -> tuple[str, ...]:
+        return self.labels[leaf.label].over if leaf.label is not None else ()
+
+    def pieces(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """Views of a tensor, one per block, with one dimension per leaf."""
+        views = [tensor]
+        for dim, axis in reversed(list(enumerate(self.specs[name].axes))):
+            views = [piece for v in views for piece in _split(v, dim, axis)]
+        # splitting from the last axis leaves the last axis varying slowest: bring into product order
+        counts = [len(_alternatives(a)) for a in self.specs[name].axes]
+        return _reorder(views, counts[::-1])
+
+    def assemble(self, name: str, pieces: list[Tensor]) -> Tensor:
+        """Inverse of :meth:`pieces`."""
+        axes = self.specs[name].axes
+        counts = [len(_alternatives(a)) for a in axes]
+        for dim, axis in enumerate(axes):
+            rest = math.prod(counts[dim + 1 :])
+            pieces = [_join(pieces[k::rest], dim, axis) for k in range(rest)]
+        return pieces[0]
+
+    def split(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """A tensor as its blocks' matrices, each ``[B, R, C]``."""
+        pieces = self.pieces(name, tensor)
+        return [b.fold(p) for b, p in zip(self.blocks[name], pieces, strict=True)]
+
+    def merge(self, name: str, matrices: list[Tensor]) -> Tensor:
+        """Inverse of :meth:`split`."""
+        blocks = self.blocks[name]
+        return self.assemble(name, [b.unfold(m) for b, m in zip(blocks, matrices, strict=True)])
+
+    # -- the group
+    def table_shape(self, label: str | None, size: int) -> Shape:
+        """Shape of a table with one entry per unit of a label: the labels that it is over, then itself."""
+        over = self.labels[label].over if label is not None else ()
+        return (*(self.labels[b].size for b in over), size)
+
+    def sample(
+        self,
+        generator: torch.Generator | None = None,
+        *,
+        scale_range: tuple[float, float] = (0.1, 10.0),
+        dtype: torch.dtype = torch.float64,
+    ) -> Element:
+        """A random group element: uniform permutations, scales log-uniform in ``scale_range``, random signs."""
+        low, high = (math.log(x) for x in scale_range)
+        perms, scales = {}, {}
+        for name, label in self.labels.items():
+            noise = torch.rand(self.table_shape(name, label.size), generator=generator)
+            perms[name] = noise.argsort(-1)
+        for name, scale in self.scales.items():
+            shape = self.table_shape(scale.label, scale.size)
+            size = torch.rand(shape, generator=generator, dtype=dtype)
+            sign = torch.randint(0, 2, shape, generator=generator).to(dtype) * 2 - 1
+            value = torch.ones(shape, dtype=dtype)
+            if scale.kind != "sign":
+                value = torch.exp(low + (high - low) * size)
+            scales[name] = value if scale.kind == "positive" else value * sign
+        return Element(perms, scales)
+
+    def identity(self, dtype: torch.dtype = torch.float64) -> Element:
+        """The element that changes nothing."""
+        shape = self.table_shape
+        return Element(
+            {n: torch.arange(g.size).expand(shape(n, g.size)).clone() for n, g in self.labels.items()},
+            {n: torch.ones(shape(s.label, s.size), dtype=dtype) for n, s in self.scales.items()},
+        )
+
+    def _permute(self, g: Element, x: Tensor, labels: list[str | None]) -> Tensor:
+        """Move every dimension of ``x`` (dimension i has label ``labels[i]``) by ``g``; bases before fibres."""
+        dims = [i for i, name in enumerate(labels) if name is not None]
+        for dim in sorted(dims, key=lambda i: self._depth(labels[i])):
+            name = labels[dim]
+            over = self.labels[name].over
+            index = g.perms[name].to(x.device)
+            if not over:
+                x = x.index_select(dim, index)
+            else:
+                at = [_base_dim(labels, b, dim) for b in over]
+                x = x.gather(dim, _lay(index, [*at, dim], x.ndim).expand(x.shape))
+        return x
+
+    def _depth(self, label: str | None) -> int:
+        over = self.labels[label].over if label is not None else ()
+        return 1 + max((self._depth(b) for b in over), default=0)
+
+    def _scale(self, g: Element, x: Tensor, leaves: tuple[Leaf, ...], dual: bool) -> Tensor:
+        labels = [leaf.label for leaf in leaves]
+        for dim, leaf in enumerate(leaves):
+            for name, exponent in leaf.scale:
+                at = [_base_dim(labels, b, dim) for b in self._over(leaf)]
+                d = g.scales[name].to(x) ** (-exponent if dual else exponent)
+                x = x * _lay(d, [*at, dim], x.ndim)
+        return x
+
+    def act(self, g: Element, weights: Mapping[str, Tensor], *, dual: bool = False) -> dict[str, Tensor]:
+        """``g . weights`` (tensors that the symmetry does not name pass through).
+
+        With ``dual=True`` the contragredient action, by which gradients and momenta transform.
+        """
+        moved = {}
+        for name, tensor in weights.items():
+            if name not in self.specs:
+                moved[name] = tensor
+                continue
+            pieces = self.pieces(name, tensor)
+            alternatives = product(*(_alternatives(a) for a in self.specs[name].axes))
+            out = []
+            for piece, choice in zip(pieces, alternatives, strict=True):
+                leaves = tuple(leaf for part in choice for leaf in part)
+                piece = self._permute(g, piece, [leaf.label for leaf in leaves])
+                out.append(self._scale(g, piece, leaves, dual))
+            moved[name] = self.assemble(name, out)
+        return moved
+
+    def compose(self, a: Element, b: Element) -> Element:
+        """The element that acts like ``b`` first, then ``a``."""
+        perms = {n: self._move_table(a, n, b.perms[n]) for n in self.labels}
+        scales = {
+            n: a.scales[n] * self._move_table(a, s.label, b.scales[n]) for n, s in self.scales.items()
+        }
+        return Element(perms, scales)
+
+    def invert(self, g: Element) -> Element:
+        """The element that undoes ``g``."""
+        perms: dict[str, Tensor] = {}
+        for name in sorted(self.labels, key=self._depth):
+            over = self.labels[name].over
+            # at new base index h the fibre undone is the one that g put at old base index perms[h]
+            table = self._permute(Element(perms, {}), g.perms[name], [*over, None])
+            perms[name] = table.argsort(-1)
+        inverse = Element(perms, {})
+        scales = {
+            n: 1 / self._move_table(inverse, s.label, g.scales[n]) for n, s in self.scales.items()
+        }
+        return Element(perms, scales)
+
+    def _move_table(self, g: Element, label: str | None, table: Tensor) -> Tensor:
+        if label is None:
+            return table
+        return self._permute(g, table, [*self.labels[label].over, label])
+
+    # -- checks
+    def validate(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise :class:`SymmetryError` unless every tensor is described with its very shape."""
+        wrong = []
+        for name, tensor in tensors.items():
+            if name not in self.specs:
+                wrong.append(f"{name} {tuple(tensor.shape)} is not described")
+            elif self.specs[name].shape != tuple(tensor.shape):
+                wrong.append(f"{name} has shape {tuple(tensor.shape)}, described as {self.specs[name].shape}")
+        if wrong:
+            shown = "\n  ".join(wrong[:8]) + (f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+            raise SymmetryError(
+                f"the symmetry does not fit {len(wrong)} of {len(tensors)} tensors:\n  {shown}\n"
+                "Pass symmetry=learned_opt.from_model(model) and model.named_parameters(), or leave symmetry out."
+            )
+
+    def check(
+        self,
+        model: nn.Module,
+        *inputs: Any,
+        samples: int = 3,
+        generator: torch.Generator | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> float:
+        """Largest relative change of the function under random group elements, in float64 at random weights.
+
+        Initial values hide errors (zero biases, unit gains), so every parameter and statistic is randomised.
+
+        Args:
+            model: left as it is; a float64 copy is used, in its training or evaluation mode.
+            inputs: example inputs; floating ones are cast to float64.
+            samples: number of random group elements.
+            output: picks the tensor to compare from what the model returns; default: that tensor itself.
+
+        Returns:
+            ``max |f(g.W) - f(W)| / max |f(W)|``: about 1e-15 for a true symmetry.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        output = output or (lambda y: y)
+        model = copy.deepcopy(model).double()
+        inputs = tuple(
+            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+        )
+        weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        weights = {n: _randomised(w.detach(), generator) for n, w in weights.items()}
+        self.validate({n: w for n, w in weights.items() if n in self.specs})
+
+        def evaluate(w: dict[str, Tensor]) -> Tensor:
+            fresh = {n: x.clone() for n, x in w.items()}  # running statistics are updated in place
+            with torch.no_grad():
+                return output(torch.func.functional_call(model, fresh, inputs))
+
+        reference, worst = evaluate(weights), 0.0
+        for _ in range(samples):
+            moved = evaluate(self.act(self.sample(generator), weights))
+            worst = max(worst, ((moved - reference).abs().max() / reference.abs().max()).item())
+        return worst
+
+    # -- as text and plain data
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (dicts, lists, strings, numbers) for checkpoints and JSON."""
+        return {
+            "specs": {n: [[_axis_to_data(a) for a in s.axes], list(s.roles)] for n, s in self.specs.items()},
+            "labels": {n: [g.size, list(g.over)] for n, g in self.labels.items()},
+            "scales": {n: [s.kind, s.size, s.label] for n, s in self.scales.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Symmetry":
+        """Inverse of :meth:`to_dict`."""
+        return cls(
+            {
+                n: Spec(tuple(_axis_from_data(a) for a in axes), tuple(roles))
+                for n, (axes, roles) in data["specs"].items()
+            },
+            {n: Label(size, tuple(over)) for n, (size, over) in data["labels"].items()},
+            {n: Scale(kind, size, label) for n, (kind, size, label) in data["scales"].items()},
+        )
+
+    def __str__(self) -> str:
+        width = max((len(n) for n in self.specs), default=0)
+        rows = [
+            f"{n:{width}s}  [{', '.join(_axis_text(a) for a in s.axes)}]" for n, s in self.specs.items()
+        ]
+        return "\n".join(rows)
+
+
+# --------------------------------------------------------------------------------------------- helpers
+def _reorder(views: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """A list in product order of reversed axes -> product order of the axes."""
+    index = torch.arange(len(views)).reshape(counts or [1])
+    order = index.permute(*reversed(range(index.ndim))).flatten().tolist()
+    return [views[i] for i in order]
+
+
+def _base_dim(labels: list[str | None], base: str, dim: int) -> int:
+    """Where a fibre's base label stands in a block: the nearest before it, else the first."""
+    at = [i for i, name in enumerate(labels) if name == base]
+    if not at:
+        raise SymmetryError(f"label {labels[dim]!r} is over {base!r}, which its tensor does not have")
+    before = [i for i in at if i < dim]
+    return before[-1] if before else at[0]
+
+
+def _lay(table: Tensor, dims: list[int], ndim: int) -> Tensor:
+    """View a table so that its i-th dimension stands at ``dims[i]`` of an ``ndim``-dimensional tensor."""
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    shape = [1] * ndim
+    for i in order:
+        shape[dims[i]] = table.shape[i]
+    return table.permute(order).reshape(shape)
+
+
+def _randomised(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    if x.numel() and bool((x > 0).all()):  # gains and variances stay positive
+        return x * torch.exp(0.3 * noise)
+    return x + (0.5 * x.square().mean().sqrt() + 0.1) * noise if x.numel() else x
+
+
+def _axis_to_data(axis: Axis) -> Any:
+    if isinstance(axis, Leaf):
+        return [axis.size, axis.label, [list(s) for s in axis.scale]]
+    key, parts = ("prod", axis.factors) if isinstance(axis, Prod) else ("sum", axis.parts)
+    return {key: [_axis_to_data(a) for a in parts]}
+
+
+def _axis_from_data(data: Any) -> Axis:
+    if isinstance(data, Mapping):
+        ((key, parts),) = data.items()
+        axes = tuple(_axis_from_data(a) for a in parts)
+        return Prod(axes) if key == "prod" else Sum(axes)
+    size, label, scale = data
+    return Leaf(size, label, tuple((name, exponent) for name, exponent in scale))
+
+
+def _axis_text(axis: Axis) -> str:
+    if isinstance(axis, Leaf):
+        scale = "".join(f" {s}^{e:+d}" for s, e in axis.scale)
+        return f"{axis.label or 'fixed'}:{axis.size}{scale}"
+    sign, parts = ("*", axis.factors) if isinstance(axis, Prod) else ("|", axis.parts)
+    return "(" + f" {sign} ".join(_axis_text(a) for a in parts) + ")"
+
+
+def independent(tensors: Mapping[str, Tensor]) -> Symmetry:
+    """Every axis its own label, no scale: a larger permutation group than any network has, hence always safe.
+
+    Vectors are taken as written; matrices as ``[out, in]``; higher ranks as convolutions ``[out, in, *kernel]``.
+    """
+    specs, labels = {}, {}
+    for name, tensor in tensors.items():
+        roles: tuple[Role, ...] = (("out", "in") + ("kernel",) * tensor.ndim)[: tensor.ndim]
+        axes = []
+        for i, (size, role) in enumerate(zip(tensor.shape, roles, strict=True)):
+            label = None if role == "kernel" else f"{name}.{i}"
+            if label is not None:
+                labels[label] = Label(size)
+            axes.append(Leaf(size, label))
+        specs[name] = Spec(tuple(axes), roles)
+    return Symmetry(specs, labels)
