@@ -1,13 +1,14 @@
 """The symmetry of models of a known kind, written down layer by layer.
 
-Every function here reads the modules of a model, never runs it, and claims only what holds for any input: what it
-does not know keeps its axes fixed. ``Symmetry.check`` confirms a result numerically.
+Every function here reads the modules of a model, never runs it, and claims only what holds for any
+input: what it does not know keeps its axes fixed. ``Symmetry.check`` confirms a result numerically.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from learned_opt.symmetry import (
 
 logger = logging.getLogger(__name__)
 
-# ------------------------------------------------------------- what an activation lets through, by its exact type
+# ------------------------------------------- what an activation lets through, by its exact type
 _Kinds = frozenset[Literal["positive", "sign"]]
 ANY: _Kinds = frozenset({"positive", "sign"})  # linear: f(d x) = d f(x) for every d
 POSITIVE: _Kinds = frozenset({"positive"})  # f(d x) = d f(x) for d > 0
@@ -50,11 +51,12 @@ _POOLS: dict[type[nn.Module], tuple[int, _Kinds]] = {  # -> spatial dimensions, 
     **{t: (2, ANY) for t in (nn.AvgPool2d, nn.AdaptiveAvgPool2d)},
 }
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2}
+_KERNEL: tuple[Role, ...] = ("kernel", "kernel")
 _NORMS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.LayerNorm: (0,)}  # -> spatial dimensions
 
 
 def _kinds(module: nn.Module) -> _Kinds | None:
-    """What an elementwise module lets through; None for a module that is not known to be elementwise."""
+    """What an elementwise module lets through; None if it is not known to be elementwise."""
     if type(module) is nn.Hardtanh:
         return SIGN if module.min_val == -module.max_val else NONE
     if type(module) is nn.PReLU and module.num_parameters == 1:
@@ -64,7 +66,7 @@ def _kinds(module: nn.Module) -> _Kinds | None:
     return _ACTIVATIONS.get(type(module))
 
 
-# ------------------------------------------------------------------------- a symmetry while it is being written
+# --------------------------------------------------------- a symmetry while it is being written
 def _read(leaf: Leaf) -> Leaf:
     """The leaf on the side that reads it: exponents negated."""
     return replace(leaf, scale=tuple((name, -exponent) for name, exponent in leaf.scale))
@@ -82,21 +84,19 @@ class _Draft:
     """Specs whose labels may still become fixed and whose scales may still lose kinds."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters: dict[str, Tensor] = dict(
-            model.named_parameters()
-        )  # each tensor under its first name
-        self.uses: dict[int, int] = {}
-        for _, p in model.named_parameters(remove_duplicate=False):
-            self.uses[id(p)] = self.uses.get(id(p), 0) + 1
+        self.parameters = dict(model.named_parameters())  # each tensor under its first name
+        self.uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self.uses.update(id(b) for _, b in model.named_buffers(remove_duplicate=False))
+        self.names = {*self.parameters, *dict(model.named_buffers())}
         self.specs: dict[str, Spec] = {}
         self.labels: dict[str, Label] = {}
         self.scales: dict[str, Scale] = {}
         self.kinds: dict[str, _Kinds] = {}
         self.fixed: set[str] = set()
 
-    def label(self, name: str, size: int, over: tuple[str, ...] = ()) -> Leaf:
-        """New units, permuted together."""
-        self.labels[name] = Label(size, over)
+    def label(self, name: str, size: int, over: str | None = None) -> Leaf:
+        """New units, permuted together (separately for every index of the label ``over``)."""
+        self.labels[name] = Label(size, () if over is None else (over,))
         return Leaf(size, name)
 
     def scaled(self, leaf: Leaf, name: str) -> Leaf:
@@ -119,30 +119,30 @@ class _Draft:
     def put(
         self, name: str, tensor: Tensor | None, axes: Sequence[Axis], roles: Sequence[Role]
     ) -> None:
-        """Describe a tensor (None: the module has no such tensor); one that is used twice stays fixed."""
+        """Describe a tensor (None: there is none); one that is used twice stays fixed."""
         if tensor is None:
             return
-        if self.uses.get(id(tensor), 1) > 1:
+        if self.uses[id(tensor)] > 1:
             for leaf in (leaf for axis in axes for leaf in _leaves(axis)):
                 self.fix(leaf)
-        if name in self.parameters or id(tensor) not in self.uses:
+        if name in self.names:
             self.specs[name] = Spec(tuple(axes), tuple(roles))
 
     def affine(
         self,
         name: str,
-        module: nn.Module,
+        module: Any,
         axes: Sequence[Axis],
         roles: Sequence[Role] = ("out", "in"),
     ) -> None:
-        """A linear map or convolution: its weight has ``axes``, its bias the one with role ``out``."""
-        roles = (*roles, *("kernel",) * (module.weight.ndim - 2))
+        """A linear map or convolution; its bias has the axis with role ``out``."""
+        roles = (*roles, *_KERNEL[: module.weight.ndim - 2])
         axes = (*axes, *(Leaf(k) for k in module.weight.shape[2:]))
         self.put(f"{name}.weight", module.weight, axes, roles)
         self.put(f"{name}.bias", module.bias, (axes[roles.index("out")],), ("out",))
 
-    def norm(self, name: str, module: nn.Module, leaf: Leaf) -> Leaf:
-        """A normalisation keeps the permutation, ends the scale, and its gain and bias start another."""
+    def norm(self, name: str, module: Any, leaf: Leaf) -> Leaf:
+        """A normalisation keeps the permutation and ends the scale; gain and bias start another."""
         self.restrict(leaf, NONE)
         plain = Leaf(leaf.size, leaf.label)
         for stat in ("running_mean", "running_var"):
@@ -185,17 +185,17 @@ class _Draft:
         return symmetry
 
 
-# ------------------------------------------------------------------------------------------------ chains
+# ----------------------------------------------------------------------------------------- chains
 @dataclass(frozen=True)
 class _Units:
-    """What a chain carries: its units, the dimensions of space after them, and where flattening put them."""
+    """Units that a chain carries, the number of dimensions after them, and how flattened."""
 
     leaf: Leaf
     space: int | None = None
     flat: Literal["no", "before space", "after positions"] = "no"
 
     def axis(self, size: int, space: int) -> Axis | None:
-        """The units as the read axis of a layer with ``size`` inputs; None where they are not that axis."""
+        """The axis of a layer that reads ``size`` inputs; None where it reads other than units."""
         leaf, rest = _read(self.leaf), size // self.leaf.size
         if self.space != space or size != rest * self.leaf.size:
             return None
@@ -205,7 +205,7 @@ class _Units:
         return Prod(order[self.flat]) if self.flat in order else None
 
 
-def _chain(model: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
+def _chain(model: Any, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
     """Modules in the order in which they run (one that occurs twice is named twice)."""
     for key, module in model._modules.items():
         if _is_chain(module):
@@ -214,22 +214,23 @@ def _chain(model: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]
             yield f"{prefix}{key}", module
 
 
-def _is_chain(module: nn.Module) -> bool:
+def _is_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def sequential(model: nn.Sequential) -> Symmetry:
-    """Symmetry of an MLP or a CNN: linear maps, convolutions, normalisations, activations, pooling, flattening.
+    """Symmetry of an MLP or a CNN: linear, convolutions, norms, activations, pooling, flattening.
 
-    Inputs are ``[batch, features]``, ``[batch, positions, features]`` or ``[batch, channels, *space]``. Input and
-    output units are fixed, and so is whatever meets an unknown module, a grouped (not depthwise) convolution or a
-    weight that is used twice. A normalisation of the raw input has no scale.
+    Inputs are ``[batch, features]``, ``[batch, positions, features]`` (no BatchNorm1d) or
+    ``[batch, channels, *space]``. Input and output units are fixed, and so is whatever meets an
+    unknown module, a grouped (not depthwise) convolution or a weight that is used twice. A
+    normalisation of the raw input has no scale.
 
     Args:
         model: an ``nn.Sequential``; nested ones are followed.
 
     Returns:
-        Specs for every parameter of ``model.named_parameters()`` and the running statistics of BatchNorm.
+        Specs for every name of ``model.named_parameters()``, and for BatchNorm's statistics.
     """
     draft = _Draft(model)
     units = _Units(Leaf(1))
@@ -239,7 +240,7 @@ def sequential(model: nn.Sequential) -> Symmetry:
     return draft.finish()
 
 
-def _step(draft: _Draft, units: _Units, name: str, module: nn.Module) -> _Units:
+def _step(draft: _Draft, units: _Units, name: str, module: Any) -> _Units:
     """One module of a chain: describe its tensors, return the units that it hands on."""
     kind, own = type(module), {n for n, p in module._parameters.items() if p is not None}
     if kind is nn.Linear and "weight" in own:
@@ -264,8 +265,9 @@ def _step(draft: _Draft, units: _Units, name: str, module: nn.Module) -> _Units:
         and (module.start_dim, module.end_dim) == (1, -1)
         and units.space is not None
     ):
-        where = "before space" if units.space else "after positions"
-        return units if units.flat != "no" else replace(units, space=0, flat=where)
+        if units.flat != "no":
+            return units
+        return replace(units, space=0, flat="before space" if units.space else "after positions")
     passes, space = _POOLS.get(kind, (units.space, _kinds(module)))[::-1]
     if passes is not None and space == units.space:
         draft.restrict(units.leaf, passes)
@@ -282,7 +284,7 @@ def _reading(draft: _Draft, units: _Units, size: int, space: int) -> Axis:
     return axis or Leaf(size)
 
 
-def _convolve(draft: _Draft, units: _Units, name: str, module: nn.Module) -> _Units:
+def _convolve(draft: _Draft, units: _Units, name: str, module: Any) -> _Units:
     space, channels = _CONVOLUTIONS[type(module)], (module.in_channels, module.out_channels)
     if module.groups == 1:
         axis = _reading(draft, units, module.in_channels, space)
@@ -297,38 +299,33 @@ def _convolve(draft: _Draft, units: _Units, name: str, module: nn.Module) -> _Un
         if isinstance(axis, Leaf):  # depthwise: a channel reads itself
             leaf = draft.scaled(Leaf(axis.size, axis.label), name)
             both = replace(leaf, scale=leaf.scale + axis.scale)
-            draft.put(
-                f"{name}.weight", module.weight, _depthwise(both, module), _DEPTHWISE[: space + 2]
-            )
+            rest = [Leaf(n) for n in module.weight.shape[1:]]
+            roles: list[Role] = ["out", "in", *_KERNEL[:space]]
+            draft.put(f"{name}.weight", module.weight, (both, *rest), roles)
             draft.put(f"{name}.bias", module.bias, (leaf,), ("out",))
             return _Units(leaf, space)
     draft.fix(units.leaf)
     return _Units(Leaf(1))
 
 
-_DEPTHWISE: tuple[Role, ...] = ("out", "in", "kernel", "kernel")
-
-
-def _depthwise(leaf: Leaf, module: nn.Module) -> tuple[Leaf, ...]:
-    return (leaf, *(Leaf(n) for n in module.weight.shape[1:]))
-
-
-# ------------------------------------------------------------------------------------------ transformers
-def transformer(model: nn.Module) -> Symmetry:
+# ----------------------------------------------------------------------------------- transformers
+def transformer(model: Any) -> Symmetry:
     """Symmetry of a pre-norm transformer with learned or fixed additive positions.
 
-    The model has ``blocks`` of ``ln1, attn (heads; qkv or q, k, v; proj), ln2, fc1, act, fc2``, then ``ln_f`` and
-    ``head``; ``embed`` (Embedding, Linear or convolution) and ``pos`` write the residual stream, and a class token
-    may be named ``cls``, ``cls_token`` or ``class_token``. Attention is plain: one key and value head for every
-    query head, nothing between the projections and the product of queries and keys.
+    The model has ``blocks`` of ``ln1``, ``attn`` (``heads``; ``qkv`` or ``q, k, v``; ``proj``),
+    ``ln2, fc1, act, fc2``, then ``ln_f`` and ``head``. ``embed`` (Embedding, Linear or convolution)
+    and ``pos`` write the residual stream; a class token may be named ``cls``, ``cls_token`` or
+    ``class_token``. Attention is plain: as many key and value heads as query heads, and nothing
+    between the projections and the product of queries and keys.
 
     Returns:
-        One permutation of the stream; per block one of the heads, one per head of the query-key axis and of the
-        value-output axis (both with real scale), one of the hidden axis (scale by the activation). Every
-        LayerNorm's gain and bias have a real scale read by the next layers; the last one not if ``head`` is tied.
+        One permutation of the stream; per block one of the heads, one per head of the query-key
+        axis and one of the value-output axis (both with real scale), and one of the hidden axis
+        (scale by the activation). The gain and bias of every LayerNorm have a real scale that the
+        next layers read; not the last if ``head`` is tied to ``embed``.
 
     Raises:
-        SymmetryError: where a part is missing, has another form, or a parameter belongs to none of them.
+        SymmetryError: where a part is missing or has another form, or a parameter has no place.
     """
     _need(model, "blocks", "ln_f", "head", "embed", "pos")
     draft = _Draft(model)
@@ -354,8 +351,8 @@ def _need(module: nn.Module, *attributes: str) -> None:
     missing = [a for a in attributes if not hasattr(module, a)]
     if missing:
         raise SymmetryError(
-            f"{type(module).__name__} has no {', '.join(missing)}, so it is not the transformer that "
-            "architectures.transformer knows. Pass symmetry=learned_opt.independent(params)."
+            f"{type(module).__name__} has no {', '.join(missing)}: it is not the transformer "
+            "that architectures.transformer knows. Pass symmetry=learned_opt.independent(params)."
         )
 
 
@@ -368,7 +365,7 @@ def _complete(draft: _Draft) -> None:
         )
 
 
-def _embed(draft: _Draft, model: nn.Module, stream: Leaf) -> None:
+def _embed(draft: _Draft, model: Any, stream: Leaf) -> None:
     tables = {"embed": model.embed, "pos": model.pos}
     tables |= {
         n: p for n, p in model._parameters.items() if n in ("cls", "cls_token", "class_token")
@@ -379,20 +376,20 @@ def _embed(draft: _Draft, model: nn.Module, stream: Leaf) -> None:
         if type(table) in (nn.Linear, nn.Conv1d, nn.Conv2d):
             draft.affine(name, table, (stream, Leaf(table.weight.shape[1])))
         elif isinstance(table, nn.Parameter):
-            *rest, _ = table.shape
-            axes = (*(Leaf(n) for n in rest), stream)
-            draft.put(name, table, axes, ("lookup",) * len(rest) + ("out",))
+            rest = [Leaf(n) for n in table.shape[:-1]]
+            lookup: list[Role] = ["lookup"] * len(rest)
+            draft.put(name, table, (*rest, stream), (*lookup, "out"))
         else:  # constant positions, say: what they are added to cannot be permuted
             draft.fix(stream)
 
 
-def _layer_norm(draft: _Draft, name: str, module: nn.Module, stream: Leaf) -> Leaf:
+def _layer_norm(draft: _Draft, name: str, module: Any, stream: Leaf) -> Leaf:
     if type(module) is not nn.LayerNorm or tuple(module.normalized_shape) != (stream.size,):
         raise SymmetryError(f"{name} is {module}, not LayerNorm(({stream.size},))")
     return draft.norm(name, module, stream)
 
 
-def _block(draft: _Draft, name: str, block: nn.Module, stream: Leaf) -> None:
+def _block(draft: _Draft, name: str, block: Any, stream: Leaf) -> None:
     # x + proj(attention(ln1(x)))
     read = _read(_layer_norm(draft, f"{name}.ln1", block.ln1, stream))
     attn, at = block.attn, f"{name}.attn"
@@ -405,12 +402,11 @@ def _block(draft: _Draft, name: str, block: nn.Module, stream: Leaf) -> None:
         )
     heads = draft.label(f"{name}.heads", attn.heads)
     qk, vo = (
-        draft.scaled(draft.label(f"{name}.{n}", inner // attn.heads, (heads.label,)), f"{name}.{n}")
-        for n in ("qk", "vo")
+        draft.scaled(draft.label(n, inner // attn.heads, heads.label), n)
+        for n in (f"{name}.qk", f"{name}.vo")
     )
-    q, k, v = (
-        Prod((heads, leaf)) for leaf in (qk, _read(qk), vo)
-    )  # q.k is unchanged if k scales inversely
+    # q.k does not change when k scales inversely to q
+    q, k, v = (Prod((heads, leaf)) for leaf in (qk, _read(qk), vo))
     if len(layers) == 1:
         draft.affine(f"{at}.qkv", attn.qkv, (Sum((q, k, v)), read))
     else:
@@ -429,14 +425,14 @@ def _block(draft: _Draft, name: str, block: nn.Module, stream: Leaf) -> None:
     draft.affine(f"{name}.fc2", block.fc2, (stream, _read(hidden)))
 
 
-# ---------------------------------------------------------------------------------------------- any model
+# -------------------------------------------------------------------------------------- any model
 _WRAPPERS = ("net", "model", "module", "_orig_mod")
 
 
 def from_model(model: nn.Module) -> Symmetry:
-    """Symmetry of a model: of a chain, of a transformer, of either in a plain wrapper, else independent axes.
+    """Symmetry of a chain, of a transformer, of either in a plain wrapper; else independent axes.
 
-    A wrapper has one child, named ``net``, ``model``, ``module`` or ``_orig_mod``, and no parameters of its own.
+    A wrapper has no parameters of its own and one child: net, model, module or _orig_mod.
     Nothing is run; ``from_model(model).check(model, x)`` confirms the result.
 
     Args:
