@@ -1,0 +1,1 @@
+"""Meta-training of an update rule on families of tasks: unroll, estimate, step."""
