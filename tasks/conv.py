@@ -22,12 +22,12 @@ def cnn(
     head: str = "flatten",
     pools: int | None = None,
 ) -> nn.Sequential:
-    """3x3 convolutions of the given output channels, each (normalised and) activated, then a linear head.
+    """3x3 convolutions to these channels, each (normalised and) activated, then a linear head.
 
-    shape: (channels, height, width) of the input. The first `pools` convolutions (default: all but the last) are
-    followed by 2x2 pooling, "max" or "avg". head: "flatten" reads every pixel, "average" the mean over pixels.
-    BatchNorm2d normalises by the batch's own statistics, always; a convolution before it has no bias, which would
-    have no effect.
+    shape: (channels, height, width) of the input. The first `pools` convolutions (default: all but
+    the last) are followed by 2x2 pooling, "max" or "avg". head: "flatten" reads every pixel,
+    "average" the mean over pixels. BatchNorm2d normalises by the batch's own statistics, always; a
+    convolution before it has no bias, which would have no effect.
 
     Raises:
         ValueError: an unknown head.
@@ -81,7 +81,7 @@ def classifier(
 
 
 def sample_classifier(generator: Generator) -> Task:
-    """Digits or photograph patches, 2 or 3 convolutions of 4 to 16 channels, with or without BatchNorm."""
+    """Digits or photograph patches, 2 or 3 convolutions of 4 to 16 channels."""
     source = choice(generator, [data.digits(), data.photos(8, (2, 3))])
     channels = [choice(generator, (4, 8, 12, 16)) for _ in range(choice(generator, (2, 2, 3)))]
     activation = choice(generator, ("relu", "tanh", "gelu"))

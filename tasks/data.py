@@ -1,11 +1,13 @@
 """Embedded and downloaded data behind one interface.
 
-`Data` is what a task needs: fresh training examples on demand and a fixed held-out batch. Sources hold tensors
-(`Rows`, `Crops`, `Windows`); views change what a source gives (`Noisy`, `Flat`, `Patches`, `Reconstruct`), so that
+`Data` is what a task needs: fresh training examples on demand and a fixed held-out batch. Sources
+hold tensors (`Rows`, `Crops`, `Windows`); views change what a source gives (`Noisy`, `Flat`,
+`Patches`, `Reconstruct`), so that
 
     Noisy(Flat(digits(shift=1)), 0.3)
 
-reads as the problem it is. Loaded data is float32 (tokens int64), on the CPU, cached, and split once and for all.
+reads as the problem it is. Loaded data is float32 (tokens int64), on the CPU, cached, and split
+once and for all.
 """
 
 import functools
@@ -14,6 +16,7 @@ import hashlib
 import math
 import pydoc_data.topics
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +33,7 @@ Batch = tuple[Tensor, ...]
 
 
 class Data(Protocol):
-    """Examples (x, y): `sample` draws training examples with augmentation, `held_out` is one fixed batch without."""
+    """Examples (x, y): training examples are drawn, with augmentation; held-out ones are fixed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,13 +44,13 @@ class Data(Protocol):
         """How many values y can take."""
 
     def sample(self, generator: Generator, count: int) -> Batch:
-        """`count` training examples: x [count, *shape], y [count, ...]; all randomness is the generator's."""
+        """Training examples x [count, *shape], y [count, ...], drawn from the generator alone."""
 
     def held_out(self) -> Batch:
-        """The fixed held-out batch, disjoint from the training data, at most `HELD_OUT` examples."""
+        """The fixed held-out batch, disjoint from the training data; <= `HELD_OUT` examples."""
 
 
-# --------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +79,18 @@ class Rows:
 class Crops:
     """Square crops, `size` wide, at uniform positions of larger canvases.
 
-    canvas: [n, channels, height, width], y: [n]; a crop has the label of its canvas. Images padded by one pixel are
-    canvases too: a crop of one is the image shifted by at most a pixel. The held-out crops are given.
+    canvas: [n, channels, height, width], y: [n]; a crop has the label of its canvas. Images padded
+    by one pixel are canvases too: a crop of one is the image shifted by at most a pixel. Held-out
+    crops, held_x [m, channels, size, size], are given. Bytes stay bytes until they are drawn:
+    x = (crop - mean) / std, with mean and std [channels, 1, 1].
     """
 
     canvas: Tensor
     y: Tensor
     held_x: Tensor
     held_y: Tensor
+    mean: Tensor
+    std: Tensor
     classes: int
     size: int
 
@@ -92,15 +99,16 @@ class Crops:
         return (self.canvas.shape[1], self.size, self.size)
 
     def sample(self, generator: Generator, count: int) -> Batch:
-        return crop(self.canvas, self.y, self.size, generator, count)
+        x, y = crop(self.canvas, self.y, self.size, generator, count)
+        return (x - self.mean) / self.std, y
 
     def held_out(self) -> Batch:
-        return self.held_x[:HELD_OUT], self.held_y[:HELD_OUT]
+        return (self.held_x[:HELD_OUT] - self.mean) / self.std, self.held_y[:HELD_OUT]
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of a token stream for next-token prediction: x = tokens[i : i + length], y the same moved by one."""
+    """Windows of a token stream, x = tokens[i : i + length]; y is the same moved by one."""
 
     tokens: Tensor
     held_tokens: Tensor
@@ -123,29 +131,29 @@ class Windows:
         return window[:, :-1], window[:, 1:]
 
 
-def crop(canvas: Tensor, y: Tensor, size: int, generator: Generator, count: int) -> Batch:
-    """`count` crops [count, channels, size, size] of uniform canvases at uniform positions, and their labels."""
-    windows = (
-        canvas.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
-    )  # a view: n, row, column, ...
-    n, rows, columns = windows.shape[:3]
-    i = _integers(generator, count, n)
-    return windows[i, _integers(generator, count, rows), _integers(generator, count, columns)], y[i]
+def crop(
+    canvas: Tensor, y: Tensor, size: int, generator: Generator, count: int
+) -> tuple[Tensor, Tensor]:
+    """Uniform crops [count, channels, size, size] of uniform canvases, and their labels [count]."""
+    # A view, nothing is copied: n, c, rows, columns, size, size.
+    windows = canvas.unfold(2, size, 1).unfold(3, size, 1)
+    windows = windows.permute(0, 2, 3, 1, 4, 5)
+    n, row, column = (_integers(generator, count, high) for high in windows.shape[:3])
+    return windows[n, row, column], y[n]
 
 
 def _integers(generator: Generator, count: int, high: int) -> Tensor:
     return torch.randint(high, (count,), generator=generator)
 
 
-# ----------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 @dataclass(frozen=True, eq=False)
-class Noisy:
-    """Adds Gaussian noise of standard deviation `std` to the training x (data is standardised: std 1)."""
+class _View(ABC):
+    """Other data, seen through `_see`."""
 
     data: Data
-    std: float
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -156,46 +164,49 @@ class Noisy:
         return self.data.classes
 
     def sample(self, generator: Generator, count: int) -> Batch:
-        x, y = self.data.sample(generator, count)
-        return x + self.std * torch.randn(x.shape, generator=generator), y
+        return self._see(*self.data.sample(generator, count))
 
     def held_out(self) -> Batch:
-        return self.data.held_out()
+        return self._see(*self.data.held_out())
+
+    @abstractmethod
+    def _see(self, x: Tensor, y: Tensor) -> Batch: ...
 
 
 @dataclass(frozen=True, eq=False)
-class Flat:
-    """x as one vector."""
+class Noisy(_View):
+    """Adds Gaussian noise to the training x; std 1 is that of the (standardised) data."""
 
-    data: Data
+    std: float
+
+    def sample(self, generator: Generator, count: int) -> Batch:
+        x, y = self.data.sample(generator, count)
+        return x + self.std * torch.randn(x.shape, generator=generator), y
+
+    def _see(self, x: Tensor, y: Tensor) -> Batch:
+        return x, y
+
+
+@dataclass(frozen=True, eq=False)
+class Flat(_View):
+    """x as one vector."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (math.prod(self.data.shape),)
 
-    @property
-    def classes(self) -> int:
-        return self.data.classes
-
-    def sample(self, generator: Generator, count: int) -> Batch:
-        return self._view(*self.data.sample(generator, count))
-
-    def held_out(self) -> Batch:
-        return self._view(*self.data.held_out())
-
-    def _view(self, x: Tensor, y: Tensor) -> Batch:
+    def _see(self, x: Tensor, y: Tensor) -> Batch:
         return x.flatten(1), y
 
 
 @dataclass(frozen=True, eq=False)
-class Patches:
-    """Images [channels, height, width] as a sequence of square patches [tokens, channels * size * size].
+class Patches(_View):
+    """Images [c, height, width] as sequences of square patches [tokens, c * size * size].
 
     Raises:
         ValueError: height or width is not a multiple of `size`.
     """
 
-    data: Data
     size: int
 
     def __post_init__(self) -> None:
@@ -210,45 +221,26 @@ class Patches:
         channels, height, width = self.data.shape
         return (height // self.size) * (width // self.size), channels * self.size**2
 
-    @property
-    def classes(self) -> int:
-        return self.data.classes
-
-    def sample(self, generator: Generator, count: int) -> Batch:
-        return self._view(*self.data.sample(generator, count))
-
-    def held_out(self) -> Batch:
-        return self._view(*self.data.held_out())
-
-    def _view(self, x: Tensor, y: Tensor) -> Batch:
+    def _see(self, x: Tensor, y: Tensor) -> Batch:
         return functional.unfold(x, self.size, stride=self.size).transpose(1, 2), y
 
 
 @dataclass(frozen=True, eq=False)
-class Reconstruct:
-    """The target is x itself. Noise added outside, `Noisy(Reconstruct(data), std)`, makes a denoising problem."""
-
-    data: Data
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.data.shape
+class Reconstruct(_View):
+    """The target is x itself. Noise outside, `Noisy(Reconstruct(data), std)`, is to be removed."""
 
     @property
     def classes(self) -> int:
-        raise TypeError("a reconstruction has no classes: its y is x. Use the mean squared error.")
+        raise TypeError(
+            "a reconstruction has no classes: its y is x. Pass loss=mean_squared_error to the task."
+        )
 
-    def sample(self, generator: Generator, count: int) -> Batch:
-        x, _ = self.data.sample(generator, count)
-        return x, x
-
-    def held_out(self) -> Batch:
-        x, _ = self.data.held_out()
+    def _see(self, x: Tensor, y: Tensor) -> Batch:
         return x, x
 
 
 def digest(data: Data) -> str:
-    """SHA-256 of all tensors and settings of `data`: equal digests mean the same problem, on any machine.
+    """SHA-256 of all tensors and settings of `data`: equal digests mean the same problem.
 
     The text corpus varies with the Python version, so record this beside every result that used it.
     """
@@ -270,23 +262,25 @@ def _hash(h, value: object) -> None:
         h.update(repr(value).encode())
 
 
-# ----------------------------------------------------------------------------------------- embedded data sets
+# ------------------------------------------------------------------------------- embedded data sets
 
 
 @functools.cache
 def digits(shift: int = 1) -> Crops:
-    """scikit-learn's 1,797 handwritten digits [1, 8, 8], 10 classes: the first 1,500 train, the last 297 are held out.
+    """scikit-learn's 1,797 handwritten digits [1, 8, 8], 10 classes, shifted by <= `shift` pixels.
 
-    The file is ordered by writer, so held-out digits are from other hands. `shift`: augmentation in pixels.
+    The first 1,500 train, the last 297 are held out: the file goes from writer to writer.
     """
     x, y = datasets.load_digits(return_X_y=True)
-    x = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8)
-    return _images(x, torch.tensor(y), 1500, shift)
+    x, y = torch.tensor(x, dtype=torch.uint8).view(-1, 1, 8, 8), torch.tensor(y)
+    return _images(x[:1500], y[:1500], x[1500:], y[1500:], shift)
 
 
 @functools.cache
 def tabular(name: str) -> Rows:
-    """scikit-learn's "wine" (178 x 13, 3 classes) or "breast_cancer" (569 x 30, 2): standardised, 4/5 train.
+    """scikit-learn's "wine" (178 x 13, 3 classes) or "breast_cancer" (569 x 30, 2), standardised.
+
+    Four fifths train, drawn by a fixed permutation, for the files are ordered by class.
 
     Raises:
         ValueError: another name.
@@ -297,9 +291,7 @@ def tabular(name: str) -> Rows:
             f"no tabular data set {name!r} is embedded. Choose one of {sorted(loaders)}."
         )
     x, y = loaders[name](return_X_y=True)
-    order = torch.randperm(
-        len(x), generator=Generator().manual_seed(0)
-    )  # the files are ordered by class
+    order = torch.randperm(len(x), generator=Generator().manual_seed(0))
     x, y = torch.tensor(x, dtype=torch.float32)[order], torch.tensor(y)[order]
     train = len(x) * 4 // 5
     x = (x - x[:train].mean(0)) / x[:train].std(0)
@@ -308,43 +300,52 @@ def tabular(name: str) -> Rows:
 
 @functools.cache
 def photos(size: int = 8, grid: tuple[int, int] = (2, 4)) -> Crops:
-    """Colour patches [3, size, size] of scikit-learn's two photographs; the class is the region a patch comes from.
+    """Colour patches [3, size, size] of scikit-learn's two photographs, labelled by their region.
 
-    Each photograph (427 x 640) is cut in grid = (rows, columns) regions, so there are 2 * rows * columns classes. The
-    left three quarters of a region are for training, the rest is held out; channels are standardised.
+    Each photograph (427 x 640) is cut in grid = (rows, columns) regions, so there are
+    2 * rows * columns classes; the middle quarter of every region's width is held out.
     """
     photographs = np.stack(datasets.load_sample_images().images)  # [2, 427, 640, 3] uint8
-    x = torch.tensor(photographs, dtype=torch.float32).permute(0, 3, 1, 2)
-    train, held = split_regions(x, *grid)
-    mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
-    train, held = (train - mean) / std, (held - mean) / std
-    y = torch.arange(len(train))
-    return Crops(
-        train, y, *crop(held, y, size, Generator().manual_seed(0), HELD_OUT), len(train), size
-    )
+    left, middle, right = split_regions(torch.tensor(photographs).permute(0, 3, 1, 2), *grid)
+    y = torch.arange(len(middle))
+    train = torch.cat([left, right])
+    held_x, held_y = crop(middle, y, size, Generator().manual_seed(0), HELD_OUT)
+    return Crops(train, torch.cat([y, y]), held_x, held_y, *_moments(train), len(y), size)
 
 
-def split_regions(x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Regions of images x [n, c, h, w]: train [n*rows*columns, c, h', 3w'/4] and held out [n*rows*columns, c, h', w'/4]."""
+def split_regions(x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images x [n, c, h, w] as rows x columns regions, and these as left, middle and right.
+
+    Each [n * rows * columns, c, h / rows, w / columns * (3/8, 1/4, 3/8)], sizes rounded down.
+    """
     height, width = x.shape[2] // rows, x.shape[3] // columns
-    regions = x.unfold(2, height, height).unfold(
-        3, width, width
-    )  # n, c, rows, columns, height, width
+    # unfolded: n, c, rows, columns, height, width
+    regions = x.unfold(2, height, height).unfold(3, width, width)
     regions = regions.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    return tuple(
-        part.contiguous() for part in regions.split([width * 3 // 4, width - width * 3 // 4], dim=3)
-    )
+    side, middle = width * 3 // 8, width // 4
+    left, held, right, _ = regions.split([side, middle, side, width - 2 * side - middle], dim=3)
+    return left, held, right
 
 
-VOCABULARY = "\n" + "".join(
-    chr(i) for i in range(32, 127)
-)  # 96 printable characters; one more symbol is "other"
+# 96 printable characters; one more symbol stands for any other.
+VOCABULARY = "\n" + "".join(chr(code) for code in range(32, 127))
 
 
 def encode(text: str) -> Tensor:
-    """Text as int64 tokens < len(VOCABULARY) + 1 = 97; the last stands for every character not in the vocabulary."""
-    index = {c: i for i, c in enumerate(VOCABULARY)}
-    return torch.tensor([index.get(c, len(VOCABULARY)) for c in text])
+    """int64 tokens [len(text)] in 0..96; 96 stands for every character not in the vocabulary."""
+    index = {character: i for i, character in enumerate(VOCABULARY)}
+    return torch.tensor([index.get(character, len(VOCABULARY)) for character in text])
+
+
+@functools.cache
+def text(length: int = 32) -> Windows:
+    """Characters of Python's own help texts (about 465,000); the first nine tenths train.
+
+    The text varies with the Python version; see `digest`.
+    """
+    tokens = _help_tokens()
+    train = len(tokens) * 9 // 10
+    return Windows(tokens[:train], tokens[train:], len(VOCABULARY) + 1, length)
 
 
 @functools.cache
@@ -353,45 +354,34 @@ def _help_tokens() -> Tensor:
     return encode("\n".join(topics[name] for name in sorted(topics)))
 
 
-@functools.cache
-def text(length: int = 32) -> Windows:
-    """Characters of Python's own help texts (about 465,000): the first nine tenths train, the rest is held out.
-
-    The text varies with the Python version; see `digest`.
-    """
-    return _windows(_help_tokens(), 0.9, length)
+def _images(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor, shift: int) -> Crops:
+    """Images x [n, channels, size, size] uint8, shifted by up to `shift` pixels over black."""
+    canvas = functional.pad(x, 4 * (shift,))
+    y, held_y = y.long(), held_y.long()
+    return Crops(canvas, y, held_x, held_y, *_moments(x), int(y.max()) + 1, x.shape[-1])
 
 
-def _windows(tokens: Tensor, train: float, length: int) -> Windows:
-    n = int(train * len(tokens))
-    return Windows(tokens[:n], tokens[n:], len(VOCABULARY) + 1, length)
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, [channels, 1, 1], of x [n, channels, h, w]."""
+    std, mean = torch.std_mean(x.float(), (0, 2, 3))
+    return mean[:, None, None], std[:, None, None]
 
 
-def _images(x: Tensor, y: Tensor, train: int, shift: int) -> Crops:
-    """Images x [n, channels, h, h], standardised; the first `train` are padded by `shift`, the others held out."""
-    mean, std = x[:train].mean((0, 2, 3), keepdim=True), x[:train].std((0, 2, 3), keepdim=True)
-    background = float(x[:train].min())
-    canvas = functional.pad(x[:train], 4 * (shift,), value=background)
-    y = y.long()
-    return Crops(
-        (canvas - mean) / std,
-        y[:train],
-        (x[train:] - mean) / std,
-        y[train:],
-        int(y.max()) + 1,
-        x.shape[-1],
-    )
+# --------------------------------------------------------------------------------- data in a folder
 
 
-# --------------------------------------------------------------------------------------------- data in a folder
+TORCHVISION = ("MNIST", "FashionMNIST", "CIFAR10")
+
+Labelled = tuple[Tensor, Tensor]  # x [n, channels, size, size] uint8, y [n]
 
 
 def images(name: str, data: Path | str, *, shift: int = 1, download: bool = False) -> Crops:
-    """MNIST, FashionMNIST or CIFAR10 from the folder `data`; 10 classes, standardised, [1, 28, 28] or [3, 32, 32].
+    """MNIST, FashionMNIST ([1, 28, 28]) or CIFAR10 ([3, 32, 32]) of the folder `data`.
 
-    `<data>/<name in lower case>/` may hold plain IDX files (`t10k-images-idx3-ubyte`, with or without `.gz`; also
-    `train-...`): these need no torchvision. With the t10k files alone the first 9,000 train and the rest is held out.
-    Otherwise the files are torchvision's, and `download=True` lets it fetch them into `data`.
+    `<data>/<name in lower case>/` may hold plain IDX files (`t10k-images-idx3-ubyte`, with or
+    without `.gz`; also `train-...`): these need no torchvision. With the t10k files alone the first
+    nine tenths (9,000) train and the rest is held out. Otherwise the files are torchvision's, and
+    `download=True` lets it fetch them into `data`.
 
     Raises:
         ValueError: another name.
@@ -403,45 +393,38 @@ def images(name: str, data: Path | str, *, shift: int = 1, download: bool = Fals
     return _cached_images(name, Path(data).expanduser().resolve(), shift, download)
 
 
-TORCHVISION = ("MNIST", "FashionMNIST", "CIFAR10")
-
-
 @functools.cache
 def _cached_images(name: str, data: Path, shift: int, download: bool) -> Crops:
-    parts = _read_idx_folder(data / name.lower()) or _read_torchvision(name, data, download)
-    (x, y), (held_x, held_y) = parts
-    return _images(torch.cat([x, held_x]).float(), torch.cat([y, held_y]), len(x), shift)
+    idx = _read_idx_folder(data / name.lower())
+    train, held = idx or _read_torchvision(name, data, download)
+    return _images(*train, *held, shift)
 
 
-def has_idx(name: str, data: Path | str | None) -> bool:
-    """Whether the folder `data` has the IDX files of `name`, so that `images` needs neither torchvision nor a download."""
-    return (
-        data is not None
-        and _idx_file(Path(data) / name.lower(), "t10k-images-idx3-ubyte") is not None
-    )
-
-
-Labelled = tuple[Tensor, Tensor]
+def has_idx(name: str, data: Path | str) -> bool:
+    """Whether `data` has IDX files of `name`, so that `images` needs no torchvision."""
+    return _idx_pair(Path(data) / name.lower(), "t10k") is not None
 
 
 def _read_idx_folder(folder: Path) -> tuple[Labelled, Labelled] | None:
-    """Training and held-out (x [n, 1, h, w] uint8, y [n]) of the IDX files in `folder`; None if it has none."""
-    test = _read_idx_pair(folder, "t10k")
+    """Training and held-out images of the IDX files in `folder`; None if it has none."""
+    train, test = _idx_pair(folder, "train"), _idx_pair(folder, "t10k")
     if test is None:
         return None
-    train = _read_idx_pair(folder, "train")
+    x, y = _read_pair(*test)
     if train is not None:
-        return train, test
-    n = len(test[0]) * 9 // 10
-    return (test[0][:n], test[1][:n]), (test[0][n:], test[1][n:])
+        return _read_pair(*train), (x, y)
+    n = len(x) * 9 // 10
+    return (x[:n], y[:n]), (x[n:], y[n:])
 
 
-def _read_idx_pair(folder: Path, part: str) -> Labelled | None:
-    x, y = (
-        _idx_file(folder, f"{part}-images-idx3-ubyte"),
-        _idx_file(folder, f"{part}-labels-idx1-ubyte"),
-    )
-    return None if x is None or y is None else (read_idx(x).unsqueeze(1), read_idx(y).long())
+def _read_pair(x: Path, y: Path) -> Labelled:
+    return read_idx(x).unsqueeze(1), read_idx(y)
+
+
+def _idx_pair(folder: Path, part: str) -> tuple[Path, Path] | None:
+    x = _idx_file(folder, f"{part}-images-idx3-ubyte")
+    y = _idx_file(folder, f"{part}-labels-idx1-ubyte")
+    return None if x is None or y is None else (x, y)
 
 
 def _idx_file(folder: Path, stem: str) -> Path | None:
@@ -451,25 +434,27 @@ def _idx_file(folder: Path, stem: str) -> Path | None:
 def read_idx(path: Path) -> Tensor:
     """An IDX file of unsigned bytes, plain or gzipped, as a uint8 tensor.
 
-    Format: http://yann.lecun.com/exdb/mnist: two zero bytes, type, number of axes, big-endian sizes, then the bytes.
+    Format (of the MNIST database): two zero bytes, a type, the number of axes, big-endian sizes,
+    then the bytes.
 
     Raises:
-        ValueError: not an IDX file of unsigned bytes, or shorter than its header says.
+        ValueError: not such a file, or its length is not what its header says.
     """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         raw = file.read()
-    zero, kind, axes = struct.unpack(">HBB", raw[:4]) if len(raw) >= 4 else (1, 0, 0)
-    if zero != 0 or kind != 0x08:
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(
-            f"{path.name} is not an IDX file of unsigned bytes: its header is {raw[:4]!r}. Fetch it again."
+            f"{path.name} is not an IDX file of unsigned bytes: it starts with {raw[:4]!r}. "
+            "Fetch it again."
         )
-    header = 4 + 4 * axes
-    sizes = struct.unpack(f">{axes}I", raw[4:header])
+    header = 4 + 4 * raw[3]
+    sizes = struct.unpack(f">{raw[3]}I", raw[4:header])
     if len(raw) - header != math.prod(sizes):
         raise ValueError(
-            f"{path.name} has {len(raw) - header} bytes, but its header says {sizes}. Fetch it again."
+            f"{path.name} has {len(raw) - header} bytes of data, but its header says {sizes}. "
+            "Fetch it again."
         )
-    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(sizes)
+    return torch.tensor(np.frombuffer(raw, np.uint8, offset=header)).view(sizes)
 
 
 def _read_torchvision(name: str, data: Path, download: bool) -> tuple[Labelled, Labelled]:
@@ -477,21 +462,21 @@ def _read_torchvision(name: str, data: Path, download: bool) -> tuple[Labelled, 
         from torchvision import datasets as vision
     except ImportError as error:
         raise ImportError(
-            f"{name} is not in the folder {data} as IDX files, and reading it otherwise needs torchvision, which is "
-            f"not installed. Run `pip install torchvision`, or put the IDX files in {data / name.lower()}."
+            f"the folder {data} has no IDX files of {name}, and other files need torchvision, "
+            "which is not installed. Run `pip install torchvision`, or put IDX files in "
+            f"{data / name.lower()}."
         ) from error
+    load = functools.partial(getattr(vision, name), str(data), download=download)
     try:
-        parts = [
-            getattr(vision, name)(str(data), train=train, download=download)
-            for train in (True, False)
-        ]
+        train, test = load(train=True), load(train=False)
     except RuntimeError as error:  # torchvision's way to say that the files are not there
         raise FileNotFoundError(
-            f"{name} is not in the folder {data}. Pass download=True, or put the IDX files in {data / name.lower()}."
+            f"{name} is not in the folder {data}. Pass download=True, or put IDX files in "
+            f"{data / name.lower()}."
         ) from error
-    return tuple((_channels_first(part.data), torch.as_tensor(part.targets)) for part in parts)
+    return _labelled(train), _labelled(test)
 
 
-def _channels_first(x: Tensor | np.ndarray) -> Tensor:
-    x = torch.as_tensor(x)
-    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+def _labelled(part) -> Labelled:
+    x = torch.as_tensor(part.data)  # [n, h, w] or [n, h, w, channels]
+    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(part.targets)

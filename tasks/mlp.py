@@ -6,7 +6,8 @@ from itertools import pairwise
 from torch import Generator, nn
 
 from tasks import data
-from tasks.task import Sin, Supervised, Task, choice, horizon, log_uniform, mean_squared_error
+from tasks.init import Sin
+from tasks.task import Supervised, Task, choice, horizon, log_uniform, mean_squared_error
 
 __all__ = [
     "ACTIVATIONS",
@@ -38,7 +39,7 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
 def classifier(
     name: str, source: data.Data, hidden: Sequence[int], activation: str, **settings
 ) -> Supervised:
-    """An MLP with the given hidden widths that classifies `source`; settings: those of `Supervised`."""
+    """An MLP with these hidden widths that classifies `source`; settings of `Supervised`."""
     source = data.Flat(source)
     return Supervised(
         name, lambda: mlp([*source.shape, *hidden, source.classes], activation), source, **settings
@@ -67,13 +68,13 @@ def autoencoder(
 
 
 def sample_classifier(generator: Generator) -> Task:
-    """Digits or photograph patches (64 to 768 inputs), 1 to 3 hidden layers of 16 to 64 units, any activation."""
+    """Digits or photograph patches (64 to 768 inputs), 1 to 3 hidden layers, any activation."""
     source, widths = choice(
         generator,
         [
-            (data.digits(), (16, 24, 32, 48, 64)),
-            (data.photos(8, (2, 3)), (16, 24, 32, 48, 64)),
-            (data.photos(16, (2, 4)), (16, 24, 32)),
+            (data.digits(), (16, 24, 32, 48, 64, 128)),
+            (data.photos(8, (2, 3)), (16, 24, 32, 48, 64, 128)),
+            (data.photos(16, (2, 4)), (16, 32, 64)),
         ],
     )
     hidden = [choice(generator, widths) for _ in range(choice(generator, (1, 2, 3)))]
@@ -88,7 +89,7 @@ def sample_classifier(generator: Generator) -> Task:
 
 
 def sample_autoencoder(generator: Generator) -> Task:
-    """Digits or photograph patches, a bottleneck of 8 to 24 units between hidden layers of 32 to 64."""
+    """Digits or photograph patches, a bottleneck of 8 to 24 units."""
     source = choice(generator, [data.digits(), data.photos(8, (2, 3))])
     width, code = choice(generator, (32, 48, 64)), choice(generator, (8, 16, 24))
     hidden = choice(generator, ([code], [width, code, width]))

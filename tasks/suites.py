@@ -1,4 +1,4 @@
-"""The suites: TRAIN to meta-train on, VALID to choose and stop by, HELD_OUT to measure once. Plain dicts.
+"""The suites: TRAIN to meta-train on, VALID to choose and stop by, HELD_OUT to measure once.
 
 The tasks of VALID and HELD_OUT have shapes that no family of TRAIN samples.
 """
@@ -74,9 +74,15 @@ def _cnn_digits_relu() -> Task:
 
 def _cnn_photos_bn() -> Task:
     return conv.classifier(
-        "cnn-photos-bn", Noisy(photos(8, (1, 5)), 0.2), [10, 20, 20], "relu", norm=True, head="average",
-        batch_size=64, steps=800,
-    )  # fmt: skip
+        "cnn-photos-bn",
+        Noisy(photos(8, (1, 5)), 0.2),
+        [10, 20, 20],
+        "relu",
+        norm=True,
+        head="average",
+        batch_size=64,
+        steps=800,
+    )
 
 
 def _cnn_photos_tanh() -> Task:
@@ -99,9 +105,17 @@ def _char() -> Task:
 
 def _vit_digits() -> Task:
     return transformer.vit(
-        "vit-digits", Noisy(digits(), 0.4), 2, width=40, heads=2, depth=2, hidden=80, fused=False,
-        batch_size=32, steps=800,
-    )  # fmt: skip
+        "vit-digits",
+        Noisy(digits(), 0.4),
+        2,
+        width=40,
+        heads=2,
+        depth=2,
+        hidden=80,
+        fused=False,
+        batch_size=32,
+        steps=800,
+    )
 
 
 VALID: dict[str, Callable[[], Task]] = {
@@ -161,7 +175,7 @@ def _autoencoder_digits() -> Task:
     return mlp.autoencoder(
         "autoencoder-digits",
         digits(),
-        [128, 64, 12, 64, 128],
+        [144, 72, 12, 72, 144],
         "tanh",
         noise=0.2,
         batch_size=128,
@@ -171,22 +185,36 @@ def _autoencoder_digits() -> Task:
 
 def _cnn_deep_bn() -> Task:
     return conv.classifier(
-        "cnn-deep-bn", Noisy(photos(16, (2, 5)), 0.2), [18, 18, 36, 36], "relu", norm=True, pools=2,
-        head="average", batch_size=32, steps=800,
-    )  # fmt: skip
+        "cnn-deep-bn",
+        Noisy(photos(16, (2, 5)), 0.2),
+        [18, 18, 36, 36],
+        "relu",
+        norm=True,
+        pools=2,
+        head="average",
+        batch_size=32,
+        steps=800,
+    )
 
 
 def _char_larger() -> Task:
     return transformer.language_model(
-        "char-larger", text(64), width=64, heads=4, depth=3, hidden=256, batch_size=16, steps=1000
+        "char-larger", text(48), width=60, heads=4, depth=3, hidden=240, batch_size=12, steps=1000
     )
 
 
 def _vit_photos() -> Task:
     return transformer.vit(
-        "vit-photos", Noisy(photos(16, (2, 5)), 0.2), 4, width=48, heads=3, depth=3, hidden=192,
-        batch_size=32, steps=800,
-    )  # fmt: skip
+        "vit-photos",
+        Noisy(photos(16, (2, 5)), 0.2),
+        4,
+        width=54,
+        heads=3,
+        depth=3,
+        hidden=216,
+        batch_size=32,
+        steps=800,
+    )
 
 
 HELD_OUT: dict[str, Callable[[], Task]] = {
@@ -203,10 +231,10 @@ HELD_OUT: dict[str, Callable[[], Task]] = {
 
 
 def mnist_mlp(folder: Path | str | None = None, *, download: bool = False) -> Task:
-    """A ReLU MLP 784-128-64-10 on MNIST from the data folder; raises as `tasks.data.images` and `require_data_dir`."""
+    """A ReLU MLP on MNIST from the data folder; raises as `require_data_dir` and `data.images`."""
     source = data.images("MNIST", require_data_dir(folder), download=download)
     return mlp.classifier(
-        "mnist-mlp", Noisy(source, 0.2), [128, 64], "relu", batch_size=128, steps=1000
+        "mnist-mlp", Noisy(source, 0.2), [120, 60], "relu", batch_size=128, steps=1000
     )
 
 
@@ -221,13 +249,13 @@ def mnist_cnn(folder: Path | str | None = None, *, download: bool = False) -> Ta
 def held_out(folder: Path | str | None = None) -> dict[str, Callable[[], Task]]:
     """HELD_OUT, and the MNIST tasks if the data folder has MNIST in IDX format."""
     found = data_dir(folder)
-    if not data.has_idx("MNIST", found):
+    if found is None or not data.has_idx("MNIST", found):
         return dict(HELD_OUT)
     return HELD_OUT | {"mnist-mlp": lambda: mnist_mlp(found), "mnist-cnn": lambda: mnist_cnn(found)}
 
 
 def data_dir(folder: Path | str | None = None) -> Path | None:
-    """The folder of optional data: `folder` if given, else the environment's LEARNED_OPT_DATA, else None.
+    """The folder of optional data: `folder`, else the environment's LEARNED_OPT_DATA, else None.
 
     Raises:
         FileNotFoundError: a folder is named but does not exist.
@@ -238,7 +266,8 @@ def data_dir(folder: Path | str | None = None) -> Path | None:
     path = Path(named).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
-            f"the data folder {path} does not exist. Correct the data option or LEARNED_OPT_DATA, or leave both out."
+            f"the data folder {path} does not exist. Correct the data option or LEARNED_OPT_DATA, "
+            "or leave both out."
         )
     return path
 
@@ -252,7 +281,7 @@ def require_data_dir(folder: Path | str | None = None) -> Path:
     found = data_dir(folder)
     if found is None:
         raise FileNotFoundError(
-            "this task needs a data folder, and none is named. Pass one, or set LEARNED_OPT_DATA to a folder with "
-            "mnist/ in IDX format."
+            "this task needs a data folder, and none is named. Pass one, or set LEARNED_OPT_DATA "
+            "to a folder with mnist/ in IDX format."
         )
     return found

@@ -1,4 +1,4 @@
-"""What a task is, and the one concrete task: a supervised problem made of a model, data and a loss."""
+"""What a task is, and the concrete one: a supervised problem made of a model, data and a loss."""
 
 import functools
 import math
@@ -11,10 +11,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from tasks.data import Batch, Data
+from tasks.init import initializers
 
 Weights = dict[str, Tensor]
-
-EVAL = 1024  # at most this many examples to measure a train loss on
 
 
 class Task(Protocol):
@@ -22,12 +21,14 @@ class Task(Protocol):
 
     name: str
     model: nn.Module
-    """Template: its parameters have the names and shapes of `params`. It keeps no state (BatchNorm normalises by the
-    batch, there is no dropout)."""
+    """Template: its parameters have the names and shapes of `params`. It keeps no state
+    (BatchNorm normalises by the batch, there is no dropout)."""
     steps: int
     """The horizon of use: how many steps a run of this task takes."""
-    ceiling: float
-    """The loss of a constant guess, for clipping and normalising."""
+
+    @property
+    def ceiling(self) -> float:
+        """The loss of a constant guess, for clipping and normalising."""
 
     def init(self, generator: Generator) -> Weights:
         """Fresh initial weights."""
@@ -42,7 +43,7 @@ class Task(Protocol):
         """A fixed batch that no training batch overlaps (<= 1024 examples, no augmentation)."""
 
     def train_eval(self) -> Batch:
-        """A fixed sample of the training distribution to measure the train loss on (<= 1024 examples)."""
+        """A fixed sample (<= 1024) of what `batch` draws from, to measure the train loss on."""
 
     def loss(self, params: Weights, batch: Batch) -> Tensor:
         """Scalar; pure, safe under vmap and double backward."""
@@ -64,6 +65,7 @@ class Supervised:
         scale: factor on the initial weights of linear and convolutional layers.
         embed_std: standard deviation of initial embeddings.
         loss: from (output, y) to a scalar, `cross_entropy` or `mean_squared_error`.
+        eval_size: examples of `train_eval`.
     """
 
     def __init__(
@@ -77,12 +79,12 @@ class Supervised:
         scale: float = 1.0,
         embed_std: float = 0.02,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        eval_size: int = 1024,
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             self.model = build()
         self.name, self.data, self.batch_size, self.steps = name, data, batch_size, steps
-        self.scale, self.embed_std = scale, embed_std
-        self._loss = loss or cross_entropy
+        self._loss, self._eval_size = loss or cross_entropy, eval_size
         self._initializers = initializers(self.model, scale, embed_std)
         self.model.load_state_dict(
             self.init(Generator().manual_seed(0))
@@ -90,7 +92,7 @@ class Supervised:
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters())
-        return f"{type(self).__name__}({self.name!r}, {size} parameters, batch {self.batch_size}, {self.steps} steps)"
+        return f"Supervised({self.name!r}, {size} parameters, {self.steps} x {self.batch_size})"
 
     @functools.cached_property
     def ceiling(self) -> float:
@@ -117,7 +119,7 @@ class Supervised:
 
     @functools.cached_property
     def _train_eval(self) -> Batch:
-        return self.data.sample(Generator().manual_seed(0), EVAL)
+        return self.data.sample(Generator().manual_seed(0), self._eval_size)
 
     def loss(self, params: Weights, batch: Batch) -> Tensor:
         x, y = batch
@@ -134,70 +136,7 @@ def mean_squared_error(output: Tensor, y: Tensor) -> Tensor:
     return (output - y).square().mean()
 
 
-# ---------------------------------------------------------------------------------------------- initial weights
-
-Draw = Callable[[Generator], Tensor]
-
-
-def initializers(model: nn.Module, scale: float = 1.0, embed_std: float = 0.02) -> dict[str, Draw]:
-    """For every parameter of `model`, in its order, a function drawing an initial value from a generator.
-
-    Linear and Conv2d: PyTorch's default, uniform of +-1 / sqrt(fan_in), the matrices times `scale`; before a sine the
-    matrix is uniform of +-sqrt(6 / fan_in), which keeps unit variance through sines (Sitzmann et al. 2020, "Implicit
-    Neural Representations with Periodic Activation Functions"). Normalisation: ones and zeros. Embedding:
-    N(0, embed_std^2). Other parameters (positions): N(0, 0.02^2).
-    """
-    modules = list(model.named_modules())
-    after = dict(
-        zip([name for name, _ in modules], [module for _, module in modules[1:]] + [model])
-    )
-    found: dict[str, Draw] = {}
-    for name, module in modules:
-        for key, p in module.named_parameters(recurse=False):
-            full = f"{name}.{key}" if name else key
-            found[full] = _initializer(module, key, p, _is_sine(after[name]), scale, embed_std)
-    return {name: found[name] for name, _ in model.named_parameters()}
-
-
-def _initializer(
-    module: nn.Module, key: str, p: Tensor, sine: bool, scale: float, embed_std: float
-) -> Draw:
-    shape = tuple(p.shape)
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        fan_in = module.weight[0].numel()
-        if key == "bias":
-            return functools.partial(_uniform, shape, fan_in**-0.5)
-        return functools.partial(
-            _uniform, shape, scale * (math.sqrt(6 / fan_in) if sine else fan_in**-0.5)
-        )
-    if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-        value = 1.0 if key == "weight" else 0.0
-        return lambda generator: torch.full(shape, value)
-    return functools.partial(
-        _normal, shape, embed_std if isinstance(module, nn.Embedding) else 0.02
-    )
-
-
-def _uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> Tensor:
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _normal(shape: tuple[int, ...], std: float, generator: Generator) -> Tensor:
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-
-class Sin(nn.Module):
-    """sin(x), elementwise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(x)
-
-
-def _is_sine(module: nn.Module) -> bool:
-    return isinstance(module, Sin)
-
-
-# ----------------------------------------------------------------------------------------- sampling a task's choices
+# ------------------------------------------------------------------------ sampling a task's choices
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Transformers: a character language model and a classifier of image patches, one module for both."""
+"""Transformers: a character language model and a classifier of image patches, one module."""
 
 import math
 
@@ -63,10 +63,11 @@ class Transformer(nn.Module):
     """Pre-norm transformer.
 
     Args:
-        embed: from the input to the stream [B, length, width]: nn.Embedding of tokens or nn.Linear of patches.
+        embed: from the input to the stream [B, length, width]: nn.Embedding of tokens or nn.Linear
+            of patches.
         length: tokens of an input.
-        causal: True predicts at every position (logits [B, length, classes]) from those before it; False reads the
-            mean over positions (logits [B, classes]).
+        causal: True predicts at every position, from it and those before it (logits [B, length,
+            classes]); False reads the mean over positions (logits [B, classes]).
     """
 
     def __init__(
@@ -114,15 +115,23 @@ def language_model(
     fused: bool = True,
     **settings,
 ) -> Supervised:
-    """A causal transformer predicting the next token of `source`; settings: those of `Supervised`."""
+    """A causal transformer predicting the next token of `source`; settings of `Supervised`."""
 
     def build() -> Transformer:
         return Transformer(
-            nn.Embedding(source.classes, width), source.length, source.classes, width=width, heads=heads,
-            depth=depth, hidden=hidden, activation=activation, causal=True, fused=fused,
-        )  # fmt: skip
+            nn.Embedding(source.classes, width),
+            source.length,
+            source.classes,
+            width=width,
+            heads=heads,
+            depth=depth,
+            hidden=hidden,
+            activation=activation,
+            causal=True,
+            fused=fused,
+        )
 
-    return Supervised(name, build, source, **settings)
+    return Supervised(name, build, source, eval_size=256, **settings)
 
 
 def vit(
@@ -138,15 +147,23 @@ def vit(
     fused: bool = True,
     **settings,
 ) -> Supervised:
-    """A transformer classifying the images of `source` by their patches; settings: those of `Supervised`."""
+    """A transformer classifying images by their patches; settings of `Supervised`."""
     source = data.Patches(source, patch)
     length, features = source.shape
 
     def build() -> Transformer:
         return Transformer(
-            nn.Linear(features, width), length, source.classes, width=width, heads=heads,
-            depth=depth, hidden=hidden, activation=activation, causal=False, fused=fused,
-        )  # fmt: skip
+            nn.Linear(features, width),
+            length,
+            source.classes,
+            width=width,
+            heads=heads,
+            depth=depth,
+            hidden=hidden,
+            activation=activation,
+            causal=False,
+            fused=fused,
+        )
 
     return Supervised(name, build, source, **settings)
 
