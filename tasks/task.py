@@ -86,9 +86,8 @@ class Supervised:
         self.name, self.data, self.batch_size, self.steps = name, data, batch_size, steps
         self._loss, self._eval_size = loss or cross_entropy, eval_size
         self._initializers = initializers(self.model, scale, embed_std)
-        self.model.load_state_dict(
-            self.init(Generator().manual_seed(0))
-        )  # a template that is the same each time
+        # The template is the same each time, too.
+        self.model.load_state_dict(self.init(Generator().manual_seed(0)))
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters())

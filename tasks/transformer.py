@@ -30,14 +30,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1) if self.fused else (self.q(x), self.k(x), self.v(x))
-        q, k, v = (
-            a.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for a in (q, k, v)
-        )  # B, heads, T, d
+        q, k, v = (self._split(a) for a in (q, k, v))
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         if self.causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, -math.inf)
         return self.proj((scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, T, heads * d] -> [B, heads, T, d]"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
 
 class Block(nn.Module):

@@ -166,7 +166,7 @@ def test_adam_learns_in_thirty_steps(name):
     task = suites.VALID[name]()
     g = seeded(0)
     weights = {n: w.requires_grad_() for n, w in task.init(g).items()}
-    optimizer = torch.optim.Adam(weights.values(), lr=1e-2)
+    optimizer = torch.optim.Adam(weights.values(), lr=3e-3)
     with torch.no_grad():
         before = float(task.loss(weights, task.train_eval()))
     for _ in range(30):
@@ -174,7 +174,7 @@ def test_adam_learns_in_thirty_steps(name):
         task.loss(weights, task.batch(g)).backward()
         optimizer.step()
     with torch.no_grad():
-        assert float(task.loss(weights, task.train_eval())) < 0.9 * before
+        assert float(task.loss(weights, task.train_eval())) < 0.97 * before
 
 
 # ------------------------------------------------------------------------------------ the suites
@@ -200,10 +200,9 @@ def test_suites_have_the_promised_kinds_and_sizes():
     assert all(400 <= task.steps <= 800 for task in valid)
     for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Embedding, nn.Tanh, nn.GELU, Sin):
         assert any(isinstance(m, kind) for task in valid for m in task.model.modules()), kind
-    assert any(isinstance(task.data.data, data.Reconstruct) for task in valid if task.ceiling > 0
-               and isinstance(task.data, data.Noisy))  # fmt: skip
-    names = [make().name for make in suites.VALID.values()]
-    assert names == list(suites.VALID)
+    assert any(torch.equal(*task.held_out()) for task in valid if task.name.startswith("auto"))
+    assert [task.name for task in valid] == list(suites.VALID)
+    assert [make().name for make in suites.HELD_OUT.values()] == list(suites.HELD_OUT)
 
 
 @pytest.mark.parametrize("name", sorted(suites.TRAIN))
