@@ -1,0 +1,98 @@
+"""From gradients to features: accumulators, and what they say in the frame.
+
+Odd features flip with the sign of a unit, even features do not; in the frame both are invariant to positive scale.
+Everything is relative to the tensor's own scale, so multiplying the loss by a constant changes nothing.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from learned_opt.rules.base import State, Weights
+
+MOMENTUM, SLOW, SQUARE = 0.9, 0.99, 0.99  # decay rates of m, m_slow and v
+
+N_ODD = 5  # g, n (Nesterov momentum), m_slow, w, m / sqrt(v)
+N_EVEN = 11
+N_STATISTICS = 6
+
+
+def fresh(params: Mapping[str, Tensor]) -> State:
+    """Zero accumulators: ``m``, ``m_slow``, ``v`` like each parameter (at least float32), ``step`` 0-d."""
+
+    def zeros(p: Tensor) -> Tensor:
+        return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+
+    return {
+        n: {"step": zeros(p.new_zeros(())), "m": zeros(p), "m_slow": zeros(p), "v": zeros(p)}
+        for n, p in params.items()
+    }
+
+
+def accumulate(grads: Weights, state: State) -> State:
+    """Exponential moving averages of the gradient (two horizons) and of its square; not bias-corrected."""
+    new = {}
+    for n, g in grads.items():
+        s = state[n]
+        new[n] = {
+            "step": s["step"] + 1,
+            "m": torch.lerp(s["m"], g, 1 - MOMENTUM),
+            "m_slow": torch.lerp(s["m_slow"], g, 1 - SLOW),
+            "v": torch.lerp(s["v"], g * g, 1 - SQUARE),
+        }
+    return new
+
+
+def nesterov(m: Tensor, g: Tensor) -> Tensor:
+    """The momentum one step ahead, up to a constant: ``0.9 m + 0.1 g``."""
+    return torch.lerp(g, m, MOMENTUM)
+
+
+def adam_direction(m: Tensor, v: Tensor, step: Tensor) -> Tensor:
+    """``m_hat / sqrt(v_hat)`` with an epsilon relative to the tensor's own mean square: ``[N, R, C]``."""
+    m = m / (1 - MOMENTUM**step)
+    v = v / (1 - SQUARE**step)
+    return m * _rsqrt(v + 1e-16 * v.mean((-2, -1), keepdim=True))
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean square over the matrix: ``[..., R, C] -> [..., 1, 1]``."""
+    return (x * x).mean((-2, -1), keepdim=True)
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Divide by the RMS over the matrix; zero stays zero."""
+    return x * _rsqrt(mean_square(x))
+
+
+def _rsqrt(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 1).rsqrt()  # 1 where x = 0, with zero (not infinite) derivative
+
+
+def odd_features(g: Tensor, n: Tensor, slow: Tensor, w: Tensor, adam: Tensor) -> Tensor:
+    """``[N_ODD, N, R, C]``, each of RMS 1 over its matrix."""
+    return unit_rms(torch.stack([g, n, slow, w, adam]))
+
+
+def even_features(x: Tensor, adam: Tensor, v: Tensor) -> Tensor:
+    """``[N_EVEN, N, R, C]`` in [-1, 1]: squares and products of the odd features ``x``, and the log of ``v``."""
+    g, n, slow, w, _ = x.unbind(0)
+    squares = torch.cat([x[:4] * x[:4], (adam * adam).unsqueeze(0)])
+    products = torch.stack([n * w, n * slow, g * n, slow * w, g * slow])
+    mean = v.mean((-2, -1), keepdim=True)
+    log_v = torch.log((v + 1e-8 * mean) * torch.where(mean > 0, mean, 1).reciprocal() + 1e-8)
+    return torch.cat([squares / (1 + squares), torch.tanh(products), torch.tanh(0.25 * log_v)[None]])
+
+
+def statistics(x: Tensor, g: Tensor, m: Tensor, slow: Tensor, w: Tensor, step: Tensor) -> Tensor:
+    """Per matrix ``[N, N_STATISTICS]``: alignments, signal-to-noise of the gradient at two horizons, size of w."""
+    xg, xn, xs, xw, _ = x.unbind(0)
+    cosines = torch.stack([xn * xs, xg * xn, xn * xw]).mean((-2, -1))
+    power = mean_square(torch.stack([g, m, slow, w]))[..., 0, 0]
+    noise = power[0]
+    corrected = torch.stack([1 - MOMENTUM**step, 1 - SLOW**step]).flatten(1)
+    signal = power[1:3] / (corrected * corrected)
+    ratio = torch.log((signal + 1e-6 * noise) / torch.where(noise > 0, noise, 1) + 1e-6) / 8
+    size = torch.log(power[3:] + 1e-12) / 16
+    return torch.cat([cosines, ratio, size]).T

@@ -1,0 +1,277 @@
+"""The canonical frame: a scale for every hidden unit, so that an elementwise rule becomes scale-equivariant.
+
+Each unit ``u`` of a positive or real scale label gets a potential ``c_u > 0`` that is covariant: when the unit is
+scaled by ``d_u``, ``c_u`` becomes ``|d_u| c_u``. With ``s_ij = prod c^exponent`` over the labels of an entry,
+``W / s``, ``G s``, ``m s`` and ``v s^2`` are invariant to positive scale and ``s f(W/s, G s, ...)`` transforms like
+``W`` for any ``f``: the theorem of the library's design.
+
+The potentials start covariant (a walk from the inputs: the norm of a unit's incoming weights, its inputs already in
+the frame) and are then balanced by sweeps of ``c <- c (in / out)^(1/2)``, where ``in`` and ``out`` are the norms of
+the unit's written and read weights in the current frame; both are invariant, so every sweep keeps ``c`` covariant.
+It descends a convex function over the scaling orbit (Stock et al. 2019, Equi-normalization of Neural Networks).
+A read tensor's squares are weighted by fan_in / fan_out, so that fan-in-scaled initial weights are balanced as they
+are and a standard network is optimised as without a frame.
+
+The frame is a function of the current weights alone. It needs no state, hence none to store, resume or corrupt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from learned_opt.layout import Layout, Units, _Identity, layout_of
+from learned_opt.symmetry import Symmetry
+
+SWEEPS = 2  # from the walk's start; one sweep visits even labels of a chain, then odd ones
+
+
+def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = SWEEPS) -> Tensor | None:
+    """Log-potentials of all scale units, flat: ``[n_scales + 1]``, the last (for "no unit") 0.
+
+    Args:
+        symmetry: names the scale labels; sign labels get potential 1.
+        params: all weights of the network.
+        sweeps: balancing sweeps.
+
+    Returns:
+        None when the symmetry has no positive or real scale.
+    """
+    if not any(s.kind != "sign" for s in symmetry.scales.values()):
+        return None
+    names = tuple(n for n in params if n in symmetry.specs)
+    some = next(iter(params.values()))
+    layout = layout_of(symmetry, names, some.device)
+    plan = _plan(_Identity(symmetry), names, str(some.device))
+    squares = [w * w for w in layout.gather(params)]
+    log_c = squares[0].new_zeros(layout.n_scales + 1)
+    for visit in plan.walk:
+        into, _ = _norms(layout, squares, log_c, visit)
+        log_c = log_c + torch.where(into > 0, 0.5 * _safe_log(into), 0)
+    for _ in range(sweeps):
+        for visit in plan.sweep:
+            into, out = _norms(layout, squares, log_c, visit)
+            ratio = 0.25 * (_safe_log(into) - _safe_log(out))
+            log_c = log_c + torch.where((into > 0) & (out > 0), ratio, 0)
+    return log_c
+
+
+def scales(log_c: Tensor | None, rows: Units, cols: Units) -> tuple[Tensor, Tensor] | None:
+    """``s`` of a stack as its rank-one factors ``[N, R, 1]`` and ``[N, 1, C]`` (None: all ones)."""
+    if log_c is None or rows.index.shape[-1] + cols.index.shape[-1] == 0:
+        return None
+    return _scale(log_c, rows).exp().unsqueeze(2), _scale(log_c, cols).exp().unsqueeze(1)
+
+
+def _scale(log_c: Tensor, units: Units) -> Tensor:
+    """``sum_k exponent_k log c_k``: ``[N, L]``."""
+    n, length, k = units.index.shape
+    flat = log_c.index_select(0, units.index.flatten()).reshape(n, length, k)
+    return (flat * units.exponent.to(flat.dtype)).sum(-1)
+
+
+def _safe_log(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 1).log()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some blocks of one stack, and where their row and column sums of squares go."""
+
+    stack: int
+    take: Tensor | None  # blocks of the stack [n], or None for all
+    rows: Units
+    cols: Units
+    row_sums: bool
+    col_sums: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Visit:
+    """One update of some labels: which blocks to sum, and which sums count as in and out of which unit."""
+
+    parts: tuple[_Part, ...]
+    into: tuple[Tensor, Tensor, Tensor]  # (unit, position in the concatenated sums, weight)
+    out: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    walk: tuple[_Visit, ...]
+    sweep: tuple[_Visit, ...]
+
+
+def _norms(layout: Layout, squares: list[Tensor], log_c: Tensor, visit: _Visit) -> tuple[Tensor, Tensor]:
+    """Squared norms in the current frame of what each visited unit writes and reads: ``[n_scales + 1]`` each."""
+    sums = []
+    for part in visit.parts:
+        x = squares[part.stack] if part.take is None else squares[part.stack].index_select(0, part.take)
+        r, c = (torch.exp(-2 * _scale(log_c, u)) for u in (part.rows, part.cols))
+        if part.row_sums:
+            sums.append(((x @ c.unsqueeze(2)).squeeze(2) * r).flatten())
+        if part.col_sums:
+            sums.append(((r.unsqueeze(1) @ x).squeeze(1) * c).flatten())
+    flat = torch.cat(sums)
+    into, out = (
+        flat.new_zeros(len(log_c)).index_add(0, unit, flat.index_select(0, at) * weight.to(flat.dtype))
+        for unit, at, weight in (visit.into, visit.out)
+    )
+    return into, out
+
+
+@lru_cache(maxsize=256)
+def _plan(key: _Identity, names: tuple[str, ...], device: str) -> _Plan:
+    symmetry = key.symmetry
+    layout = layout_of(symmetry, names, torch.device(device))
+    label_of, start = {}, 0
+    for name, s in symmetry.scales.items():
+        count = int(torch.Size(symmetry.table_shape(s.label, s.size)).numel())
+        label_of.update(dict.fromkeys(range(start, start + count), name))
+        start += count
+    free = [n for n, s in symmetry.scales.items() if s.kind != "sign"]
+    touches = _incidences(layout, label_of)
+
+    walk, known = [], {n for n in symmetry.scales if n not in free}
+    waiting = list(free)
+    while waiting:
+        # a label is reached when some block writes it whose other labels are all known
+        reached = {}
+        for label in waiting:
+            use = [
+                t for t in touches if t.written == [label] and not t.repeated and t.others(label) <= known
+            ]
+            if use:
+                reached[label] = use
+        if not reached:
+            break  # never written from known units (a cycle): stays at potential 1
+        walk.append(_visit(layout, label_of, reached, only_in=True))
+        known |= set(reached)
+        waiting = [n for n in waiting if n not in reached]
+    balanced = [n for n in free if n not in waiting]
+    sweep = tuple(
+        _visit(layout, label_of, {n: [t for t in touches if n in t.labels] for n in part}, only_in=False)
+        for part in _independent_sets(balanced, touches)
+    )
+    return _Plan(tuple(walk), sweep)
+
+
+@dataclass(frozen=True, eq=False)
+class _Touch:
+    """One block of a stack and the free scale labels on it."""
+
+    stack: int
+    block: int
+    written: list[str]
+    labels: set[str]
+    repeated: bool
+
+    def others(self, label: str) -> set[str]:
+        return self.labels - {label}
+
+
+def _incidences(layout: Layout, label_of: Mapping[int, str]) -> list[_Touch]:
+    touches = []
+    for i, stack in enumerate(layout.stacks):
+        for n in range(stack.shape[0]):
+            found: list[tuple[str, float]] = []
+            for units in (stack.row_scales, stack.col_scales):
+                for k in range(units.index.shape[-1]):
+                    exponent = units.exponent[n, 0, k].item() if units.index.shape[1] else 0.0
+                    if exponent:
+                        found.append((label_of[int(units.index[n, 0, k])], exponent))
+            labels = [label for label, _ in found]
+            written = [label for label, e in found if e > 0]
+            touches.append(_Touch(i, n, written, set(labels), len(set(labels)) < len(labels)))
+    return touches
+
+
+def _independent_sets(labels: list[str], touches: list[_Touch]) -> list[list[str]]:
+    """Greedy colouring: labels that share a block are balanced one after the other, the others at once."""
+    sets: list[list[str]] = []
+    near: dict[str, set[str]] = {n: set() for n in labels}
+    for t in touches:
+        for n in t.labels & near.keys():
+            near[n] |= t.labels - {n}
+    for n in labels:
+        home = next((s for s in sets if not near[n] & set(s)), None)
+        if home is None:
+            sets.append([n])
+        else:
+            home.append(n)
+    return sets
+
+
+def _visit(
+    layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_Touch]], only_in: bool
+) -> _Visit:
+    wanted: dict[int, dict[int, set[str]]] = {}
+    for label, touches in use.items():
+        for t in touches:
+            wanted.setdefault(t.stack, {}).setdefault(t.block, set()).add(label)
+    parts, position = [], 0
+    entries: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {True: [], False: []}
+    for i, blocks in wanted.items():
+        stack = layout.stacks[i]
+        chosen = sorted(blocks)
+        whole = len(chosen) == stack.shape[0]
+        take = None if whole else torch.tensor(chosen, device=stack.fixed.device)
+        sides = {
+            "rows": _select(stack.row_scales, take),
+            "cols": _select(stack.col_scales, take),
+        }
+        present = {}
+        for side, units in sides.items():
+            mask = _belongs(units, [blocks[n] for n in chosen], label_of)
+            if only_in:
+                mask = mask & (units.exponent > 0)
+            present[side] = bool(mask.any())
+            if not present[side]:
+                continue
+            n, length, k = units.index.shape
+            at = (position + torch.arange(n * length)).reshape(n, length, 1).expand(n, length, k)
+            weight = torch.ones(n, length, k)
+            if side == "cols":  # fan_in / fan_out of the reading tensor, counted in units of the label
+                weight = weight * _label_sizes(units, label_of, layout) / stack.shape[1]
+            for positive in (True, False):
+                m = mask & ((units.exponent > 0) if positive else (units.exponent < 0))
+                cpu = m.cpu()
+                entries[positive].append((units.index.cpu()[cpu], at[cpu], weight[cpu]))
+            position += n * length
+        parts.append(_Part(i, take, sides["rows"], sides["cols"], present["rows"], present["cols"]))
+    device = layout.stacks[0].fixed.device
+
+    def collect(rows: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        unit, at, weight = (torch.cat(x).to(device) for x in zip(*rows, strict=True))
+        return unit, at, weight
+
+    return _Visit(tuple(parts), collect(entries[True]), collect(entries[False]))
+
+
+def _select(units: Units, take: Tensor | None) -> Units:
+    if take is None:
+        return units
+    return Units(units.index.index_select(0, take), units.exponent.index_select(0, take))
+
+
+def _belongs(units: Units, labels: list[set[str]], label_of: Mapping[int, str]) -> Tensor:
+    """``[N, L, K]``: is this unit of one of the block's wanted labels?"""
+    mask = torch.zeros(units.index.shape, dtype=torch.bool)
+    for n, wanted in enumerate(labels):
+        for k in range(units.index.shape[-1]):
+            if units.index.shape[1] and label_of.get(int(units.index[n, 0, k])) in wanted:
+                mask[n, :, k] = True
+    return mask.to(units.index.device)
+
+
+def _label_sizes(units: Units, label_of: Mapping[int, str], layout: Layout) -> Tensor:
+    symmetry = layout.symmetry
+    sizes = torch.ones(units.index.shape)
+    for n in range(units.index.shape[0]):
+        for k in range(units.index.shape[-1]):
+            name = label_of.get(int(units.index[n, 0, k])) if units.index.shape[1] else None
+            if name is not None:
+                s = symmetry.scales[name]
+                sizes[n, :, k] = float(torch.Size(symmetry.table_shape(s.label, s.size)).numel())
+    return sizes

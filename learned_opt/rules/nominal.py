@@ -1,0 +1,120 @@
+"""The nominal rule: the strongest optimizer that we know which needs no tuning, in the frame.
+
+On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
+of Nesterov momentum, ``0.2 sqrt(max(R, C)) polar(0.9 m + 0.1 g)``; on vectors, gains and embeddings
+``m_hat / sqrt(v_hat)``; one rate for all, decaying. The polar factor commutes with permutations and signs, and in
+the frame also with positive scale. The learned rule starts from this one and is judged by what it adds.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from learned_opt import features
+from learned_opt.frame import potentials, scales
+from learned_opt.layout import Layout, Stack, layout_of
+from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.rules.polar import newton_schulz
+from learned_opt.symmetry import Symmetry
+
+RATE = 0.01  # RMS of a step at lr = 1 before decay, on vectors; 0.2 of it on matrices
+ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
+
+
+def schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
+    """Cosine to zero over the horizon; without one, ``1 / sqrt(1 + t / 100)``. ``step`` counts from 1."""
+    if total_steps is None:
+        return torch.rsqrt(1 + (step - 1) / ANYTIME)
+    progress = ((step - 1) / total_steps).clamp(max=1.0)
+    return 0.5 * (1 + torch.cos(torch.pi * progress))
+
+
+class View:
+    """One stack ``[N, R, C]`` in the frame: weights, gradient and accumulators, all invariant to positive scale."""
+
+    def __init__(self, stack: Stack, s: tuple[Tensor, Tensor] | None, **tensors: Tensor) -> None:
+        def into(x: Tensor) -> Tensor:
+            return x if s is None else x * s[0] * s[1]
+
+        def inverse(x: Tensor) -> Tensor:
+            return x if s is None else x / s[0] / s[1]
+
+        self.stack, self.leave = stack, into
+        self.step = tensors["step"]  # [N, 1, 1]
+        self.w = inverse(tensors["w"])
+        self.g, self.m, self.slow = (into(tensors[k]) for k in ("g", "m", "m_slow"))
+        self.v = into(into(tensors["v"]))
+
+    @property
+    def nesterov(self) -> Tensor:
+        """The momentum that the direction is taken of."""
+        return features.nesterov(self.m, self.g)
+
+    @property
+    def adam(self) -> Tensor:
+        """``m_hat / sqrt(v_hat)``."""
+        return features.adam_direction(self.m, self.v, self.step)
+
+
+def polar_step(x: Tensor) -> Tensor:
+    """``0.2 sqrt(max(R, C)) polar(x)``: RMS about 0.2 for a full-rank matrix."""
+    return 0.2 * max(x.shape[-2:]) ** 0.5 * newton_schulz(x)
+
+
+class Nominal(UpdateRule):
+    """Decaying polar steps on matrices, Adam steps on the rest; ``frame=False`` leaves out the frame."""
+
+    def __init__(self, frame: bool = True) -> None:
+        super().__init__()
+        self.frame = frame
+
+    def init(self, params: Weights) -> State:
+        return features.fresh(params)
+
+    def forward(
+        self,
+        params: Weights,
+        grads: Weights,
+        state: State,
+        symmetry: Symmetry,
+        *,
+        total_steps: float | Tensor | None = None,
+        weight_decay: float | Mapping[str, float] = 0.0,
+    ) -> tuple[Weights, State]:
+        if not grads:
+            return {}, state
+        state = {**state, **features.accumulate(grads, state)}
+        clock = torch.stack([s["step"] for s in state.values()]).amax()  # the network's age, not the tensor's
+        rate = RATE * schedule(clock, total_steps)
+        views, layout = self._views(params, grads, state, symmetry)
+        steps = [v.leave(d) for v, d in zip(views, self.directions(layout, views, clock, total_steps), strict=True)]
+        updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
+        decay = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
+        for n, wd in decay.items():
+            if wd and n in updates:
+                updates[n] = updates[n] - rate * wd * params[n]
+        return updates, state
+
+    def _views(
+        self, params: Weights, grads: Weights, state: State, symmetry: Symmetry
+    ) -> tuple[list[View], Layout]:
+        layout = layout_of(symmetry, tuple(grads), next(iter(grads.values())).device)
+        log_c = potentials(symmetry, params) if self.frame else None
+        gathered = {
+            "w": layout.gather(params),
+            "g": layout.gather(grads),
+            **{k: layout.gather({n: state[n][k] for n in grads}) for k in ("m", "m_slow", "v")},
+        }
+        views = []
+        for i, stack in enumerate(layout.stacks):
+            s = scales(log_c, stack.row_scales, stack.col_scales)
+            step = torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])
+            views.append(View(stack, s, step=step[:, None, None], **{k: x[i] for k, x in gathered.items()}))
+        return views, layout
+
+    def directions(
+        self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
+    ) -> list[Tensor]:
+        """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
+        return [polar_step(v.nesterov) if v.stack.kind == "matrix" else v.adam for v in views]
