@@ -1,0 +1,252 @@
+"""The command line: ``python -m meta_train {train,evaluate,report,throughput,demo}``.
+
+Heavy imports are inside the commands, so that ``--help`` is quick.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+PROG = "python -m meta_train"
+EXTRAS = ("tyro", "rich", "scipy", "sklearn", "matplotlib")  # what the extra [meta] installs
+DEMO_TASKS = ("mlp-digits-relu", "cnn-digits-relu", "char")  # of VALID
+DEMO_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a missing optional package is one line that says what to install."""
+    try:
+        _main(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
+        _fail(f"{error.name} is not installed. Run: pip install 'learned-opt[meta]'")
+
+
+def _main(argv: list[str]) -> None:
+    import tyro
+
+    # The options of `train` include the fields of the recipe, so the recipe's name is read first.
+    if argv[:1] == ["train"] and len(argv) > 1 and not argv[1].startswith("-"):
+        command = _train_with_fields(recipe_named(argv[1]))
+        tyro.cli(command, prog=f"{PROG} train", args=argv[1:])
+        return
+    commands: dict[str, Callable[..., Any]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "report": report,
+        "throughput": throughput,
+        "demo": demo,
+    }
+    tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog=PROG,
+        description="Meta-train a learned optimizer, and measure it against tuned baselines.",
+        args=argv,
+    )
+
+
+def _fail(message: str) -> None:
+    raise SystemExit(f"error: {message}")
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+def train(
+    recipe: str, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto"
+) -> None:
+    """Meta-train by a recipe. 'train RECIPE --help' also lists the recipe's fields, all options.
+
+    Args:
+        recipe: name of a recipe, or path of a .py file that defines recipe().
+        out: folder for checkpoints and logs; runs/RECIPE if not given.
+        resume: go on from the checkpoint in the folder if there is one, or start anew.
+    """
+    _train(recipe, recipe_named(recipe), out, resume)
+
+
+def evaluate(
+    optimizers: tuple[str, ...] = (
+        "nfn",
+        "adam",
+        "adamw-cosine",
+        "sgdm",
+        "sgdm-cosine",
+        "muon",
+        "muon-cosine",
+    ),
+    suite: str = "VALID",
+    tasks: tuple[str, ...] = (),
+    seeds: int = 3,
+    tuning_seeds: int = 2,
+    out: Path = Path("runs/evaluation"),
+    workers: int = 2,
+    horizon: str = "",
+    steps: int = 0,
+    data: Path | None = None,
+) -> None:
+    """Train tasks with optimizers and compare them: runs.jsonl, report.md and pictures in --out.
+
+    Finished runs are kept in runs.jsonl and never repeated: the same command goes on after an
+    interruption, and a command with more optimizers, tasks or seeds only runs what is new.
+
+    Args:
+        optimizers: what to compare, separated by spaces or commas. Also nfn:RULE, where RULE is a
+            rule's name (nominal ...) or a .safetensors file; LABEL=NAME sets the label in tables.
+        suite: VALID, HELD_OUT, or package.module:DICT.
+        tasks: names of tasks of the suite, separated by spaces or commas; all if not given.
+        seeds: runs of every optimizer on every task.
+        tuning_seeds: the first so many of these choose the learning rates.
+        out: folder of the results.
+        workers: processes, each with one thread.
+        horizon: also measure the horizon speed-up over this optimizer (about 3 times the runs).
+        steps: steps of every run; the task's own if 0.
+        data: folder of optional data (mnist/ in IDX format), for HELD_OUT.
+    """
+    _evaluate(
+        _split(optimizers),
+        out,
+        suite=suite,
+        tasks=_split(tasks) or None,
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        workers=workers,
+        horizon=horizon or None,
+        steps=steps or None,
+        data=None if data is None else str(data),
+    )
+
+
+def report(folder: Path = Path("runs/evaluation"), /) -> None:
+    """Print the tables of an evaluation, finished or not, and write report.md and the pictures.
+
+    Args:
+        folder: the --out of an evaluation.
+    """
+    from meta_train.evaluate import UnknownName
+    from meta_train.report import report
+
+    try:
+        print(report(folder))
+    except UnknownName as error:
+        _fail(str(error))
+    print(f"written: {folder / 'report.md'}, {folder / 'curves.png'}, {folder / 'speedups.png'}")
+
+
+def throughput(recipe: str, /) -> None:
+    """Measure how fast this machine meta-trains a recipe.
+
+    Args:
+        recipe: name of a recipe, or path of a .py file that defines recipe().
+    """
+    found = recipe_named(recipe)
+    from meta_train.train import throughput
+
+    result = throughput(found)
+    if result is not None:
+        print(result)
+
+
+def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> None:
+    """Meta-train for a minute to show the loop, then race the shipped NFNOpt against tuned Adam.
+
+    An MLP, a CNN and a transformer, one seed, Adam with the best of five learning rates.
+
+    Args:
+        out: folder of the results.
+        workers: processes, each with one thread.
+        steps: steps of every run of the race.
+    """
+    print(
+        "1. Meta-training a fresh optimizer for about a minute (only to show the loop).", flush=True
+    )
+    _train("demo", recipe_named("demo"), out / "train", "never")
+    print("2. Training three networks with the shipped NFNOpt and with tuned Adam.", flush=True)
+    _evaluate(
+        ["nfn"],
+        out,
+        tasks=DEMO_TASKS,
+        seeds=1,
+        workers=workers,
+        steps=steps,
+        grids={"adam": DEMO_RATES},
+    )
+
+
+# ------------------------------------------------------------------------------------- their parts
+
+
+def recipe_named(name: str) -> Any:
+    """The recipe of that name, or the one that ``recipe()`` in a ``.py`` file returns."""
+    if name.endswith(".py"):
+        return _recipe_from(Path(name))
+    from meta_train.recipes import RECIPES
+
+    if name not in RECIPES:
+        _fail(
+            f"unknown recipe {name!r}. Valid recipes: {', '.join(RECIPES)}, "
+            "or the path of a .py file that defines recipe()."
+        )
+    return RECIPES[name]()
+
+
+def _recipe_from(path: Path) -> Any:
+    if not path.is_file():
+        _fail(f"there is no file {path}.")
+    defined = runpy.run_path(str(path))
+    if "recipe" not in defined:
+        _fail(f"{path} defines no recipe(): it must be a function that returns a Recipe.")
+    return defined["recipe"]()
+
+
+def _train_with_fields(found: Any) -> Callable:
+    """``train``, whose options are also the fields of this recipe."""
+    import tyro
+
+    def command(
+        recipe, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto", fields=found
+    ) -> None:
+        _train(recipe, fields, out, resume)
+
+    command.__doc__ = train.__doc__
+    command.__annotations__ |= {
+        "recipe": str,
+        "fields": Annotated[type(found), tyro.conf.arg(name="")],
+    }
+    return command
+
+
+def _train(name: str, recipe: Any, out: Path | None, resume: str) -> None:
+    from meta_train.train import train
+
+    out = Path("runs") / Path(name).stem if out is None else out
+    try:
+        print(f"trained: {train(recipe, out, resume=resume)}")
+    except KeyboardInterrupt:
+        _fail(f"interrupted. The last checkpoint is in {out}; the same command goes on from it.")
+
+
+def _evaluate(optimizers: Sequence[str], out: Path, **options: Any) -> None:
+    from meta_train.evaluate import UnknownName, evaluate
+
+    try:
+        evaluate(optimizers, out, **options)
+    except UnknownName as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail(
+            f"interrupted. Finished runs are in {out / 'runs.jsonl'}: the same command goes on "
+            f"from there, and '{PROG} report {out}' shows what is there."
+        )
+    report(out)
+
+
+def _split(names: Sequence[str]) -> list[str]:
+    return [part for name in names for part in name.split(",") if part]
+
+
+if __name__ == "__main__":
+    main()

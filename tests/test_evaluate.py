@@ -1,0 +1,578 @@
+"""Evaluation: the measures on curves with known answers, the loop, the store, the command line."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import trim_mean
+from torch import nn
+from torch.func import functional_call
+
+from meta_train import evaluate as ev
+from meta_train import report as rp
+from meta_train.__main__ import main
+from meta_train.evaluate import CAP, Curve, Job, Store, UnknownName, evaluate
+
+HERE = Path(__file__).parent
+ME = f"{Path(__file__).stem}:SUITE"  # the suite of this file, by name, as workers find it
+
+
+# -------------------------------------------------------------------------------------- tiny tasks
+
+
+class Quadratic:
+    """Loss 1/2 sum_k a_k w_k^2 with noise on the gradient; SGD is stable up to lr = 2 / max(a)."""
+
+    def __init__(self, name: str = "quadratic", noise: float = 0.0, steps: int = 40):
+        self.name, self.noise, self.steps, self.ceiling = name, noise, steps, 10.0
+        self.model = nn.Linear(3, 1, bias=False)
+        self.curvature = torch.tensor([1.0, 0.5, 0.25])
+
+    def init(self, generator):
+        return {"weight": torch.randn(1, 3, generator=generator)}
+
+    def batch(self, generator):
+        return (self.noise * torch.randn(1, 3, generator=generator),)
+
+    def train_eval(self):
+        return (torch.zeros(1, 3),)
+
+    held_out = train_eval
+
+    def loss(self, params, batch):
+        w = params["weight"]
+        return (0.5 * self.curvature * w**2 + batch[0] * w).sum()
+
+
+class Regression:
+    """A small network with hidden matrices on fixed data."""
+
+    name, steps, ceiling = "regression", 30, 4.0
+
+    def __init__(self):
+        self.model = nn.Sequential(
+            nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+        )
+        self.x = torch.randn(96, 4, generator=torch.Generator().manual_seed(7))
+        self.y = torch.sin(self.x[:, :2]) * self.x[:, 2:]
+
+    def init(self, generator):
+        return {
+            name: torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
+            for name, p in self.model.named_parameters()
+        }
+
+    def batch(self, generator):
+        rows = torch.randint(64, (16,), generator=generator)
+        return self.x[rows], self.y[rows]
+
+    def train_eval(self):
+        return self.x[:64], self.y[:64]
+
+    def held_out(self):
+        return self.x[64:], self.y[64:]
+
+    def loss(self, params, batch):
+        x, y = batch
+        return (functional_call(self.model, params, (x,)) - y).square().mean()
+
+
+SUITE = {
+    "quadratic": Quadratic,
+    "noisy": lambda: Quadratic("noisy", noise=0.3),
+    "regression": Regression,
+}
+GRIDS = {"adam": (1e-2, 1e-1), "sgdm": (1e-2, 1e-1), "adamw-cosine": (1e-2, 1e-1)}
+
+
+def measure(out, optimizers=("sgdm",), **options):
+    options = {"suite": ME, "tasks": ["quadratic"], "seeds": 2, "grids": GRIDS, **options}
+    return evaluate(list(optimizers), out, say=lambda line: None, **options)
+
+
+def curve(losses, every=10, diverged=False):
+    at = [every * k for k in range(len(losses))]
+    return Curve(at, list(losses), list(losses), seconds=1.0, ran=at[-1], diverged=diverged)
+
+
+# ---------------------------------------------------------------------------------------- speed-up
+
+
+ADAM = curve([1 - k / 100 for k in range(61)])  # straight line: loss 1 - step / 1000, to step 600
+
+
+@pytest.mark.parametrize(
+    ("final", "steps", "expected"),
+    [
+        (0.9, 100, 1.0),  # Adam is at 0.9 after 100 steps
+        (0.8, 100, 2.0),
+        (0.5, 100, 5.0),
+        (0.955, 100, 0.45),  # slower than Adam, and between two evaluation points
+        (0.8, 50, 4.0),  # counted in the optimizer's own steps
+        (1.2, 100, 0.0),  # worse than the initial loss
+    ],
+)
+def test_speed_up_on_a_straight_line(final, steps, expected):
+    value, capped = ev.speed_up(ADAM, curve([1.0, final], every=steps))
+    assert value == pytest.approx(expected, rel=1e-9)
+    assert not capped
+
+
+def test_speed_up_is_capped_where_adam_never_arrives():
+    assert ev.speed_up(ADAM, curve([1.0, 0.3], every=100)) == (CAP, True)
+
+
+def test_speed_up_of_a_diverged_run_is_zero():
+    assert ev.speed_up(ADAM, curve([1.0, math.inf], every=100, diverged=True)) == (0.0, False)
+
+
+def test_speed_up_ignores_one_noisy_point_of_adam():
+    losses = list(ADAM.train)
+    losses[3] = 0.5  # a single lucky evaluation; the median of three removes it
+    noisy = curve(losses)
+    value, _ = ev.speed_up(noisy, curve([1.0, 0.8], every=100))
+    assert value == pytest.approx(2.0, rel=0.06)
+
+
+def test_speed_up_counts_the_first_arrival_of_a_curve_that_rises_again():
+    losses = [1.0, 0.9, 0.8, 0.7, 0.6, 0.6, 0.9, 0.9, 0.9, 0.9]
+    value, capped = ev.speed_up(curve(losses), curve([1.0, 0.65], every=10))
+    assert (value, capped) == (pytest.approx(3.5), False)
+
+
+def test_speed_up_against_a_diverged_adam_is_the_cap():
+    assert ev.speed_up(curve([1.0, math.inf, math.inf]), curve([1.0, 0.9])) == (CAP, True)
+
+
+def test_loss_ratio():
+    assert ev.loss_ratio(0.4, curve([1.0, 0.1]), ceiling=1.0) == pytest.approx(4.0)
+    assert ev.loss_ratio(0.4, curve([1.0, math.inf], diverged=True), ceiling=1.0) == 0.0
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_iqm_is_the_trimmed_mean_and_forgets_outliers():
+    values = np.random.default_rng(0).normal(size=40)
+    assert ev.iqm(values) == trim_mean(values, 0.25)
+    assert ev.iqm([1, 2, 3, 1e9]) == 2.5
+
+
+def test_interval_contains_the_iqm_and_shrinks_with_more_seeds():
+    generator = np.random.default_rng(1)
+    few = [generator.normal(k, 1, size=4) for k in range(5)]
+    many = [generator.normal(k, 1, size=64) for k in range(5)]
+    for strata in (few, many):
+        low, high = ev.iqm_interval(strata)
+        assert low < ev.iqm(np.concatenate(strata)) < high
+    width = [np.subtract(*ev.iqm_interval(s)[::-1]) for s in (few, many)]
+    assert width[1] < 0.75 * width[0]
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    generator = np.random.default_rng(2)
+    covered = 0
+    for _ in range(60):
+        low, high = ev.iqm_interval([generator.normal(3, 1, size=12) for _ in range(4)])
+        covered += low < 3 < high
+    assert covered >= 50  # 57 expected
+
+
+def test_interval_is_stratified_differences_between_tasks_do_not_widen_it():
+    generator = np.random.default_rng(3)
+    noise = [generator.normal(0, 0.01, size=3) for _ in range(6)]
+    apart = [100 * k + x for k, x in enumerate(noise)]
+    low, high = ev.iqm_interval(apart)
+    assert high - low < 0.1
+
+
+def test_interval_needs_two_seeds():
+    assert ev.iqm_interval([[1.0], [2.0]]) is None
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def test_same_weights_and_data_for_every_optimizer_and_length():
+    seen = {}
+
+    class Recorded(Regression):
+        def batch(self, generator):
+            batch = super().batch(generator)
+            log.append(batch[0].sum().item())
+            return batch
+
+    for name, steps in (("adam", 30), ("sgdm", 30), ("muon-cosine", 30), ("adam", 60)):
+        log = []
+        entry, _ = ev.optimizer_named(name)
+        task = Recorded()
+        c = ev.run(task, lambda m, steps, e=entry: e.factory(m, 1e-3, steps), 3, steps)
+        seen[name, steps] = (c.train[0], log[:30])
+    assert len({(start, tuple(batches)) for start, batches in seen.values()}) == 1
+
+
+def test_a_run_leaves_the_task_as_it_was_and_depends_on_the_seed():
+    task = Regression()
+    before = copy.deepcopy(task.model.state_dict())
+    curves = [ev.run(task, lambda m, steps: ev.adam(m, 1e-2, steps), s, 20) for s in (0, 0, 1)]
+    assert curves[0].train == curves[1].train != curves[2].train
+    for name, value in task.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_run_matches_a_loop_written_by_hand():
+    task = Quadratic()
+    c = ev.run(task, lambda m, steps: ev.sgdm(m, 0.1, steps), 5, 40)
+    w = task.init(torch.Generator().manual_seed(5))["weight"].clone().requires_grad_()
+    optimizer = torch.optim.SGD([w], 0.1, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        task.loss({"weight": w}, task.train_eval()).backward()
+        optimizer.step()
+    expected = task.loss({"weight": w}, task.train_eval()).item()
+    assert c.final_train == pytest.approx(expected, rel=1e-5)
+    assert (c.at[0], c.at[-1], c.ran) == (0, 40, 40)
+
+
+def test_the_beginning_of_a_long_run_is_the_short_run():
+    task = Regression()
+    short, long = (
+        ev.run(task, lambda m, steps: ev.adam(m, 1e-2, steps), 0, steps) for steps in (30, 180)
+    )
+    beginning = long.until(30, task.ceiling)
+    assert (beginning.at, beginning.train) == (short.at, short.train)
+    assert beginning.held_out == short.held_out
+
+
+@pytest.mark.parametrize(
+    ("steps", "horizon"), [(1, 1), (7, 7), (333, 333), (1998, 333), (120, 400)]
+)
+def test_evaluation_steps(steps, horizon):
+    at = ev.evaluation_steps(steps, horizon)
+    assert (at[0], at[-1]) == (0, steps)
+    assert at == sorted(set(at))
+    assert len(at) <= 2 + ev.POINTS * max(1, steps / horizon)
+    if steps >= horizon:
+        assert at[: at.index(horizon) + 1] == ev.evaluation_steps(horizon, horizon)
+
+
+def test_evaluation_batches_are_cut_evenly_and_never_below_256_examples():
+    task = Regression()
+    task.x, task.y = torch.arange(2048.0).repeat(4, 1).T, torch.zeros(2048, 2)
+    task.train_eval = lambda: (task.x[:1024], task.y[:1024])
+    train, held_out = ev.evaluation_batches(task)  # batches of 16: 256 examples
+    assert torch.equal(train[0][:, 0], torch.arange(0, 1024.0, 4))
+    assert len(held_out[0]) == len(held_out[1]) == 256
+    task.train_eval = lambda: (task.x[:200], task.y[:200])
+    assert len(ev.evaluation_batches(task)[0][0]) == 200
+
+
+def test_divergence_is_marked_and_stops_the_run():
+    c = ev.run(Quadratic(steps=1000), lambda m, steps: ev.sgdm(m, 100.0, steps), 0, 1000)
+    assert c.diverged
+    assert c.ran < 1000
+    assert c.final_train == math.inf
+    assert len(c.train) == len(c.held_out) == len(c.at)
+    assert math.isfinite(c.train[0])
+
+
+def test_a_finite_but_large_final_loss_is_divergence_too():
+    c = ev.run(Quadratic(), lambda m, steps: ev.sgdm(m, 4.2, steps), 0, 10)
+    assert math.isfinite(c.final_train) and c.final_train > 30
+    assert c.diverged and c.ran == 10
+
+
+def test_weights_that_do_not_fit_the_model_are_refused():
+    task = Quadratic()
+    task.init = lambda generator: {"w": torch.zeros(1, 3)}
+    with pytest.raises(ValueError, match="must name every parameter"):
+        ev.run(task, lambda m, steps: ev.adam(m, 0.1, steps), 0, 5)
+
+
+# -------------------------------------------------------------------------------------- optimizers
+
+
+def test_every_baseline_lowers_the_loss_and_has_a_grid_of_half_decades():
+    for name, (factory, grid) in ev.OPTIMIZERS.items():
+        if grid is None:
+            continue
+        assert len(grid) >= 7
+        assert np.diff(np.log10(grid)) == pytest.approx(0.5, abs=0.01)
+        c = ev.run(Regression(), lambda m, steps, f=factory: f(m, 1e-2, steps), 0, 30)
+        assert c.final_train < c.train[0], name
+
+
+def test_muon_takes_hidden_matrices_only():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(5, 4)
+            self.pos = nn.Parameter(torch.zeros(3, 4))
+            self.norm = nn.LayerNorm(4)
+            self.conv = nn.Conv2d(4, 4, 3)
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+            self.head = nn.Linear(4, 5)
+
+    assert ev.hidden_matrices(Block()) == {"fc1.weight", "fc2.weight"}
+    assert ev.hidden_matrices(Regression().model) == {"2.weight"}
+    assert ev.hidden_matrices(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))) == set()
+    joined, _ = ev.muon(Regression().model, 1e-2, 10)
+    assert [type(part).__name__ for part in joined.parts] == ["AdamW", "Muon"]
+    assert [p.shape for p in joined.param_groups[1]["params"]] == [(8, 8)]
+
+
+def test_cosine_reaches_zero_in_every_part():
+    model = Regression().model
+    optimizer, scheduler = ev.OPTIMIZERS["muon-cosine"].factory(model, 1e-2, 10)
+    for _ in range(10):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [0.0, 0.0]
+
+
+def test_tuning_picks_the_right_rate_on_a_quadratic(tmp_path):
+    # Momentum 0.9, curvatures 1, 0.5, 0.25, 40 steps: too small a rate is slow, 10 diverges.
+    rates = (1e-3, 1e-2, 1e-1, 10.0)
+    found = measure(tmp_path, ["sgdm"], grids={**GRIDS, "sgdm": rates})
+    losses = {}
+    for lr in rates:
+        curves = [
+            ev.run(Quadratic(), lambda m, steps, lr=lr: ev.sgdm(m, lr, steps), s, 40)
+            for s in (0, 1)
+        ]
+        losses[lr] = sum(c.final_train for c in curves)
+    assert min(losses, key=losses.get) == 1e-1
+    assert {o.lr for o in found if o.optimizer == "sgdm"} == {1e-1}
+    assert not any(o.at_edge for o in found if o.optimizer == "sgdm")
+
+
+# ------------------------------------------------------------------------------- whole evaluations
+
+
+def test_adam_is_its_own_reference(tmp_path):
+    # So small a rate that nothing oscillates: the curve falls until the end.
+    found = measure(tmp_path, [], tasks=["regression"], grids={"adam": (1e-3,)})
+    assert len(found) == 2
+    for outcome in found:
+        assert outcome.speed_up == pytest.approx(1.0, rel=1e-6)
+        assert outcome.loss_ratio == pytest.approx(1.0)
+
+
+def test_a_diverging_optimizer_is_marked_and_the_rest_is_measured(tmp_path):
+    found = measure(tmp_path, ["sgdm"], grids={**GRIDS, "sgdm": (100.0,)})
+    diverged = [o for o in found if o.optimizer == "sgdm"]
+    assert [o.curve.diverged for o in diverged] == [True, True]
+    assert [(o.speed_up, o.loss_ratio) for o in diverged] == [(0.0, 0.0)] * 2
+    assert "2 of 2" in rp.report(tmp_path)
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same_table(tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    optimizers = ["sgdm", "adamw-cosine"]
+    tasks = ["quadratic", "noisy"]
+    expected = measure(whole, optimizers, tasks=tasks)
+    total = len(Store(whole / "runs.jsonl").runs)
+
+    done = []
+    work = ev.work
+
+    def stop_after_seven(job, data, steps):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(job.key)
+        return work(job, data, steps)
+
+    monkeypatch.setattr(ev, "work", stop_after_seven)
+    with pytest.raises(KeyboardInterrupt):
+        measure(broken, optimizers, tasks=tasks)
+    with open(broken / "runs.jsonl", "a") as file:
+        file.write('{"job": {"suite": "cut off')  # as by a crash in the middle of a line
+
+    def count(job, data, steps):
+        done.append(job.key)
+        return work(job, data, steps)
+
+    monkeypatch.setattr(ev, "work", count)
+    found = measure(broken, optimizers, tasks=tasks)
+    assert len(done) == len(set(done)) == total
+
+    def essence(outcomes):
+        return [
+            (o.optimizer, o.task, o.seed, o.lr, o.speed_up, o.curve.train) for o in outcomes
+        ]  # all but the wall clock
+
+    # What was read back is rounded to the six digits of the file.
+    for (*names, speed, train), (*names2, speed2, train2) in zip(
+        essence(found), essence(expected), strict=True
+    ):
+        assert names == names2
+        assert speed == pytest.approx(speed2, rel=1e-3)
+        assert train == pytest.approx(train2, rel=1e-5)
+
+    done.clear()
+    measure(broken, optimizers, tasks=tasks)
+    assert done == []
+
+
+def test_more_seeds_run_only_what_is_new_and_another_task_of_that_name_everything(
+    tmp_path, monkeypatch
+):
+    measure(tmp_path, seeds=2)
+    done, work = [], ev.work
+    monkeypatch.setattr(ev, "work", lambda job, **kw: done.append(job) or work(job, **kw))
+    measure(tmp_path, seeds=3)
+    assert {job.seed for job in done} == {2}
+    done.clear()
+    measure(tmp_path, seeds=3, steps=20)  # another horizon: another fingerprint
+    assert {job.seed for job in done} == {0, 1, 2}
+
+
+def test_horizon_speed_up(tmp_path):
+    grids = {"sgdm": (1e-1,), "adam": (1e-3,)}
+    found = measure(tmp_path, ["sgdm"], seeds=1, horizon="adam", grids=grids)
+    value = next(o.horizon_speed_up for o in found if o.optimizer == "sgdm")
+    target = next(o.curve.final_train for o in found if o.optimizer == "adam")
+    reaches = [
+        r
+        for r in ev.HORIZONS
+        if ev.run(
+            Quadratic(), lambda m, steps: ev.sgdm(m, 0.1, steps), 0, round(40 * r)
+        ).final_train
+        <= target
+    ]
+    assert value == pytest.approx(1 / min(reaches))
+    assert value > 1
+    assert "horizon speed-up over adam" in rp.report(tmp_path)
+
+
+def test_workers_give_what_one_process_gives(tmp_path):
+    one = measure(tmp_path / "one", seeds=1, tasks=["noisy"])
+    two = measure(tmp_path / "two", seeds=1, tasks=["noisy"], workers=2)
+    assert [o.curve.train for o in one] == [o.curve.train for o in two]
+
+
+def test_store_keeps_infinities_as_valid_json(tmp_path):
+    store = Store(tmp_path / "runs.jsonl")
+    job = Job("S", "t", "f", "adam", "", 1e-3, 0, 10)
+    store.add(job, curve([1.0, math.inf], diverged=True))
+    line = (tmp_path / "runs.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["curve"]["train"] == [1.0, None]
+    assert Store(tmp_path / "runs.jsonl").runs[job.key].train == [1.0, math.inf]
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def test_report_writes_table_and_pictures(tmp_path):
+    measure(tmp_path, ["sgdm", "adamw-cosine"], tasks=["quadratic", "regression"])
+    text = rp.report(tmp_path)
+    assert (tmp_path / "report.md").read_text() == text
+    for name in ("curves.png", "speedups.png"):
+        data = (tmp_path / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {row.split("|")[1].strip() for row in rows} == {
+        "optimizer",
+        "adam",
+        "sgdm",
+        "adamw-cosine",
+    }
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_report_of_an_unfinished_evaluation_shows_what_is_there(tmp_path):
+    measure(tmp_path)
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]))
+    assert "Incomplete: " in rp.report(tmp_path)
+
+
+def test_report_on_an_empty_folder_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match="evaluate --out"):
+        main(["report", str(tmp_path)])
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def test_unknown_names_list_the_valid_ones(tmp_path):
+    with pytest.raises(UnknownName, match="adamw-cosine, sgdm"):
+        measure(tmp_path, ["adamm"])
+    with pytest.raises(UnknownName, match="quadratic, noisy, regression"):
+        measure(tmp_path, tasks=["quadratik"])
+    with pytest.raises(UnknownName, match="VALID, HELD_OUT"):
+        measure(tmp_path, suite="VALIDD")
+    with pytest.raises(UnknownName, match="VALID, HELD_OUT"):
+        measure(tmp_path, suite="no.such.module:SUITE")
+    with pytest.raises(UnknownName, match="Valid labels: adam, sgdm"):
+        measure(tmp_path, horizon="muon")
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_command_line_evaluates_and_reports(tmp_path, capsys):
+    arguments = [
+        "--suite",
+        ME,
+        "--tasks",
+        "quadratic,noisy",
+        "--optimizers",
+        "sgdm",
+        "--seeds",
+        "1",
+    ]
+    arguments += ["--workers", "1", "--steps", "12", "--out", str(tmp_path)]
+    main(["evaluate", *arguments])
+    first = capsys.readouterr().out
+    assert "| sgdm" in first and "[tuning 1/" in first
+    main(["report", str(tmp_path)])
+    assert "| sgdm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--optimizers", "adamm"], "unknown optimizer 'adamm'. Valid names: adam"),
+        (["evaluate", "--optimizers", "adam", "--tasks", "x"], "unknown task 'x'"),
+    ],
+)
+def test_command_line_says_what_is_wrong(tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main([*arguments, "--suite", ME, "--out", str(tmp_path)])
+
+
+def test_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(SystemExit, match=r"pip install 'learned-opt\[meta\]'"):
+        main(["report", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_valid_file_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "meta_train", "evaluate", "--suite", ME, "--workers", "2"]
+    command += ["--optimizers", "sgdm", "--steps", "2000", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("[tuning 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 30
+    assert process.returncode == 1
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    assert len(Store(tmp_path / "runs.jsonl").runs) >= 2
