@@ -28,22 +28,23 @@ def functional(
 
         init, update = functional(make_rule("nfn"), from_model(model), total_steps=100)
         state = init(params)
-        params, state = update(params, grads, state)                # differentiable, runs under vmap
-        params, state = update(params, grads, state, theta=theta)   # with another theta
+        params, state = update(params, grads, state)                # differentiable, runs under
+        vmap params, state = update(params, grads, state, theta=theta)   # with another theta
 
     Args:
-        rule: an update rule; or an :class:`NFNOpt`, whose rule and symmetry are taken, and whose options (of its
-            only group) replace the defaults below.
+        rule: an update rule; or an :class:`NFNOpt`, whose rule and symmetry are taken, and whose
+            options (of its only group) replace the defaults below.
         symmetry: of the weights; None: every axis by itself.
         lr: multiplies the update.
         weight_decay: decoupled, per step at ``lr=1``; one number, or one per name.
         total_steps: the horizon, if it is known.
 
     Returns:
-        ``init(params) -> state`` and ``update(params, grads, state, *, theta=None, lr=lr) -> (params, state)``.
-        ``grads`` may lack weights: these do not move. ``theta`` is a dict like ``rule.named_parameters()``; without
-        it the rule's own parameters are used, which receive gradients too where they require them. Non-finite
-        gradients propagate: what a loop does about them depends on the data, which a pure function cannot.
+        ``init(params) -> state`` and ``update(params, grads, state, *, theta=None, lr=lr) ->
+        (params, state)``. ``grads`` may lack weights: these do not move. ``theta`` is a dict like
+        ``rule.named_parameters()``; without it the rule's own parameters are used, which receive
+        gradients too where they require them. Non-finite gradients propagate: what a loop does
+        about them depends on the data, which a pure function cannot.
 
     Raises:
         ValueError: an NFNOpt with several groups: they have no common options.
@@ -58,7 +59,9 @@ def functional(
         group = rule.param_groups[0]
         lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
         rule, symmetry = rule.rule, rule.symmetry if symmetry is None else symmetry
-    known: dict[Any, Symmetry] = {}  # by names and shapes, because rules cache what they derive from a symmetry
+    known: dict[
+        Any, Symmetry
+    ] = {}  # by names and shapes, because rules cache what they derive from a symmetry
 
     def fitting(params: Weights) -> Symmetry:
         signature = tuple((n, p.shape) for n, p in params.items())
@@ -68,7 +71,12 @@ def functional(
         return known[signature]
 
     def update(
-        params: Weights, grads: Weights, state: State, *, theta: Weights | None = None, lr: float | Tensor = lr
+        params: Weights,
+        grads: Weights,
+        state: State,
+        *,
+        theta: Weights | None = None,
+        lr: float | Tensor = lr,
     ) -> tuple[Weights, State]:
         trained = {n: state[n] for n in grads}
         updates, new = apply_rule(
@@ -94,14 +102,15 @@ def register_higher() -> None:
 
         register_higher()
         optimizer = NFNOpt(model.named_parameters(), symmetry=from_model(model))
-        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel,
+        diffopt):
             diffopt.step(loss(fmodel))
             loss(fmodel).backward()          # reaches model.parameters() and diffopt.theta
 
     ``diffopt.theta`` is theta as a dict: the optimizer's own ``rule.named_parameters()``, or what
-    ``override={"theta": [theta]}`` put in its place. ``lr``, ``weight_decay`` and ``total_steps`` can be overridden
-    too. State is carried over from a used optimizer. Non-finite gradients propagate, and there is no ``maximize`` of
-    ``higher``'s own: the group's is respected.
+    ``override={"theta": [theta]}`` put in its place. ``lr``, ``weight_decay`` and ``total_steps``
+    can be overridden too. State is carried over from a used optimizer. Non-finite gradients
+    propagate, and there is no ``maximize`` of ``higher``'s own: the group's is respected.
 
     Raises:
         ImportError: ``higher`` is not installed.
@@ -125,7 +134,9 @@ def _differentiable(base: type) -> type:
             slots, self.symmetry = other._bind()
             self.rule = other.rule
             names = {id(s.param): s.name for s in slots}
-            self._names = [[names.get(id(p)) for p in group["params"]] for group in other.param_groups]
+            self._names = [
+                [names.get(id(p)) for p in group["params"]] for group in other.param_groups
+            ]
             super().__init__(other, *args, **kwargs)
 
         @property
@@ -141,7 +152,9 @@ def _differentiable(base: type) -> type:
             params, grads, state, groups = {}, {}, {}, {}
             places: dict[str, tuple[int, int]] = {}
             for i, (group, names) in enumerate(zip(self.param_groups, self._names, strict=True)):
-                for j, (name, p, g) in enumerate(zip(names, group["params"], grouped_grads[i], strict=True)):
+                for j, (name, p, g) in enumerate(
+                    zip(names, group["params"], grouped_grads[i], strict=True)
+                ):
                     if name is None or not p.numel():
                         continue
                     params[name], groups[name], places[name] = p, group, (i, j)
@@ -162,7 +175,9 @@ def _differentiable(base: type) -> type:
             )
             for name, update in updates.items():
                 i, j = places[name]
-                self.param_groups[i]["params"][j] = stepped(params[name], update, groups[name]["lr"])
+                self.param_groups[i]["params"][j] = stepped(
+                    params[name], update, groups[name]["lr"]
+                )
                 self.state[i][j] = state[name]
 
     return DifferentiableNFNOpt

@@ -1,6 +1,7 @@
 """NFNOpt: a ``torch.optim.Optimizer`` around a pure update rule.
 
-One numerics path: a step gathers weights, gradients and state by name, calls the rule, and writes the result back.
+One numerics path: a step gathers weights, gradients and state by name, calls the rule, and writes
+the result back.
 """
 
 import copy
@@ -25,7 +26,13 @@ from learned_opt.symmetry import Symmetry, SymmetryError, independent
 logger = logging.getLogger(__name__)
 
 NanPolicy = Literal["skip", "raise", "propagate"]
-RULE, SHA, THETA, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"  # keys of the first group of a state dict
+RULE, SHA, THETA, SYMMETRY = (
+    "rule",
+    "theta_sha256",
+    "theta",
+    "symmetry",
+)  # keys of the first group of a state dict
+LARGEST = 1e15  # largest gradient entry that a rule sees; float32 squares overflow at 2e19
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -35,6 +42,7 @@ class Slot(NamedTuple):
     name: str
     param: Tensor
     group: dict[str, Any]
+    shrink: float = 1.0  # of a gradient so large that its square would overflow
 
     @property
     def trained(self) -> bool:
@@ -62,15 +70,21 @@ def apply_rule(
     """``rule(params, grads, state, symmetry)`` in float32, or in float64 if any tensor is float64. Pure.
 
     Args:
-        theta: replaces the rule's own parameters (then the result is differentiable with respect to it).
+        theta: replaces the rule's own parameters (then the result is differentiable with respect to
+            it).
 
-    Other arguments and the result are those of :meth:`UpdateRule.forward`; the state keeps the dtypes it had.
+    Other arguments and the result are those of :meth:`UpdateRule.forward`; the state keeps the
+    dtypes it had.
     """
     wide = any(t.dtype == torch.float64 for t in params.values())
     dtype = torch.float64 if wide else torch.float32
     device = next(iter(params.values())).device
-    own = {**dict(rule.named_parameters()), **dict(rule.named_buffers())} if theta is None else theta
-    fits = all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in own.values())
+    own = (
+        {**dict(rule.named_parameters()), **dict(rule.named_buffers())} if theta is None else theta
+    )
+    fits = all(
+        t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in own.values()
+    )
     if theta is not None or not fits:
         cast = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in own.items()}
         call = lambda *args, **options: torch.func.functional_call(rule, cast, args, options)  # noqa: E731
@@ -98,7 +112,11 @@ def stepped(param: Tensor, update: Tensor, lr: float | Tensor) -> Tensor:
 def describe(rule: UpdateRule) -> str:
     """The rule's class and its plain settings, such as ``Adam(betas=(0.9, 0.999), eps=1e-08)``."""
     plain = (bool, int, float, str, tuple, torch.dtype)
-    settings = {k: v for k, v in vars(rule).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
+    settings = {
+        k: v
+        for k, v in vars(rule).items()
+        if isinstance(v, plain) and k[0] != "_" and k != "training"
+    }
     return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
@@ -110,22 +128,28 @@ class NFNOpt(torch.optim.Optimizer):
 
         optimizer = NFNOpt(model.named_parameters(), symmetry=from_model(model), total_steps=1000)
 
-    Weights, gradients and state are computed in float32 (float64 for float64 parameters); narrower parameters are
-    rounded at the end of a step. A step uses no random numbers and never changes a gradient.
+    Weights, gradients and state are computed in float32 (float64 for float64 parameters); narrower
+    parameters are rounded at the end of a step. A step uses no random numbers and never changes a
+    gradient.
 
     Args:
-        params: tensors, ``named_parameters()``, or parameter groups of either. Only named parameters can be matched
-            with a symmetry surely; unnamed ones are matched with it by position.
-        symmetry: how the axes of the parameters move together (:func:`learned_opt.from_model`); it may describe more
-            tensors than are optimised. None: every axis by itself, which is always right and knows least.
-        lr: multiplies the update (also per group); a number or a 1-element tensor. The learned rules set their own
-            rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
+        params: tensors, ``named_parameters()``, or parameter groups of either. Only named
+            parameters can be matched with a symmetry surely; unnamed ones are matched with it by
+            position.
+        symmetry: how the axes of the parameters move together (:func:`learned_opt.from_model`); it
+            may describe more tensors than are optimised. None: every axis by itself, which is
+            always right and knows least.
+        lr: multiplies the update (also per group); a number or a 1-element tensor. The learned
+            rules set their own rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
         weight_decay: decoupled, per step at ``lr=1`` (also per group).
-        total_steps: how many steps the training takes, if that is known; it sets the schedule of the learned rules.
+        total_steps: how many steps the training takes, if that is known; it sets the schedule of
+            the learned rules.
         rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`.
-        nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step out, weights and
-            state unchanged (:attr:`skipped_steps` counts, a warning names it once). "raise": FloatingPointError
-            before anything moves. "propagate": nothing is checked.
+        nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
+            out, weights and state unchanged (:attr:`skipped_steps` counts, a warning names it
+            once). "raise": FloatingPointError before anything moves. "propagate": nothing is
+            checked. (Where it is checked, a gradient with entries over 1e15 is scaled down to that,
+            lest squares overflow.)
         maximize: ascend instead (also per group).
 
     Attributes:
@@ -153,14 +177,23 @@ class NFNOpt(torch.optim.Optimizer):
         maximize: bool = False,
     ) -> None:
         if nan_policy not in ("skip", "raise", "propagate"):
-            raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
+            raise ValueError(
+                f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'"
+            )
         self.rule = make_rule(rule)
         self.symmetry = symmetry
         self.nan_policy = nan_policy
         self.skipped_steps: Counter[str] = Counter()
         self._binding: tuple[Any, tuple[str, ...], Symmetry] | None = None
-        self._complete = False  # parameter groups arrive one by one; the symmetry is for all of them
-        options = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
+        self._complete = (
+            False  # parameter groups arrive one by one; the symmetry is for all of them
+        )
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "total_steps": total_steps,
+            "maximize": maximize,
+        }
         _check_options(options)
         super().__init__(params, options)
         self._complete = True
@@ -196,7 +229,9 @@ class NFNOpt(torch.optim.Optimizer):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 name = str(position) if names is None else names[i]
-                name = f"{name}#{position}" if name in slots else name  # two networks in one optimizer
+                name = (
+                    f"{name}#{position}" if name in slots else name
+                )  # two networks in one optimizer
                 position += 1
                 if id(p) not in seen and (p.is_floating_point() or p.is_complex()):
                     slots[name] = Slot(name, p, group)
@@ -215,7 +250,9 @@ class NFNOpt(torch.optim.Optimizer):
     def _match(self, slots: list[Slot]) -> tuple[tuple[str, ...], Symmetry]:
         names = tuple(s.name for s in slots)
         if self.symmetry is None:
-            logger.info("NFNOpt: no symmetry given, every axis of %d tensors moves by itself", len(slots))
+            logger.info(
+                "NFNOpt: no symmetry given, every axis of %d tensors moves by itself", len(slots)
+            )
             return names, independent({s.name: s.param for s in slots})
         if any("param_names" in s.group for s in slots):
             names = tuple(n if n in self.symmetry.specs else _bare(n) for n in names)
@@ -229,7 +266,8 @@ class NFNOpt(torch.optim.Optimizer):
         """One update of every parameter that has a gradient.
 
         Args:
-            closure: reevaluates the model, calls ``backward`` and returns the loss; run with gradients enabled.
+            closure: reevaluates the model, calls ``backward`` and returns the loss; run with
+                gradients enabled.
 
         Returns:
             What the closure returns, else None.
@@ -244,7 +282,9 @@ class NFNOpt(torch.optim.Optimizer):
                 loss = closure()
         slots, symmetry = self._bind()
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))  # or the state could not be used outside of it
+            stack.enter_context(
+                torch.inference_mode(False)
+            )  # or the state could not be used outside of it
             stack.enter_context(torch.no_grad())
             for device in {s.param.device for s in slots}:
                 stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -261,8 +301,12 @@ class NFNOpt(torch.optim.Optimizer):
     def _step(self, slots: list[Slot], trained: list[Slot], symmetry: Symmetry) -> None:
         """Update ``trained``; the other tensors of ``slots`` are context."""
         params = {s.name: s.param.detach() for s in slots if not s.param.is_complex()}
+        signs = {s.name: -s.shrink if s.group["maximize"] else s.shrink for s in trained}
         grads = {s.name: s.param.grad.detach() for s in trained}
-        grads = {s.name: -grads[s.name] if s.group["maximize"] else grads[s.name] for s in trained}
+        grads = {
+            n: g if signs[n] == 1 else signs[n] * g.to(accumulator_dtype(g))
+            for n, g in grads.items()
+        }
         updates, state = apply_rule(
             self.rule,
             params,
@@ -273,12 +317,16 @@ class NFNOpt(torch.optim.Optimizer):
             weight_decay={s.name: s.group["weight_decay"] for s in trained},
         )
         for slot in trained:
-            slot.param.detach().copy_(stepped(params[slot.name], updates[slot.name], slot.group["lr"]))
+            slot.param.detach().copy_(
+                stepped(params[slot.name], updates[slot.name], slot.group["lr"])
+            )
             self.state[slot.param] = state[slot.name]
 
     def _create_state(self, slots: list[Slot]) -> None:
         new = {s.name: s.param for s in slots if not self.state.get(s.param)}
-        for name, state in self.rule.init({n: p.detach() for n, p in new.items()}).items() if new else ():
+        for name, state in (
+            self.rule.init({n: p.detach() for n, p in new.items()}).items() if new else ()
+        ):
             self.state[new[name]] = state
 
     def _usable(self, slots: list[Slot]) -> list[Slot]:
@@ -304,8 +352,8 @@ class NFNOpt(torch.optim.Optimizer):
                     stacklevel=4,
                 )
             self.skipped_steps[slot.name] += 1
-        out = {s.name for s in bad}
-        return [s for s in slots if s.name not in out]
+        good = [(s, x) for s, x in zip(slots, largest, strict=True) if math.isfinite(x)]
+        return [s._replace(shrink=LARGEST / x) if x > LARGEST else s for s, x in good]
 
     def _at_rest(self) -> bool:
         return all(float(group["lr"]) == 0 for group in self.param_groups)
@@ -313,7 +361,8 @@ class NFNOpt(torch.optim.Optimizer):
     # -- saving and loading
     def state_dict(self) -> dict[str, Any]:
         """State by position and parameter groups, as torch's. The first group also names the rule and holds theta
-        (tensors) and the symmetry (JSON), so that a run resumes bit for bit with what it was started with.
+        (tensors) and the symmetry (JSON), so that a run resumes bit for bit with what it was
+        started with.
         """
         saved = super().state_dict()
         theta = {n: t.detach().clone() for n, t in self.rule.state_dict().items()}
@@ -328,11 +377,12 @@ class NFNOpt(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`. Accumulators keep their precision whatever the parameters' dtype.
 
-        theta is restored as well (into a copy of the rule, with a warning if it differs), and so is the symmetry if
-        none was given.
+        theta is restored as well (into a copy of the rule, with a warning if it differs), and so is
+        the symmetry if none was given.
 
         Raises:
-            ValueError: another rule, other names, shapes or slots, or an altered theta. Nothing is changed then.
+            ValueError: another rule, other names, shapes or slots, or an altered theta. Nothing is
+                changed then.
         """
         loading: dict[str, Any] = {}
 
@@ -369,10 +419,15 @@ class NFNOpt(torch.optim.Optimizer):
                 "Construct it with that rule."
             )
         theta, sha = identity.get(THETA), identity.get(SHA)
-        if sha is None or sha == digest(own):
+        altered = theta is not None and digest(theta) != sha
+        if sha is None or (sha == digest(own) and not altered):
             return self.rule
-        if theta is None or digest(theta) != sha:
-            reason = "it does not hold that theta" if theta is None else "the theta that it holds was altered"
+        if theta is None or altered:
+            reason = (
+                "it does not hold that theta"
+                if theta is None
+                else "the theta that it holds was altered"
+            )
             raise ValueError(
                 f"the state dict was made with theta {sha[:12]}, this optimizer has {digest(own)[:12]}, and {reason}. "
                 "Construct the optimizer with rule=<path of that theta>."
@@ -383,7 +438,8 @@ class NFNOpt(torch.optim.Optimizer):
                 "version that made it, or start with fresh state."
             )
         warnings.warn(
-            f"NFNOpt: continuing with theta {sha[:12]} of the state dict instead of {digest(own)[:12]}.", stacklevel=5
+            f"NFNOpt: continuing with theta {sha[:12]} of the state dict instead of {digest(own)[:12]}.",
+            stacklevel=5,
         )
         rule = copy.deepcopy(self.rule)  # the caller may use theirs elsewhere
         rule.load_state_dict(theta)
@@ -403,17 +459,23 @@ class NFNOpt(torch.optim.Optimizer):
 
     def _saved_state(self, saved: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """State to restore per parameter, checked against the parameters and the rule."""
-        if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
+        if [len(g["params"]) for g in saved["param_groups"]] != [
+            len(g["params"]) for g in self.param_groups
+        ]:
             return []  # torch refuses this, in its own words
         wrong: list[str] = []
         owners: dict[Any, tuple[str, Tensor]] = {}
         for group, other in zip(self.param_groups, saved["param_groups"], strict=True):
             own_names = group.get("param_names")
-            names = own_names or other.get("param_names") or [f"parameter {k}" for k in other["params"]]
+            names = (
+                own_names or other.get("param_names") or [f"parameter {k}" for k in other["params"]]
+            )
             for key, name, p in zip(other["params"], names, group["params"], strict=True):
                 owners[key] = (name, p)
             pairs = zip(own_names or [], other.get("param_names", own_names) or [], strict=True)
-            wrong += [f"{a} here is {b} in the state dict" for a, b in pairs if _bare(a) != _bare(b)]
+            wrong += [
+                f"{a} here is {b} in the state dict" for a, b in pairs if _bare(a) != _bare(b)
+            ]
         wrong += [f"state of unknown parameter {k!r}" for k in saved["state"] if k not in owners]
         restored = []
         for key, slots in saved["state"].items():
@@ -435,7 +497,11 @@ class NFNOpt(torch.optim.Optimizer):
         wanted = {k: tuple(x.shape) for k, x in expected.items()}
         if found.keys() != wanted.keys():
             return [f"slots {', '.join(sorted(found))} instead of {', '.join(sorted(wanted))}"]
-        return [f"{k} has shape {found[k]} instead of {wanted[k]}" for k in found if found[k] != wanted[k]]
+        return [
+            f"{k} has shape {found[k]} instead of {wanted[k]}"
+            for k in found
+            if found[k] != wanted[k]
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "symmetry", "nan_policy", "skipped_steps")
@@ -451,7 +517,11 @@ class NFNOpt(torch.optim.Optimizer):
     def __repr__(self) -> str:
         slots, _ = self._bind()
         count = sum(s.param.numel() for s in slots)
-        known = "independent axes" if self.symmetry is None else f"symmetry of {len(self.symmetry.specs)} tensors"
+        known = (
+            "independent axes"
+            if self.symmetry is None
+            else f"symmetry of {len(self.symmetry.specs)} tensors"
+        )
         lines = [f"NFNOpt({describe(self.rule)}, {known}, {len(slots)} tensors, {count} weights)"]
         for i, group in enumerate(self.param_groups):
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}

@@ -1,6 +1,7 @@
-"""Adam, SGD and Muon as update rules: yardsticks with the numerics of ``torch.optim``, in the same clothes.
+"""Adam, SGD and Muon as update rules: yardsticks with the numerics of ``torch.optim``.
 
-They need a learning rate like torch's. Weight decay is decoupled in all three: ``Adam`` with it is ``torch.optim.AdamW``.
+They need a learning rate like torch's. Weight decay is decoupled in all three: ``Adam`` with it is
+``torch.optim.AdamW``.
 """
 
 import math
@@ -13,20 +14,24 @@ from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.polar import newton_schulz
 from learned_opt.symmetry import Symmetry
 
+Slots = dict[str, Tensor]  # the state of one tensor
+
 
 class Classic(UpdateRule):
-    """A rule that takes tensor by tensor, without theta: subclasses say which slots, and one tensor's update."""
+    """A rule that goes tensor by tensor, without theta: subclasses say its slots and its update."""
 
     slots: tuple[str, ...]
 
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        self, g: Tensor, s: dict[str, Tensor], matrix: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Update at unit learning rate, and next slots, of one tensor with gradient ``g``."""
         raise NotImplementedError
 
     def init(self, params: Weights) -> State:
         return {name: self._fresh(p) for name, p in params.items()}
 
-    def _fresh(self, p: Tensor) -> dict[str, Tensor]:
+    def _fresh(self, p: Tensor) -> Slots:
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         step = torch.zeros((), dtype=dtype, device=p.device)
         return {"step": step, **{slot: torch.zeros_like(p, dtype=dtype) for slot in self.slots}}
@@ -60,7 +65,9 @@ class SGD(Classic):
         super().__init__()
         self.momentum = momentum
 
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        self, g: Tensor, s: dict[str, Tensor], matrix: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         m = self.momentum * s["momentum_buffer"] + g
         return -m, {**s, "momentum_buffer": m}
 
@@ -72,14 +79,18 @@ class Adam(Classic):
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         super().__init__()
-        self.betas, self.eps = tuple(betas), eps
+        self.betas, self.eps = betas, eps
 
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        self, g: Tensor, s: dict[str, Tensor], matrix: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return adam(g, s, self.betas, self.eps)
 
 
 class Muon(Classic):
-    """Polar factor of Nesterov momentum on matrices, AdamW on all else: ``torch.optim.Muon`` (Jordan et al. 2024).
+    """Polar factor of Nesterov momentum on matrices, AdamW on all else (Jordan et al. 2024).
+
+    On matrices it is ``torch.optim.Muon``.
 
     A matrix is a parameter with two dimensions that is no lookup table (the symmetry's roles tell).
 
@@ -87,8 +98,8 @@ class Muon(Classic):
         momentum: of the matrices.
         nesterov: take the polar factor of the look-ahead momentum.
         ns_steps: Newton-Schulz iterations.
-        adjust: "match_rms_adamw", update ``0.2 sqrt(max(R, C)) polar``, so that one learning rate serves the matrices
-            and AdamW; or "original", ``sqrt(max(1, R / C)) polar``.
+        adjust: "match_rms_adamw", update ``0.2 sqrt(max(R, C)) polar``, so that one learning rate
+            serves the matrices and AdamW; or "original", ``sqrt(max(1, R / C)) polar``.
         dtype: of the Newton-Schulz iteration.
         betas, eps: of AdamW.
     """
@@ -110,9 +121,11 @@ class Muon(Classic):
         super().__init__()
         self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
         self.adjust, self.dtype = adjust, dtype
-        self.betas, self.eps = tuple(betas), eps
+        self.betas, self.eps = betas, eps
 
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        self, g: Tensor, s: dict[str, Tensor], matrix: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if not matrix:
             return adam(g, s, self.betas, self.eps)
         m = s["exp_avg"].lerp(g, 1 - self.momentum)
@@ -126,9 +139,7 @@ class Muon(Classic):
         return -scale * polar.to(g.dtype), {**s, "exp_avg": m}
 
 
-def adam(
-    g: Tensor, s: dict[str, Tensor], betas: tuple[float, float], eps: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def adam(g: Tensor, s: Slots, betas: tuple[float, float], eps: float) -> tuple[Tensor, Slots]:
     """Adam's update at unit learning rate and next slots; ``s["step"]`` counts this step already."""
     m = s["exp_avg"].lerp(g, 1 - betas[0])
     v = betas[1] * s["exp_avg_sq"] + (1 - betas[1]) * g * g

@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-# Quintic coefficients of Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): steep at zero, so that five
-# iterations bring singular values from 1e-3 up; they end in about [0.7, 1.2] rather than at 1.
+# Quintic coefficients of Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): steep at
+# zero, so that five iterations bring singular values from 1e-3 up, to about [0.7, 1.2] rather than 1.
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Approximate ``U V^T`` of ``x = U S V^T``, for every matrix of a batch.
 
-    Scale-free from the smallest normal number to the largest; an all-zero matrix gives exactly zero, with a finite
-    derivative. Commutes with permutations and sign changes of rows and of columns. Differentiable, runs under vmap.
+    Scale-free from the smallest normal number to the largest; an all-zero matrix gives exactly
+    zero, with a finite derivative. Commutes with permutations and sign changes of rows and of
+    columns. Differentiable, runs under vmap.
 
     Args:
         x: ``[..., R, C]``, floating.
@@ -40,10 +41,11 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 def unit_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x / |x|`` (Frobenius) over the last two dimensions, in ``dtype``; zero stays zero.
 
-    The largest entry is first brought into [0.5, 1) by a power of two: exact in binary floating point, and neither the
-    squares in the norm nor a narrower ``dtype`` then over- or underflow. The power is a constant to autograd, rightly:
-    the result does not depend on it. A nonzero matrix has norm >= 0.5 then, so the clamp only meets zero (and
-    subnormal) matrices, where it keeps value and derivative finite.
+    The largest entry is first brought into [0.5, 1) by a power of two: exact in binary floating
+    point, and neither the squares in the norm nor a narrower ``dtype`` then over- or underflow. The
+    power is a constant to
+    autograd, rightly: the result does not depend on it. A nonzero matrix has norm >= 0.5 then, so
+    the clamp only meets zero (and subnormal) matrices, where it keeps value and derivative finite.
     """
     largest = x.detach().abs().amax((-2, -1), keepdim=True)
     exponent = torch.frexp(largest).exponent.clamp(-126, 126)
