@@ -1,4 +1,4 @@
-"""The same update rules for differentiable training loops: pure functions for ``torch.func``, and ``higher``."""
+"""The update rules in differentiable training loops: functions for ``torch.func``, ``higher``."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,8 +28,8 @@ def functional(
 
         init, update = functional(make_rule("nfn"), from_model(model), total_steps=100)
         state = init(params)
-        params, state = update(params, grads, state)                # differentiable, runs under
-        vmap params, state = update(params, grads, state, theta=theta)   # with another theta
+        params, state = update(params, grads, state)  # differentiable, runs under vmap
+        params, state = update(params, grads, state, theta=theta)  # with another theta
 
     Args:
         rule: an update rule; or an :class:`NFNOpt`, whose rule and symmetry are taken, and whose
@@ -53,15 +53,15 @@ def functional(
     if isinstance(rule, NFNOpt):
         if len(rule.param_groups) > 1:
             raise ValueError(
-                f"the optimizer has {len(rule.param_groups)} parameter groups, each with options of its own. "
-                "Pass optimizer.rule and the options: functional(optimizer.rule, symmetry, lr=..., weight_decay=...)."
+                f"the optimizer has {len(rule.param_groups)} parameter groups, each with its own "
+                "options. Pass rule and options: functional(optimizer.rule, symmetry, lr=...)."
             )
         group = rule.param_groups[0]
         lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
-        rule, symmetry = rule.rule, rule.symmetry if symmetry is None else symmetry
-    known: dict[
-        Any, Symmetry
-    ] = {}  # by names and shapes, because rules cache what they derive from a symmetry
+        symmetry = symmetry or rule.symmetry
+        rule = rule.rule
+    # by names and shapes; kept, because rules cache what they derive from a symmetry
+    known: dict[Any, Symmetry] = {}
 
     def fitting(params: Weights) -> Symmetry:
         signature = tuple((n, p.shape) for n, p in params.items())
@@ -96,7 +96,7 @@ def functional(
 
 
 def register_higher() -> None:
-    """Let ``higher`` differentiate through :class:`NFNOpt`. Call it once; calling it again changes nothing.
+    """Let ``higher`` differentiate through :class:`NFNOpt`. Call it once; again does nothing.
 
     ::
 
@@ -131,9 +131,9 @@ def _differentiable(base: type) -> type:
         """``higher``'s counterpart of :class:`NFNOpt`: same rule, out of place."""
 
         def __init__(self, other: NFNOpt, *args: Any, **kwargs: Any) -> None:
-            slots, self.symmetry = other._bind()
+            entries, self.symmetry = other._bind()
             self.rule = other.rule
-            names = {id(s.param): s.name for s in slots}
+            names = {id(e.param): e.name for e in entries}
             self._names = [
                 [names.get(id(p)) for p in group["params"]] for group in other.param_groups
             ]

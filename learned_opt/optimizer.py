@@ -26,17 +26,13 @@ from learned_opt.symmetry import Symmetry, SymmetryError, independent
 logger = logging.getLogger(__name__)
 
 NanPolicy = Literal["skip", "raise", "propagate"]
-RULE, SHA, THETA, SYMMETRY = (
-    "rule",
-    "theta_sha256",
-    "theta",
-    "symmetry",
-)  # keys of the first group of a state dict
+# keys of the first parameter group of a state dict
+RULE, SHA, THETA, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"
 LARGEST = 1e15  # largest gradient entry that a rule sees; float32 squares overflow at 2e19
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-class Slot(NamedTuple):
+class Entry(NamedTuple):
     """One optimised tensor: its name, the tensor, and its parameter group."""
 
     name: str
@@ -49,8 +45,14 @@ class Slot(NamedTuple):
         """Whether this step may move it."""
         return self.param.requires_grad and self.param.grad is not None
 
+    @property
+    def grad(self) -> Tensor:
+        """The gradient of a trained tensor, detached."""
+        assert self.param.grad is not None
+        return self.param.grad.detach()
 
-# ------------------------------------------------------------------------------------- the numerics path
+
+# -------------------------------------------------------------------------------- the numerics path
 def accumulator_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 tensors, float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -67,43 +69,35 @@ def apply_rule(
     weight_decay: float | Mapping[str, float] = 0.0,
     theta: Weights | None = None,
 ) -> tuple[Weights, State]:
-    """``rule(params, grads, state, symmetry)`` in float32, or in float64 if any tensor is float64. Pure.
+    """``rule(params, grads, state, symmetry)`` in float32, or float64 if any tensor is. Pure.
 
-    Args:
-        theta: replaces the rule's own parameters (then the result is differentiable with respect to
-            it).
-
-    Other arguments and the result are those of :meth:`UpdateRule.forward`; the state keeps the
-    dtypes it had.
+    Arguments and result are those of :meth:`UpdateRule.forward`; the state keeps the dtypes it had.
+    ``theta``, a dict like ``rule.named_parameters()``, replaces the rule's own parameters.
     """
     wide = any(t.dtype == torch.float64 for t in params.values())
     dtype = torch.float64 if wide else torch.float32
     device = next(iter(params.values())).device
-    own = (
-        {**dict(rule.named_parameters()), **dict(rule.named_buffers())} if theta is None else theta
-    )
-    fits = all(
-        t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in own.values()
-    )
-    if theta is not None or not fits:
-        cast = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in own.items()}
-        call = lambda *args, **options: torch.func.functional_call(rule, cast, args, options)  # noqa: E731
-    else:
-        call = rule
-    updates, new_state = call(
+    own = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
+    own = own if theta is None else theta
+    fits = all(t.device == device and t.dtype == dtype for t in own.values())
+    arguments = (
         {n: p.to(dtype) for n, p in params.items()},
         {n: g.to(dtype) for n, g in grads.items()},
         {n: {k: x.to(dtype) for k, x in slots.items()} for n, slots in state.items()},
         symmetry,
-        total_steps=total_steps,
-        weight_decay=weight_decay,
     )
+    options = {"total_steps": total_steps, "weight_decay": weight_decay}
+    if theta is not None or not fits:
+        cast = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in own.items()}
+        updates, new_state = torch.func.functional_call(rule, cast, arguments, options)
+    else:
+        updates, new_state = rule(*arguments, **options)
     kept = {n: {k: x.to(state[n][k].dtype) for k, x in new_state[n].items()} for n in state}
     return updates, kept
 
 
 def stepped(param: Tensor, update: Tensor, lr: float | Tensor) -> Tensor:
-    """``param + lr * update``, computed in the update's dtype, rounded to the parameter's. Out of place."""
+    """``param + lr * update`` in the update's dtype, then rounded to the parameter's. Pure."""
     if isinstance(lr, Tensor):
         update, lr = update * lr.to(update.device).reshape(()), 1.0
     return torch.add(param.to(update.dtype), update, alpha=lr).to(param.dtype)
@@ -120,7 +114,7 @@ def describe(rule: UpdateRule) -> str:
     return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
-# ----------------------------------------------------------------------------------------- the optimizer
+# ------------------------------------------------------------------------------------ the optimizer
 class NFNOpt(torch.optim.Optimizer):
     """Trains a network with an update rule that knows the symmetry of its weights.
 
@@ -185,9 +179,7 @@ class NFNOpt(torch.optim.Optimizer):
         self.nan_policy = nan_policy
         self.skipped_steps: Counter[str] = Counter()
         self._binding: tuple[Any, tuple[str, ...], Symmetry] | None = None
-        self._complete = (
-            False  # parameter groups arrive one by one; the symmetry is for all of them
-        )
+        self._complete = False  # groups arrive one by one; the symmetry is for all of them
         options = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -197,9 +189,11 @@ class NFNOpt(torch.optim.Optimizer):
         _check_options(options)
         super().__init__(params, options)
         self._complete = True
-        self._bind()
-        if not isinstance(rule, UpdateRule):  # ours alone: keep it where the weights are
-            self.rule.to(self.param_groups[0]["params"][0].device)
+        entries, _ = self._bind()
+        if entries and not isinstance(
+            rule, UpdateRule
+        ):  # ours alone: keep it where the weights are
+            self.rule.to(entries[0].param.device)
 
     # -- parameters and their names
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -210,7 +204,7 @@ class NFNOpt(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             _check_options(param_group)
-            if self.param_groups and param_group.get("total_steps", None) is not None:
+            if self.param_groups and param_group.get("total_steps") is not None:
                 _check_same_horizon(param_group, self.param_groups[0])
         super().add_param_group(param_group)
         if self._complete:
@@ -220,45 +214,47 @@ class NFNOpt(torch.optim.Optimizer):
                 self.param_groups.pop()
                 raise
 
-    def _slots(self) -> list[Slot]:
+    def _entries(self) -> list[Entry]:
         """Every floating tensor once, with its name: as given, else its position."""
-        slots: dict[str, Slot] = {}
+        entries: dict[str, Entry] = {}
         seen: set[int] = set()
         position = 0
         for group in self.param_groups:
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 name = str(position) if names is None else names[i]
-                name = (
-                    f"{name}#{position}" if name in slots else name
-                )  # two networks in one optimizer
+                if name in entries:  # two networks in one optimizer
+                    name = f"{name}#{position}"
                 position += 1
                 if id(p) not in seen and (p.is_floating_point() or p.is_complex()):
-                    slots[name] = Slot(name, p, group)
+                    entries[name] = Entry(name, p, group)
                 seen.add(id(p))
-        return list(slots.values())
+        return list(entries.values())
 
-    def _bind(self) -> tuple[list[Slot], Symmetry]:
-        """The tensors under the names of the symmetry, and that symmetry; checked whenever they have changed."""
-        slots = self._slots()
-        signature = tuple((s.name, s.param.shape) for s in slots)
+    def _bind(self) -> tuple[list[Entry], Symmetry]:
+        """The tensors under the symmetry's names, and the symmetry; checked when changed."""
+        entries = self._entries()
+        signature = tuple((e.name, e.param.shape) for e in entries)
         if self._binding is None or self._binding[0] != signature:
-            self._binding = (signature, *self._match(slots))
+            self._binding = (signature, *self._match(entries))
         _, names, symmetry = self._binding
-        return [s._replace(name=n) for s, n in zip(slots, names, strict=True)], symmetry
+        return [e._replace(name=n) for e, n in zip(entries, names, strict=True)], symmetry
 
-    def _match(self, slots: list[Slot]) -> tuple[tuple[str, ...], Symmetry]:
-        names = tuple(s.name for s in slots)
+    def _match(self, entries: list[Entry]) -> tuple[tuple[str, ...], Symmetry]:
+        names = tuple(e.name for e in entries)
         if self.symmetry is None:
             logger.info(
-                "NFNOpt: no symmetry given, every axis of %d tensors moves by itself", len(slots)
+                "NFNOpt: no symmetry given, every axis of %d tensors moves by itself", len(entries)
             )
-            return names, independent({s.name: s.param for s in slots})
-        if any("param_names" in s.group for s in slots):
+            return names, independent({e.name: e.param for e in entries})
+        if any("param_names" in e.group for e in entries):
             names = tuple(n if n in self.symmetry.specs else _bare(n) for n in names)
         else:
-            names = _by_position(slots, self.symmetry)
-        self.symmetry.validate({n: s.param for n, s in zip(names, slots, strict=True)})
+            names = _by_position(entries, self.symmetry)
+        twice = [n for n, count in Counter(names).items() if count > 1]
+        if twice:
+            raise SymmetryError(f"several parameters are called {_listed(twice)}: rename them.")
+        self.symmetry.validate({n: e.param for n, e in zip(names, entries, strict=True)})
         return names, self.symmetry
 
     # -- the step
@@ -280,89 +276,86 @@ class NFNOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        slots, symmetry = self._bind()
+        entries, symmetry = self._bind()
         with ExitStack() as stack:
-            stack.enter_context(
-                torch.inference_mode(False)
-            )  # or the state could not be used outside of it
+            # state made in the caller's inference mode could not be used outside of it
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            for device in {s.param.device for s in slots}:
+            for device in {e.param.device for e in entries}:
                 stack.enter_context(torch.autocast(device.type, enabled=False))
-            trained = [s for s in slots if s.trained]
-            for slot in trained:
-                _refuse_unsupported(slot)
-            usable = self._usable([s for s in trained if s.param.numel()])
+            trained = [e for e in entries if e.trained]
+            for entry in trained:
+                _refuse_unsupported(entry)
+            usable = self._usable([e for e in trained if e.param.numel()])
             self._create_state(trained)
-            for device in {s.param.device: None for s in usable}:
-                here = [s for s in slots if s.param.device == device and s.param.numel()]
-                self._step(here, [s for s in usable if s.param.device == device], symmetry)
+            for device in {e.param.device: None for e in usable}:
+                here = [e for e in entries if e.param.device == device and e.param.numel()]
+                self._step(here, [e for e in usable if e.param.device == device], symmetry)
         return loss
 
-    def _step(self, slots: list[Slot], trained: list[Slot], symmetry: Symmetry) -> None:
-        """Update ``trained``; the other tensors of ``slots`` are context."""
-        params = {s.name: s.param.detach() for s in slots if not s.param.is_complex()}
-        signs = {s.name: -s.shrink if s.group["maximize"] else s.shrink for s in trained}
-        grads = {s.name: s.param.grad.detach() for s in trained}
-        grads = {
-            n: g if signs[n] == 1 else signs[n] * g.to(accumulator_dtype(g))
-            for n, g in grads.items()
-        }
+    def _step(self, entries: list[Entry], trained: list[Entry], symmetry: Symmetry) -> None:
+        """Update ``trained``; the other tensors of ``entries`` are context."""
+        params = {e.name: e.param.detach() for e in entries if not e.param.is_complex()}
+        factors = {e.name: -e.shrink if e.group["maximize"] else e.shrink for e in trained}
+        grads = {e.name: e.grad for e in trained}
+        for n, factor in factors.items():
+            if factor != 1:
+                grads[n] = factor * grads[n].to(accumulator_dtype(grads[n]))
         updates, state = apply_rule(
             self.rule,
             params,
             grads,
-            {s.name: self.state[s.param] for s in trained},
+            {e.name: self.state[e.param] for e in trained},
             symmetry,
             total_steps=self.param_groups[0]["total_steps"],
-            weight_decay={s.name: s.group["weight_decay"] for s in trained},
+            weight_decay={e.name: e.group["weight_decay"] for e in trained},
         )
-        for slot in trained:
-            slot.param.detach().copy_(
-                stepped(params[slot.name], updates[slot.name], slot.group["lr"])
-            )
-            self.state[slot.param] = state[slot.name]
+        for entry in trained:
+            moved = stepped(params[entry.name], updates[entry.name], entry.group["lr"])
+            entry.param.detach().copy_(moved)
+            self.state[entry.param] = state[entry.name]
 
-    def _create_state(self, slots: list[Slot]) -> None:
-        new = {s.name: s.param for s in slots if not self.state.get(s.param)}
-        for name, state in (
-            self.rule.init({n: p.detach() for n, p in new.items()}).items() if new else ()
-        ):
-            self.state[new[name]] = state
+    def _create_state(self, entries: list[Entry]) -> None:
+        new = {e.name: e.param for e in entries if not self.state.get(e.param)}
+        if new:
+            for name, state in self.rule.init({n: p.detach() for n, p in new.items()}).items():
+                self.state[new[name]] = state
 
-    def _usable(self, slots: list[Slot]) -> list[Slot]:
-        """The slots to update, by what their gradients hold (one synchronisation per device)."""
-        if not slots or (self.nan_policy == "propagate" and not self._at_rest()):
-            return slots
-        largest = _largest_entries([s.param.grad for s in slots])
+    def _usable(self, entries: list[Entry]) -> list[Entry]:
+        """The entries to update, by what their gradients hold (one synchronisation per device)."""
+        if not entries or (self.nan_policy == "propagate" and not self._at_rest()):
+            return entries
+        largest = _largest_magnitudes([e.grad for e in entries])
         if not any(largest) and self._at_rest():
-            return []  # how torch's distributed checkpointing asks for the state to be created: it is no step
+            return []  # torch's distributed checkpointing asks for state in this way: it is no step
         if self.nan_policy == "propagate":
-            return slots
-        bad = [s for s, x in zip(slots, largest, strict=True) if not math.isfinite(x)]
+            return entries
+        bad = [e for e, x in zip(entries, largest, strict=True) if not math.isfinite(x)]
         if bad and self.nan_policy == "raise":
             raise FloatingPointError(
-                f"non-finite gradient of {_listed([s.name for s in bad])}. Nothing was changed. Lower the learning "
-                "rate, clip the loss, or pass nan_policy='skip' to leave such tensors out of the step."
+                f"non-finite gradient of {_listed([e.name for e in bad])}. Nothing was changed. "
+                "Lower the learning rate, clip the loss, or pass nan_policy='skip'."
             )
-        for slot in bad:
-            if not self.skipped_steps[slot.name]:
+        for entry in bad:
+            if not self.skipped_steps[entry.name]:
                 warnings.warn(
-                    f"NFNOpt: non-finite gradient of {slot.name}: the tensor sits this step out. "
+                    f"NFNOpt: non-finite gradient of {entry.name}: the tensor sits this step out. "
                     "optimizer.skipped_steps counts; nan_policy='raise' stops instead.",
                     stacklevel=4,
                 )
-            self.skipped_steps[slot.name] += 1
-        good = [(s, x) for s, x in zip(slots, largest, strict=True) if math.isfinite(x)]
-        return [s._replace(shrink=LARGEST / x) if x > LARGEST else s for s, x in good]
+            self.skipped_steps[entry.name] += 1
+        good = [(e, x) for e, x in zip(entries, largest, strict=True) if math.isfinite(x)]
+        return [e._replace(shrink=LARGEST / x) if x > LARGEST else e for e, x in good]
 
     def _at_rest(self) -> bool:
         return all(float(group["lr"]) == 0 for group in self.param_groups)
 
     # -- saving and loading
     def state_dict(self) -> dict[str, Any]:
-        """State by position and parameter groups, as torch's. The first group also names the rule and holds theta
-        (tensors) and the symmetry (JSON), so that a run resumes bit for bit with what it was
-        started with.
+        """State by position and parameter groups, as torch's.
+
+        The first group also names the rule and holds theta (tensors) and the symmetry (JSON), so
+        that a run resumes bit for bit with what it was started with.
         """
         saved = super().state_dict()
         theta = {n: t.detach().clone() for n, t in self.rule.state_dict().items()}
@@ -375,7 +368,7 @@ class NFNOpt(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resume from :meth:`state_dict`. Accumulators keep their precision whatever the parameters' dtype.
+        """Resume from :meth:`state_dict`; accumulators keep their precision.
 
         theta is restored as well (into a copy of the rule, with a warning if it differs), and so is
         the symmetry if none was given.
@@ -402,7 +395,7 @@ class NFNOpt(torch.optim.Optimizer):
                 self.state[p] = slots  # torch has cast them to the dtype of the parameter
             self._binding = None
 
-        # after the caller's hooks, which may adapt the state dict, and before theirs that see it loaded
+        # after the caller's hooks that may adapt the state dict, before those that see it loaded
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
@@ -415,7 +408,7 @@ class NFNOpt(torch.optim.Optimizer):
         own = {n: t.detach() for n, t in self.rule.state_dict().items()}
         if identity.get(RULE, describe(self.rule)) != describe(self.rule):
             raise ValueError(
-                f"the state dict is of rule {identity[RULE]}, this optimizer has {describe(self.rule)}. "
+                f"the state dict is of rule {identity[RULE]}, this one is {describe(self.rule)}. "
                 "Construct it with that rule."
             )
         theta, sha = identity.get(THETA), identity.get(SHA)
@@ -423,22 +416,19 @@ class NFNOpt(torch.optim.Optimizer):
         if sha is None or (sha == digest(own) and not altered):
             return self.rule
         if theta is None or altered:
-            reason = (
-                "it does not hold that theta"
-                if theta is None
-                else "the theta that it holds was altered"
-            )
+            reason = "does not hold it" if theta is None else "holds an altered one"
             raise ValueError(
-                f"the state dict was made with theta {sha[:12]}, this optimizer has {digest(own)[:12]}, and {reason}. "
+                f"the state dict was made with theta {sha[:12]} but {reason}; this optimizer has "
+                f"theta {digest(own)[:12]}. "
                 "Construct the optimizer with rule=<path of that theta>."
             )
         if {n: t.shape for n, t in theta.items()} != {n: t.shape for n, t in own.items()}:
             raise ValueError(
-                "the theta in the state dict does not fit this version of the rule. Construct the optimizer with the "
-                "version that made it, or start with fresh state."
+                "the theta in the state dict does not fit this version of the rule. Load it with "
+                "the version that made it, or start with fresh state."
             )
         warnings.warn(
-            f"NFNOpt: continuing with theta {sha[:12]} of the state dict instead of {digest(own)[:12]}.",
+            f"NFNOpt: continuing with theta {sha[:12]} of the state dict, not {digest(own)[:12]}.",
             stacklevel=5,
         )
         rule = copy.deepcopy(self.rule)  # the caller may use theirs elsewhere
@@ -452,8 +442,8 @@ class NFNOpt(torch.optim.Optimizer):
         saved = Symmetry.from_dict(json.loads(text))
         if self.symmetry is not None and self.symmetry.to_dict() != saved.to_dict():
             raise ValueError(
-                "the state dict was made with another symmetry than this optimizer has. Construct it with the same "
-                "symmetry, or with symmetry=None to take that of the state dict."
+                "the state dict was made with another symmetry than this optimizer has. Construct "
+                "it with the same symmetry, or with symmetry=None to take that of the state dict."
             )
         return self.symmetry or saved
 
@@ -486,8 +476,8 @@ class NFNOpt(torch.optim.Optimizer):
         if wrong:
             raise ValueError(
                 f"the state dict does not fit this optimizer:\n  {_listed(wrong, chr(10) + '  ')}\n"
-                "Give the optimizer the same parameters, in the same order and with the same rule as when it was "
-                "saved; a load_state_dict pre-hook can rename them. Nothing was changed."
+                "Give the optimizer the same parameters, in the same order and with the same rule, "
+                "as when it was saved; a load_state_dict pre-hook can rename. Nothing was changed."
             )
         return restored
 
@@ -515,21 +505,19 @@ class NFNOpt(torch.optim.Optimizer):
                 group.setdefault(option, self.defaults[option])
 
     def __repr__(self) -> str:
-        slots, _ = self._bind()
-        count = sum(s.param.numel() for s in slots)
-        known = (
-            "independent axes"
-            if self.symmetry is None
-            else f"symmetry of {len(self.symmetry.specs)} tensors"
-        )
-        lines = [f"NFNOpt({describe(self.rule)}, {known}, {len(slots)} tensors, {count} weights)"]
+        entries, _ = self._bind()
+        count = sum(e.param.numel() for e in entries)
+        known = "independent axes"
+        if self.symmetry is not None:
+            known = f"symmetry of {len(self.symmetry.specs)} tensors"
+        lines = [f"NFNOpt({describe(self.rule)}, {known}, {len(entries)} tensors, {count} weights)"]
         for i, group in enumerate(self.param_groups):
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             lines.append(f"  group {i}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
         return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ helpers
+# ------------------------------------------------------------------------------------------ helpers
 def _check_options(options: Mapping[str, Any]) -> None:
     lr = options.get("lr", 0.0)
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -546,46 +534,49 @@ def _check_options(options: Mapping[str, Any]) -> None:
 def _check_same_horizon(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     if group["total_steps"] != first["total_steps"]:
         raise ValueError(
-            f"total_steps={group['total_steps']} in one group and {first['total_steps']} in the first: "
+            f"total_steps={group['total_steps']} in a group, {first['total_steps']} in the first: "
             "the horizon is one for all. Pass it to the constructor."
         )
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without what wrappers put in: torch.compile and FSDP anywhere, DataParallel in front."""
+    """A name without what wrappers put in (torch.compile, FSDP anywhere; DataParallel in front)."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
-def _by_position(slots: list[Slot], symmetry: Symmetry) -> tuple[str, ...]:
-    found = [tuple(s.param.shape) for s in slots]
+def _by_position(entries: list[Entry], symmetry: Symmetry) -> tuple[str, ...]:
+    found = [tuple(e.param.shape) for e in entries]
     described = [spec.shape for spec in symmetry.specs.values()]
     if found != described:
         raise SymmetryError(
-            f"the parameters have no names, and their shapes {_listed(found)} are not, in order, those that the "
-            f"symmetry describes: {_listed(described)}. Pass model.named_parameters() instead of model.parameters()."
+            f"the parameters have no names, and their shapes {_listed(found)} are not, in order, "
+            f"those that the symmetry describes: {_listed(described)}. Pass "
+            "model.named_parameters() instead of model.parameters()."
         )
     return tuple(symmetry.specs)
 
 
-def _refuse_unsupported(slot: Slot) -> None:
-    if slot.param.is_complex():
+def _refuse_unsupported(entry: Entry) -> None:
+    if entry.param.is_complex():
         raise RuntimeError(
-            f"NFNOpt does not support complex parameters: {slot.name}. Train torch.view_as_real of it."
+            f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real."
         )
-    if slot.param.grad.layout != torch.strided:
+    if entry.grad.layout != torch.strided:
         raise RuntimeError(
-            f"NFNOpt does not support sparse gradients: {slot.name}. Use nn.Embedding(..., sparse=False)."
+            f"NFNOpt does not take sparse gradients: {entry.name}. Use nn.Embedding(sparse=False)."
         )
 
 
-def _largest_entries(tensors: list[Tensor]) -> list[float]:
+def _largest_magnitudes(tensors: list[Tensor]) -> list[float]:
     """Largest magnitude of each (NaN if it has one). Not the 2-norm, which overflows."""
     largest = [0.0] * len(tensors)
     for device in {t.device for t in tensors}:
         here = [i for i, t in enumerate(tensors) if t.device == device]
         norms = torch._foreach_norm([tensors[i] for i in here], math.inf)
-        for i, x in zip(here, torch.stack([n.double() for n in norms]).tolist(), strict=True):
+        wide = any(n.dtype == torch.float64 for n in norms)
+        stacked = torch.stack([n.to(torch.float64 if wide else torch.float32) for n in norms])
+        for i, x in zip(here, stacked.tolist(), strict=True):
             largest[i] = x
     return largest
 

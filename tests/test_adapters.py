@@ -1,4 +1,4 @@
-"""The adapters are the rule: held against a naive loop with autograd, through many steps, in float64."""
+"""The adapters are the rule: held against a naive loop with autograd, in float64."""
 
 import sys
 
@@ -74,7 +74,7 @@ def assert_same(actual, expected, tol=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
-# ------------------------------------------------------------------------------------------ functional
+# --------------------------------------------------------------------------------------- functional
 @every_rule
 def test_a_functional_loop_has_the_meta_gradient_of_the_naive_loop(name):
     model, rule, symmetry, lr, start, theta, reference = setting(name)
@@ -167,7 +167,7 @@ def test_functional_refuses_what_it_cannot_mean():
         update(params, params, init(params))
 
 
-# ---------------------------------------------------------------------------------------------- higher
+# ------------------------------------------------------------------------------------------- higher
 @pytest.fixture
 def higher():
     package = pytest.importorskip("higher")

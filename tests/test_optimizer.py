@@ -27,7 +27,7 @@ every_rule = pytest.mark.parametrize("name", sorted(RULES))
 
 
 def make_rule(name):
-    """The rule with a theta away from its start, where the learned rules would be the nominal one."""
+    """The rule with theta away from its start, where the learned rules are the nominal one."""
     rule, generator = RULES[name](), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in rule.parameters():
@@ -80,7 +80,7 @@ def through_disk(x):
     return torch.load(file, weights_only=True)
 
 
-# ------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------- the step
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_shell_is_the_pure_rule(name, dtype):
@@ -351,7 +351,7 @@ def test_integer_tensors_are_passed_over():
     assert_equal(w.detach(), torch.full((3,), 0.9))
 
 
-# ------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_parameters_are_computed_in_float32_and_rounded_at_the_end(name, dtype):
@@ -431,7 +431,7 @@ def test_memory_does_not_grow(name):
     assert footprint() == first
 
 
-# --------------------------------------------------------------------------------- non-finite gradients
+# ----------------------------------------------------------------------------- non-finite gradients
 @every_rule
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_tensor_with_a_non_finite_gradient_sits_out(name, value):
@@ -504,7 +504,7 @@ def test_grad_scaler_skips_a_step_that_overflowed():
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
-# --------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     "options, error, match",
     [
@@ -553,7 +553,7 @@ def test_sparse_gradients_are_refused_by_name():
         optimizer.step()
 
 
-# ---------------------------------------------------------------------------------- names and symmetry
+# ------------------------------------------------------------------------------- names and symmetry
 def chain_symmetry(model):
     """Its hidden units are one label: what independent axes do not say."""
     from learned_opt.symmetry import Label, Leaf, Spec, Symmetry
@@ -644,6 +644,12 @@ def test_a_symmetry_that_does_not_fit_is_refused_with_names_and_shapes():
             symmetry=symmetry,
             rule="adam",
         )
+    with pytest.raises(SymmetryError, match=r"several.*0\.bias"):
+        NFNOpt(
+            [("0.bias", model[0].bias), ("module.0.bias", other[0].bias)],
+            symmetry=symmetry,
+            rule="adam",
+        )
     with pytest.raises(SymmetryError, match="named_parameters"):
         NFNOpt(list(model.parameters())[::-1], symmetry=symmetry, rule="adam")
 
@@ -701,7 +707,7 @@ def test_no_symmetry_is_said_once(caplog):
     assert len([r for r in caplog.records if "symmetry" in r.message]) == 1
 
 
-# --------------------------------------------------------------------------------- saving and loading
+# ------------------------------------------------------------------------------- saving and loading
 @every_rule
 @pytest.mark.parametrize("named", [True, False])
 def test_a_run_resumes_bit_for_bit_through_a_file(name, named):
@@ -867,7 +873,7 @@ def test_the_first_load_of_accelerate_works():
     train(model, optimizer, 1)
 
 
-# --------------------------------------------------------------------- torch's distributed checkpointing
+# ---------------------------------------------------------------- torch's distributed checkpointing
 @every_rule
 def test_the_dummy_step_makes_state_and_is_no_step(name):
     model = make_model()
@@ -904,7 +910,7 @@ def test_distributed_checkpointing_resumes(name, flatten, symmetric, tmp_path):
     assert_equal(weights(resumed), weights(model))
 
 
-# ----------------------------------------------------------------------------------------- small things
+# ------------------------------------------------------------------------------------- small things
 def test_the_optimizer_has_no_modes():
     optimizer = make("nfn", make_model())
     assert not hasattr(optimizer, "train") and not hasattr(optimizer, "eval")

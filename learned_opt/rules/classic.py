@@ -140,7 +140,7 @@ class Muon(Classic):
 
 
 def adam(g: Tensor, s: Slots, betas: tuple[float, float], eps: float) -> tuple[Tensor, Slots]:
-    """Adam's update at unit learning rate and next slots; ``s["step"]`` counts this step already."""
+    """Adam's update at unit learning rate, and next slots; ``s["step"]`` counts from 1."""
     m = s["exp_avg"].lerp(g, 1 - betas[0])
     v = betas[1] * s["exp_avg_sq"] + (1 - betas[1]) * g * g
     m_hat = m / bias_correction(betas[0], s["step"])
@@ -151,5 +151,5 @@ def adam(g: Tensor, s: Slots, betas: tuple[float, float], eps: float) -> tuple[T
 
 
 def bias_correction(beta: float, step: Tensor) -> Tensor:
-    """``1 - beta^step`` without the cancellation that costs float32 four digits at the first step."""
+    """``1 - beta^step`` without the cancellation that costs float32 four digits at first."""
     return -torch.expm1(step * (math.log(beta) if beta else -math.inf))

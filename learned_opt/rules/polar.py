@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Quintic coefficients of Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): steep at
-# zero, so that five iterations bring singular values from 1e-3 up, to about [0.7, 1.2] rather than 1.
+# zero, so that five iterations bring singular values from 1e-3 up, to about [0.7, 1.2], not 1.
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
