@@ -223,10 +223,7 @@ def _train(name: str, recipe: Any, out: Path | None, resume: str) -> None:
     from meta_train.train import train
 
     out = Path("runs") / Path(name).stem if out is None else out
-    try:
-        print(f"trained: {train(recipe, out, resume=resume)}")
-    except KeyboardInterrupt:
-        _fail(f"interrupted. The last checkpoint is in {out}; the same command goes on from it.")
+    print(f"trained: {train(recipe, out, resume=resume)}")
 
 
 def _evaluate(optimizers: Sequence[str], out: Path, **options: Any) -> None:

@@ -39,7 +39,7 @@ MakeOptimizer = Callable[..., tuple[torch.optim.Optimizer, LRScheduler | None]]
 
 
 class UnknownName(ValueError):
-    """A suite, task, optimizer or recipe that does not exist; the message lists those that do."""
+    """A name that stands for nothing; the message lists the valid ones, or says what to do."""
 
 
 # ----------------------------------------------------------------------------------------- one run
@@ -49,12 +49,14 @@ class UnknownName(ValueError):
 class Curve:
     """What one run measured. ``train`` and ``held_out`` are losses (nats or squared error) at the
     steps ``at``, infinite from divergence on; ``seconds`` is the wall clock of the training steps
-    alone, ``ran`` how many of them were taken."""
+    alone, ``cpu_seconds`` their processor time (which other processes on the machine do not
+    stretch), ``ran`` how many of them were taken."""
 
     at: list[int]
     train: list[float]
     held_out: list[float]
     seconds: float
+    cpu_seconds: float
     ran: int
     diverged: bool
 
@@ -75,8 +77,16 @@ class Curve:
         n = self.at.index(steps) + 1
         ran = min(self.ran, steps)
         train = self.train[:n]
-        seconds = self.seconds * ran / max(self.ran, 1)
-        return Curve(self.at[:n], train, self.held_out[:n], seconds, ran, _bad(train[-1], ceiling))
+        part = ran / max(self.ran, 1)
+        return Curve(
+            at=self.at[:n],
+            train=train,
+            held_out=self.held_out[:n],
+            seconds=part * self.seconds,
+            cpu_seconds=part * self.cpu_seconds,
+            ran=ran,
+            diverged=_bad(train[-1], ceiling),
+        )
 
 
 def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curve:
@@ -100,9 +110,9 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
 
     at = evaluation_steps(steps, task.steps)
     train, held_out = [], []
-    seconds, ran, finite = 0.0, 0, True
+    seconds, cpu_seconds, ran, finite = 0.0, 0.0, 0, True
     for previous, now in zip([0, *at], at, strict=False):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(previous, now):
             batch = task.batch(generator)
             optimizer.zero_grad()
@@ -116,6 +126,7 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
                 scheduler.step()
             ran += 1
         seconds += time.perf_counter() - start
+        cpu_seconds += time.process_time() - cpu_start
         if finite:
             with torch.no_grad():
                 measured = [float(task.loss(params, batch)) for batch in evals]
@@ -126,7 +137,8 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
         held_out.append(measured[1] if math.isfinite(measured[1]) else math.inf)
     missing = [math.inf] * (len(at) - len(train))
     train, held_out = train + missing, held_out + missing
-    return Curve(at, train, held_out, seconds, ran, _bad(train[-1], task.ceiling))
+    diverged = _bad(train[-1], task.ceiling)
+    return Curve(at, train, held_out, seconds, cpu_seconds, ran, diverged)
 
 
 def evaluation_batches(task: Any) -> list[tuple[Tensor, ...]]:
@@ -302,7 +314,10 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
             f"unknown rule {rule!r}. Valid rules: {', '.join(RULES)}, or the path of an existing "
             ".safetensors file."
         )
-    module = make_rule(rule)
+    try:
+        module = make_rule(rule)
+    except ValueError as error:  # a damaged file, or one for another version of the rule
+        raise UnknownName(f"optimizer {name!r}: {error}") from error
     return Entry(partial(learned, rule=module), None), rule_fingerprint(module)
 
 

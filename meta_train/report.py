@@ -103,7 +103,8 @@ def _legend(plan: Plan) -> str:
         f"own steps; {CAP}+ if Adam does not get there in {CAP} times the steps; 0 if it diverged. "
         "Loss ratio: tuned Adam's final train loss over the optimizer's. Held-out: the same ratio "
         "of held-out losses, at the end and at the best point of the run (above 1 beats Adam). "
-        "Time per step: wall clock of a training step over Adam's, median over tasks.",
+        "Time per step: processor time of a training step (data, gradient, optimizer; one thread) "
+        "over Adam's, median over tasks.",
         f"Tuned: by the mean final train loss of the first {plan.tuning_seeds} of these seeds.",
     ]
     if plan.horizon:
@@ -214,7 +215,9 @@ def _against_adam(found: Sequence[Outcome], mine: Sequence[Outcome], measure: st
 
 
 def _step_seconds(outs: Sequence[Outcome], task: str) -> float:
-    return float(np.median([o.curve.seconds / max(o.curve.ran, 1) for o in outs if o.task == task]))
+    return float(
+        np.median([o.curve.cpu_seconds / max(o.curve.ran, 1) for o in outs if o.task == task])
+    )
 
 
 def _time_ratio(found: Sequence[Outcome], mine: Sequence[Outcome]) -> str:

@@ -1,6 +1,7 @@
 """Evaluation: the measures on curves with known answers, the loop, the store, the command line."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -101,7 +102,8 @@ def measure(out, optimizers=("sgdm",), **options):
 
 def curve(losses, every=10, diverged=False):
     at = [every * k for k in range(len(losses))]
-    return Curve(at, list(losses), list(losses), seconds=1.0, ran=at[-1], diverged=diverged)
+    losses = list(losses)
+    return Curve(at, losses, losses, seconds=1, cpu_seconds=1, ran=at[-1], diverged=diverged)
 
 
 # ---------------------------------------------------------------------------------------- speed-up
@@ -356,6 +358,30 @@ def test_tuning_picks_the_right_rate_on_a_quadratic(tmp_path):
     assert not any(o.at_edge for o in found if o.optimizer == "sgdm")
 
 
+def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
+    from learned_opt.rules import make_rule, save_theta
+
+    rule = make_rule("nfn")
+    assert ev.rule_fingerprint(rule) == ev.rule_fingerprint(make_rule("nfn"))
+    assert ev.rule_fingerprint(rule) != ev.rule_fingerprint(make_rule("nominal"))
+    save_theta(tmp_path / "same.safetensors", "nfn", rule.state_dict(), {})
+    with torch.no_grad():
+        next(rule.parameters()).add_(0.1)
+    save_theta(tmp_path / "other.safetensors", "nfn", rule.state_dict(), {})
+    _, same = ev.optimizer_named(f"nfn:{tmp_path / 'same.safetensors'}")
+    _, other = ev.optimizer_named(f"nfn:{tmp_path / 'other.safetensors'}")
+    assert same == ev.optimizer_named("nfn")[1] != other
+
+
+def test_learned_optimizers_are_evaluated_untuned_under_their_labels(tmp_path):
+    found = measure(tmp_path, ["mine=nfn", "polar=nfn:nominal"], tasks=["regression"])
+    mine = [o for o in found if o.optimizer in ("mine", "polar")]
+    assert [o.lr for o in mine] == [None] * 4
+    assert all(o.curve.final_train < o.curve.train[0] for o in mine)
+    with pytest.raises(UnknownName, match="nominal"):
+        measure(tmp_path, ["nfn:nominall"])
+
+
 # ------------------------------------------------------------------------------- whole evaluations
 
 
@@ -543,12 +569,47 @@ def test_command_line_evaluates_and_reports(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["evaluate", "--optimizers", "adamm"], "unknown optimizer 'adamm'. Valid names: adam"),
-        (["evaluate", "--optimizers", "adam", "--tasks", "x"], "unknown task 'x'"),
+        (
+            ["evaluate", "--optimizers", "adam", "--tasks", "x"],
+            "unknown task 'x' in .*Valid tasks: quad",
+        ),
     ],
 )
 def test_command_line_says_what_is_wrong(tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main([*arguments, "--suite", ME, "--out", str(tmp_path)])
+
+
+def test_recipes_by_name_or_file(tmp_path):
+    from meta_train.__main__ import recipe_named
+    from meta_train.recipes import RECIPES
+
+    assert recipe_named("tiny") == RECIPES["tiny"]()
+    (tmp_path / "mine.py").write_text(
+        "from meta_train.recipes import RECIPES\nrecipe = RECIPES['demo']\n"
+    )
+    assert recipe_named(str(tmp_path / "mine.py")) == RECIPES["demo"]()
+    (tmp_path / "empty.py").write_text("")
+    for name, message in {
+        "tinyy": "Valid recipes: demo, tiny",
+        str(tmp_path / "none.py"): "there is no file",
+        str(tmp_path / "empty.py"): "defines no recipe",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main(["train", name])
+
+
+def test_fields_of_a_recipe_are_options_of_train(monkeypatch, tmp_path):
+    from meta_train.recipes import RECIPES
+
+    seen = []
+    monkeypatch.setattr(
+        "meta_train.train.train", lambda recipe, out, resume: seen.append((recipe, out, resume))
+    )
+    main(["train", "tiny", "--outer-steps", "7", "--resume", "never", "--out", str(tmp_path)])
+    recipe, out, resume = seen[0]
+    assert (recipe.outer_steps, out, resume) == (7, tmp_path, "never")
+    assert dataclasses.replace(recipe, outer_steps=4) == RECIPES["tiny"]()
 
 
 def test_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path):
