@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
-from torch.utils.checkpoint import checkpoint
 
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.symmetry import Symmetry
@@ -51,6 +50,40 @@ class _KnownGradient(torch.autograd.Function):
         grads = ctx.saved_tensors
         pulled = [outer[0].view(-1, *[1] * (g.ndim - 1)) * g for g in grads]
         return (None, None, *pulled, *[None] * len(grads))
+
+
+class _Recompute(torch.autograd.Function):
+    """``function(*tensors)``, keeping its inputs only and running it again in the backward pass.
+
+    ``torch.utils.checkpoint`` does the same, but its hooks on every saved tensor cost more than the
+    many small operations of a rule themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [
+            t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            outputs = ctx.function(*inputs)
+        ends = [(y, dy) for y, dy in zip(outputs, outer, strict=True) if y.requires_grad]
+        grads = iter(
+            torch.autograd.grad(
+                [y for y, _ in ends],
+                [x for x in inputs if x.requires_grad],
+                [dy for _, dy in ends],
+                allow_unused=True,
+            )
+        )
+        return (None, *(next(grads) if need else None for need in needed))
 
 
 @dataclass(frozen=True)
@@ -229,12 +262,15 @@ class Unroll:
             theta: Weights, params: Weights, state: State, grads: Weights, horizon: Tensor
         ) -> tuple[Weights, State]:
             total = horizon.to(next(iter(params.values())).dtype)
+            inputs = (theta, params, grads, state, total)
             if not remat:
-                return every(theta, params, grads, state, total)
-            return checkpoint(
-                every, theta, params, grads, state, total,
-                use_reentrant=False, preserve_rng_state=False, determinism_check="none",
-            )  # fmt: skip
+                return every(*inputs)
+
+            def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+                return tuple(_leaves(every(*_like(inputs, iter(tensors)))))
+
+            outputs = _Recompute.apply(flat, *_leaves(inputs))
+            return _like((params, state), iter(outputs))
 
         return advance
 
@@ -306,6 +342,24 @@ class Unroll:
                 else:
                     other = share(tuple(b[k] for b in fresh))
                 yield batch, other
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    """The tensors of nested dicts and tuples, names in alphabetical order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    branches = (tree[k] for k in sorted(tree)) if isinstance(tree, Mapping) else tree
+    return [leaf for branch in branches for leaf in _leaves(branch)]
+
+
+def _like(tree: Any, leaves: Iterator[Tensor]) -> Any:
+    """Nested dicts and tuples of the structure of ``tree`` with other tensors."""
+    if isinstance(tree, Tensor):
+        return next(leaves)
+    if isinstance(tree, Mapping):
+        branches = {k: _like(tree[k], leaves) for k in sorted(tree)}
+        return {k: branches[k] for k in tree}
+    return tuple(_like(v, leaves) for v in tree)
 
 
 def detached(tree: Any) -> Any:

@@ -1,0 +1,190 @@
+"""Recipes: everything that decides a meta-training run, as plain data. A run is a function returning one.
+
+Variants are made with ``dataclasses.replace``.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One meta-training run. It serialises to JSON with :meth:`to_dict`.
+
+    Attributes:
+        rule: name in ``learned_opt.rules.RULES``; meta-training starts from its freshly drawn theta.
+        start: path of a ``.safetensors`` theta of that rule to start from instead.
+        families: name in ``tasks.suites.TRAIN`` and its share of the workers.
+        estimator: of the meta-gradient, with the particles per task and the truncation.
+        horizon: lowest and highest number of inner steps of a run, drawn log-uniformly.
+        curriculum: fraction of the outer steps over which the highest horizon grows geometrically
+            from the lowest.
+        end_weight: see :class:`meta_train.unroll.Unroll`; also the next four.
+        workers: persistent tasks, each with its particles.
+        tasks_per_step: workers whose meta-gradients are averaged in an outer step.
+        resample: uses of a worker after which it gets a new task.
+        outer_steps: number of steps of theta.
+        lr: outer learning rate at its peak; linear warm-up over ``warmup`` (a fraction of the outer
+            steps), then cosine to ``final_lr`` times the peak.
+        weight_decay: of AdamW on theta; pulls a residual toward the nominal rule.
+        betas: of AdamW.
+        clip_gradient: norm to which each task's gradient and then their mean is cut; in units of the
+            family's typical norm if ``normalise``.
+        normalise: divide each task's gradient by the running RMS norm of its family's gradients.
+        ema: decay of the average of theta that is validated and returned; 0 takes theta itself.
+        validate_every: outer steps between validations; 0: none. With them, the best theta is returned.
+        validation: names in ``tasks.suites.VALID``; empty: all.
+        validation_steps: at most this many inner steps per validation run.
+        checkpoint_every: outer steps between checkpoints.
+        minutes: wall-clock limit over all sessions of the run; None: no limit.
+        seed: of everything.
+    """
+
+    rule: str = "nfn"
+    start: str | None = None
+    families: dict[str, float] = field(
+        default_factory=lambda: {
+            "mlp": 1.0,
+            "autoencoder": 1.0,
+            "cnn": 1.0,
+            "char": 1.0,
+            "vit": 1.0,
+        }
+    )
+    estimator: TBPTT | ES | TruncatedES | PES = field(default_factory=PES)
+    horizon: tuple[int, int] = (100, 1000)
+    curriculum: float = 0.3
+    end_weight: float = 2.0
+    transform: Literal["clip", "log"] = "log"
+    clip: float = 1.5
+    floor: float = 1e-2
+    measure: Literal["train", "fresh", "held_out"] = "train"
+    workers: int = 10
+    tasks_per_step: int = 4
+    resample: int = 60
+    outer_steps: int = 2000
+    lr: float = 3e-3
+    warmup: float = 0.05
+    final_lr: float = 0.1
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_gradient: float = 3.0
+    normalise: bool = True
+    ema: float = 0.98
+    validate_every: int = 0
+    validation: tuple[str, ...] = ()
+    validation_steps: int = 400
+    checkpoint_every: int = 20
+    minutes: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.horizon
+        checks = {
+            "families must name at least one family with a positive share": bool(self.families)
+            and all(share > 0 for share in self.families.values()),
+            f"horizon {self.horizon} must have 1 <= lowest <= highest": 1 <= low <= high,
+            f"tasks_per_step {self.tasks_per_step} must be from 1 to workers {self.workers}": 1
+            <= self.tasks_per_step
+            <= self.workers,
+            "outer_steps, resample and checkpoint_every must be positive": min(
+                self.outer_steps, self.resample, self.checkpoint_every
+            )
+            > 0,
+            f"0 <= floor {self.floor} < clip {self.clip} must hold, and floor > 0 for 'log'": (
+                0 <= self.floor < self.clip and (self.floor > 0 or self.transform != "log")
+            ),
+            f"ema {self.ema} must be in [0, 1)": 0 <= self.ema < 1,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(f"Recipe: {message}. Pass another value.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON): tuples as lists, the estimator with its ``kind``."""
+        data = asdict(self)
+        data["estimator"] = {"kind": type(self.estimator).__name__, **data["estimator"]}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        """The inverse of :meth:`to_dict`."""
+        settings = dict(data["estimator"])
+        estimator = ESTIMATORS[settings.pop("kind")](**settings)
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**(plain | {"estimator": estimator}))
+
+
+def tbptt() -> Recipe:
+    """Truncated backpropagation, first order: low variance, blind to effects beyond the truncation."""
+    return Recipe(
+        estimator=TBPTT(particles=8, truncation=20, remat=True, outlier=3.0),
+        end_weight=0.0,
+        validate_every=100,
+    )
+
+
+def pes() -> Recipe:
+    """Persistent evolution strategies: unbiased over whole runs; usually started from a TBPTT theta."""
+    return Recipe(
+        estimator=PES(particles=8, truncation=50, sigma=0.02),
+        lr=1e-3,
+        outer_steps=5000,
+        validate_every=200,
+    )
+
+
+def es() -> Recipe:
+    """Whole runs under antithetic perturbations, judged by where they end."""
+    return Recipe(
+        estimator=ES(particles=8, sigma=0.02),
+        horizon=(100, 500),
+        end_weight=8.0,
+        curriculum=0.5,
+        tasks_per_step=2,
+        outer_steps=1000,
+        validate_every=100,
+    )
+
+
+def demo() -> Recipe:
+    """About a minute: a few outer steps on small MLPs and autoencoders, to see the loop at work."""
+    return replace(
+        tbptt(),
+        families={"mlp": 1.0, "autoencoder": 1.0},
+        estimator=TBPTT(particles=2, truncation=10, remat=True, outlier=3.0),
+        horizon=(20, 100),
+        workers=4,
+        tasks_per_step=2,
+        outer_steps=40,
+        checkpoint_every=10,
+        validate_every=0,
+        minutes=1.0,
+    )
+
+
+def tiny() -> Recipe:
+    """Seconds; for tests."""
+    return replace(
+        demo(),
+        families={"mlp": 1.0},
+        estimator=TBPTT(particles=2, truncation=4, outlier=3.0),
+        horizon=(6, 12),
+        workers=2,
+        tasks_per_step=1,
+        resample=3,
+        outer_steps=4,
+        checkpoint_every=2,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "demo": demo,
+    "tiny": tiny,
+    "tbptt": tbptt,
+    "pes": pes,
+    "es": es,
+}
