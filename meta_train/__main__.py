@@ -219,7 +219,7 @@ def _train_with_fields(found: Any) -> Callable:
     return command
 
 
-def _train(name: str, recipe: Any, out: Path | None, resume: str) -> None:
+def _train(name: str, recipe: Any, out: Path | None, resume: Literal["auto", "never"]) -> None:
     from meta_train.train import train
 
     out = Path("runs") / Path(name).stem if out is None else out
