@@ -888,6 +888,17 @@ def test_the_dummy_step_makes_state_and_is_no_step(name):
 
 
 @every_rule
+@pytest.mark.parametrize("lr, scale", [(1e-3, 0.0), (0.0, 1.0)])
+def test_only_zero_gradients_at_zero_rate_are_no_step(name, lr, scale):
+    model = make_model()
+    optimizer, before = make(name, model, lr=lr), weights(model)
+    backward(model, scale)
+    optimizer.step()
+    assert_equal(weights(model), before)
+    assert all(s["step"] == 1 for s in optimizer.state.values())
+
+
+@every_rule
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
