@@ -1,4 +1,4 @@
-"""The state of a meta-training run on disk: written atomically, verified when read, the last two kept."""
+"""The state of a run on disk: written atomically, verified when read, the last two kept."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ KEPT = 2
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``state`` (nested dicts and lists of tensors and plain data) as the checkpoint of ``step``."""
+    """Write ``state`` (nested dicts and lists of tensors and plain data)."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()

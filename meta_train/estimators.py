@@ -7,12 +7,12 @@ Every estimator is frozen plain data with two methods:
 
 The carry is nested dicts of tensors, so it can be saved and continued.
 
-| estimator    | meta-gradient of                    | bias                    | variance              |
-|--------------|-------------------------------------|-------------------------|-----------------------|
-| TBPTT        | the truncation, exactly             | ignores earlier steps   | explodes with length  |
-| ES           | the smoothed loss of whole runs     | none                    | grows with size       |
-| TruncatedES  | the smoothed loss of the truncation | ignores earlier steps   | grows with size       |
-| PES          | the smoothed loss of whole runs     | none (Vicol 2021)       | grows with run length |
+| estimator   | meta-gradient of                    | bias                  | variance         |
+|-------------|-------------------------------------|-----------------------|------------------|
+| TBPTT       | the truncation, exactly             | ignores earlier steps | grows with chaos |
+| ES          | the smoothed loss of whole runs     | none                  | grows with theta |
+| TruncatedES | the smoothed loss of the truncation | ignores earlier steps | grows with theta |
+| PES         | the smoothed loss of whole runs     | none                  | also with length |
 """
 
 from collections.abc import Mapping
@@ -50,8 +50,8 @@ class TBPTT:
     """Truncated backpropagation: the gradient of the mean loss of ``truncation`` steps.
 
     Equal to plain autograd through the whole run where the truncation covers the horizon. Each
-    particle has its own copy of theta, so its gradient can be judged alone: a non-finite one is left
-    out and counted, and with ``outlier`` its norm is cut to ``outlier`` times the median.
+    particle has its own copy of theta, so its gradient can be judged alone: a non-finite one is
+    left out and counted, and with ``outlier`` its norm is cut to ``outlier`` times the median.
 
     Attributes:
         particles: runs in parallel.
@@ -153,9 +153,10 @@ class ES:
 
 @dataclass(frozen=True)
 class TruncatedES:
-    """Antithetic evolution strategies over one truncation: both of a pair start where the run stands.
+    """Antithetic evolution strategies over one truncation: a pair starts where the run stands.
 
-    Biased: what theta did in earlier truncations is a constant. The run goes on with one of the pair.
+    Biased: what theta did in earlier truncations is a constant. The run goes on with one of
+    the pair.
 
     Attributes:
         particles: runs in parallel, even: two per pair.
@@ -194,8 +195,8 @@ class TruncatedES:
 class PES:
     """Persistent evolution strategies (Vicol, Metz, Sohl-Dickstein 2021): truncated, yet unbiased.
 
-    A pair runs on under a new perturbation e in every truncation. A loss depends on all perturbations
-    since its run began, so it is correlated with their sum xi:
+    A pair runs on under a new perturbation e in every truncation. A loss depends on all
+    perturbations since its run began, so it is correlated with their sum xi:
 
         gradient = mean_i  [ (L+ - L-) of the run that was under way * xi_i
                            + (L+ - L-) of runs begun in this truncation * e_i ] / (2 sigma^2).
@@ -237,7 +238,7 @@ class PES:
         begun = trace.segment > 0
         old = _correlate(torch.where(begun, 0.0, trace.loss).mean(0), drift, self.sigma)
         new = _correlate(torch.where(begun, trace.loss, 0.0).mean(0), noise, self.sigma)
-        # A run that has taken steps under this noise carries it on; one reset by the last step has not.
+        # A run that has taken steps under this noise carries it on; one just reset has not.
         resets = begun[-1, :pairs]
         unborn = after["step"][:pairs] == 0
         carried = {}

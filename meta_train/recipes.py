@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a meta-training run, as plain data. A run is a function returning one.
+"""Recipes: all that decides a meta-training run, as plain data, returned by functions.
 
 Variants are made with ``dataclasses.replace``.
 """
@@ -15,7 +15,7 @@ class Recipe:
     """One meta-training run. It serialises to JSON with :meth:`to_dict`.
 
     Attributes:
-        rule: name in ``learned_opt.rules.RULES``; meta-training starts from its freshly drawn theta.
+        rule: name in ``learned_opt.rules.RULES``; training starts from its freshly drawn theta.
         start: path of a ``.safetensors`` theta of that rule to start from instead.
         families: name in ``tasks.suites.TRAIN`` and its share of the workers.
         estimator: of the meta-gradient, with the particles per task and the truncation.
@@ -31,11 +31,12 @@ class Recipe:
             steps), then cosine to ``final_lr`` times the peak.
         weight_decay: of AdamW on theta; pulls a residual toward the nominal rule.
         betas: of AdamW.
-        clip_gradient: norm to which each task's gradient and then their mean is cut; in units of the
-            family's typical norm if ``normalise``.
+        clip_gradient: norm to which each task's gradient and then their mean is cut; in units of
+            the family's typical norm if ``normalise``.
         normalise: divide each task's gradient by the running RMS norm of its family's gradients.
         ema: decay of the average of theta that is validated and returned; 0 takes theta itself.
-        validate_every: outer steps between validations; 0: none. With them, the best theta is returned.
+        validate_every: outer steps between validations; 0: none. With them, the best theta is the
+            result.
         validation: names in ``tasks.suites.VALID``; empty: all.
         validation_steps: at most this many inner steps per validation run.
         checkpoint_every: outer steps between checkpoints.
@@ -119,7 +120,7 @@ class Recipe:
 
 
 def tbptt() -> Recipe:
-    """Truncated backpropagation, first order: low variance, blind to effects beyond the truncation."""
+    """Truncated backpropagation, first order: low variance, blind beyond the truncation."""
     return Recipe(
         estimator=TBPTT(particles=8, truncation=20, remat=True, outlier=3.0),
         end_weight=0.0,
@@ -128,7 +129,7 @@ def tbptt() -> Recipe:
 
 
 def pes() -> Recipe:
-    """Persistent evolution strategies: unbiased over whole runs; usually started from a TBPTT theta."""
+    """Persistent evolution strategies: unbiased over whole runs; start it from a TBPTT theta."""
     return Recipe(
         estimator=PES(particles=8, truncation=50, sigma=0.02),
         lr=1e-3,

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
-
 import tasks.suites
 from learned_opt.architectures import from_model
 from learned_opt.rules import RULES
@@ -81,7 +80,7 @@ class Estimated:
 
 
 def families_of_workers(recipe: Recipe) -> list[str]:
-    """The family of each worker, in proportion to the shares: always the one most behind is next."""
+    """The family of each worker by the shares: always the one most behind is next."""
     total = sum(recipe.families.values())
     given = dict.fromkeys(recipe.families, 0)
     order = []
@@ -142,7 +141,7 @@ def estimate(
     worker: Worker,
     step: int,
 ) -> Estimated:
-    """One worker's meta-gradient. Changes nothing: the worker as it is afterwards is in the result."""
+    """One worker's meta-gradient. Changes nothing: the worker afterwards is in the result."""
     after = replace(worker)
     fresh = after.generation < 0 or after.uses >= recipe.resample
     if fresh:
@@ -285,7 +284,7 @@ def validate(
 ) -> dict[str, float]:
     """log(train loss over the last tenth of a run / ceiling) per task, and the mean as ``loss``.
 
-    Two runs a task, the same ones each time; ``held_out/<task>``: the same of the final held-out loss.
+    Two runs a task, the same ones each time; ``held_out/<task>``: that of the final held-out loss.
     """
     result = {}
     for name, task in problems.items():
@@ -321,9 +320,9 @@ def train(
 ) -> Path:
     """Meta-train by a recipe.
 
-    ``out`` receives ``theta.safetensors`` (the result), ``log.jsonl``, ``tensorboard/`` and the last
-    two checkpoints. Ctrl-C or SIGTERM: the step under way is given up, the run is saved and the
-    process exits with 130 or 143; a second one ends it at once.
+    ``out`` receives ``theta.safetensors`` (the result), ``log.jsonl``, ``tensorboard/`` and
+    the last two checkpoints. Ctrl-C or SIGTERM: the step under way is given up, the run is saved
+    and the process exits with 130 or 143; a second one ends it at once.
 
     Args:
         recipe: what to do.
@@ -338,8 +337,8 @@ def train(
         The path of ``theta.safetensors``.
 
     Raises:
-        ValueError: the recipe names a rule, family or task that does not exist, or the checkpoint in
-            ``out`` is of another recipe.
+        ValueError: the recipe names a rule, family or task that does not exist, or the checkpoint
+            in ``out`` is of another recipe.
         CheckpointError: no checkpoint in ``out`` is whole, or ``recipe.start`` cannot be used.
         FloatingPointError: theta became non-finite.
     """
@@ -536,7 +535,7 @@ class _Interruption(contextlib.AbstractContextManager["_Interruption"]):
 
     @contextlib.contextmanager
     def may_end_this(self) -> Iterator[None]:
-        """Work that changes nothing: a signal ends it where it is, and the code goes on after it."""
+        """Work that changes nothing: a signal ends it where it is; the code goes on after it."""
         try:
             if self.signal is None:
                 self._may_raise = True
@@ -666,7 +665,7 @@ class Throughput:
 
     def __str__(self) -> str:
         lines = [
-            f"Matrix product peak: {self.peak / 1e9:.1f} GFLOP/s ({torch.get_num_threads()} threads)",
+            f"Matrix peak: {self.peak / 1e9:.1f} GFLOP/s, {torch.get_num_threads()} threads",
             f"{'family':<14}{'weights':>9}{'steps/s':>10}{'us/step':>10}{'kFLOP/step':>12}"
             f"{'bound us':>10}{'of bound':>10}",
         ]
@@ -677,7 +676,7 @@ class Throughput:
                 f"{row['flop'] / 1e3:>12.0f}{1e6 * bound:>10.1f}{bound * row['rate']:>10.1%}"
             )
         lines.append(
-            "A step is one particle-step: inner gradient, rule, and its share of the meta-gradient. "
+            "A step is one particle-step: inner gradient, rule, its share of the meta-gradient. "
             "The bound counts matrix products and convolutions only."
         )
         return "\n".join(lines)

@@ -5,8 +5,8 @@ unroll share the task, so every tensor has a leading particle axis ``P`` and one
 is one batched program. A particle that reaches its horizon is replaced by a fresh one where it
 stands, so runs of different lengths stay one batch.
 
-``copies`` particles share initial weights, data and horizon (an antithetic pair has two); copy ``c``
-of run ``i`` is particle ``c * (P // copies) + i``.
+``copies`` particles share initial weights, data and horizon (an antithetic pair has two); copy
+``c`` of run ``i`` is particle ``c * (P // copies) + i``.
 """
 
 import math
@@ -24,7 +24,8 @@ from tasks.task import Batch, Task
 
 Particles = dict[str, Any]
 """Plain tensors: ``params`` and ``state`` (leading axis P); ``step``, ``horizon`` (what the rule is
-told) and ``stop`` (when the run ends: the horizon, or earlier in a desynchronised first run), [P] int64."""
+told) and ``stop`` (when the run ends: the horizon, or earlier in a desynchronised first run), [P]
+int64."""
 
 DATA_CHUNK = 8  # inner steps whose batches are drawn at once: one gather, bounded memory
 
@@ -38,7 +39,7 @@ class Trace(NamedTuple):
 
 
 class _KnownGradient(torch.autograd.Function):
-    """The loss as a function of weights at which its gradient is known: no second pass by the task."""
+    """The loss as a function of weights at which its gradient is known: one pass by the task."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
@@ -95,13 +96,13 @@ class Unroll:
         rule: the rule; its parameters come in as theta.
         symmetry: of the task's model.
         horizon: lowest and highest horizon; drawn log-uniformly for every run.
-        end_weight: 0: every step of a run counts the same. p > 0: step t of T counts in proportion to
-            (t / T)^p, normalised to mean 1 over the run: the rule is judged by where it ends.
+        end_weight: 0: every step of a run counts the same. p > 0: step t of T counts in proportion
+            to (t / T)^p, normalised to mean 1 over the run: the rule is judged by where it ends.
         transform: "clip": min(loss / ceiling, clip). "log": the logarithm of that, floored.
         clip: losses above ``clip * task.ceiling`` count as that, and so does NaN.
         floor: "log" counts losses below ``floor * task.ceiling`` as that.
-        measure: batch of the meta-loss: the training batch before the update (free), a fresh one, or
-            the task's held-out batch.
+        measure: batch of the meta-loss: the training batch before the update (free), a fresh one,
+            or the task's held-out batch.
         lr: learning rate the rule's update is multiplied with.
     """
 
@@ -131,8 +132,8 @@ class Unroll:
             particles: their number P, a multiple of ``copies``.
             generator: of weights and horizons.
             copies: particles that share a run's initial weights, data and horizon.
-            spread: end first runs after a uniform fraction of the horizon, so that at any later time
-                the particles are in different phases.
+            spread: end first runs after a uniform fraction of the horizon, so that at any later
+                time the particles are in different phases.
             common: one horizon for all.
 
         Raises:
@@ -170,7 +171,7 @@ class Unroll:
     ) -> tuple[Particles, Trace]:
         """Take ``steps`` steps.
 
-        Differentiable in theta unless gradients are off (``torch.no_grad``): then no graph is built.
+        Differentiable in theta unless gradients are off (``torch.no_grad``): then without a graph.
 
         Args:
             theta: the rule's named parameters; with ``batched`` each has a leading particle axis.
@@ -184,8 +185,8 @@ class Unroll:
                 backward pass. Needs ``detach``.
 
         A run whose copies have all diverged is reset at the end of the call. If one of a pair lives
-        on, the other stays as it is and costs the clip until both reach the horizon: to end a run by
-        diverging must not pay.
+        on, the other stays as it is and costs the clip until both reach the horizon: to end a run
+        by diverging must not pay.
         """
         params, state = particles["params"], particles["state"]
         step, horizon, stop = particles["step"], particles["horizon"], particles["stop"]
@@ -226,7 +227,7 @@ class Unroll:
     def _loss_and_gradient(
         self, params: Weights, batch: Batch, detach: bool
     ) -> tuple[Tensor, Weights]:
-        """Losses [P] and the gradients. Particles do not interact, so the gradient of the sum holds all."""
+        """Losses [P] and their gradients: particles do not interact, so those of the sum."""
         meta = torch.is_grad_enabled()
         if meta and not detach:
             leaves = {
@@ -280,7 +281,7 @@ class Unroll:
         return relative.clamp(min=self.floor).log() if self.transform == "log" else relative
 
     def _weight(self, step: Tensor, horizon: Tensor) -> Tensor:
-        """[P]; the midpoint rule makes its mean over a run 1 up to (end_weight / horizon)^2 / 24."""
+        """[P]; the midpoint rule makes its mean over a run 1 up to p (p + 1) / (24 horizon^2)."""
         p = self.end_weight
         return (p + 1) * ((step + 0.5) / horizon) ** p
 
@@ -377,7 +378,7 @@ def tiled(tree: Any, copies: int) -> Any:
 
 
 def head(tree: Any, count: int) -> Any:
-    """The first ``count`` particles of a nested dict, as copies (a view would keep the rest alive)."""
+    """The first ``count`` particles of a nested dict, copied (a view would keep the rest)."""
     if isinstance(tree, dict):
         return {k: head(v, count) for k, v in tree.items()}
     return tree[:count].clone()

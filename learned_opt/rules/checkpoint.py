@@ -1,4 +1,4 @@
-"""theta on disk: one safetensors file whose header names the rule and says where theta came from."""
+"""theta on disk: one safetensors file whose header names the rule and theta's origin."""
 
 import hashlib
 import json
