@@ -1,0 +1,20 @@
+"""A learned optimizer on equivariant neural functional networks: ``optimizer = NFNOpt(model.parameters())``."""
+
+from learned_opt.architectures import from_model
+from learned_opt.optimizer import NFNOpt
+from learned_opt.rules import RULES, CheckpointError, UpdateRule, load_theta, make_rule, save_theta
+from learned_opt.symmetry import Symmetry, SymmetryError, independent
+
+__all__ = [
+    "RULES",
+    "CheckpointError",
+    "NFNOpt",
+    "Symmetry",
+    "SymmetryError",
+    "UpdateRule",
+    "from_model",
+    "independent",
+    "load_theta",
+    "make_rule",
+    "save_theta",
+]

@@ -1,8 +1,9 @@
 """The nominal rule: the strongest optimizer that we know which needs no tuning, in the frame.
 
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
-of Nesterov momentum, ``0.2 sqrt(max(R, C)) polar(0.9 m + 0.1 g)``; on vectors, gains and embeddings
-``m_hat / sqrt(v_hat)``; one rate for all, decaying. The polar factor commutes with permutations and signs, and in
+of Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar(0.9 m + 0.1 g)`` for fan-in C; on vectors, gains and
+embeddings ``m_hat / sqrt(v_hat)``; one rate for all, decaying. The power of the fan-in lies between steps of one RMS
+(0) and steps in proportion to fan-in-scaled weights (1/2); it was chosen on VALID (docs/experiments.md). The polar factor commutes with permutations and signs, and in
 the frame also with positive scale. The learned rule starts from this one and is judged by what it adds.
 """
 
@@ -19,6 +20,7 @@ from learned_opt.rules.polar import newton_schulz
 from learned_opt.symmetry import Symmetry
 
 RATE = 0.01  # RMS of a step at lr = 1 before decay, on vectors; 0.2 of it on matrices
+FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
 ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
 
 
@@ -58,8 +60,9 @@ class View:
 
 
 def polar_step(x: Tensor) -> Tensor:
-    """``0.2 sqrt(max(R, C)) polar(x)``: RMS about 0.2 for a full-rank matrix."""
-    return 0.2 * max(x.shape[-2:]) ** 0.5 * newton_schulz(x)
+    """``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar(x)``: RMS about 0.2 for a full-rank matrix of fan-in 512."""
+    rows, fan_in = x.shape[-2:]
+    return 0.2 * (FAN_IN / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5 * newton_schulz(x)
 
 
 class Nominal(UpdateRule):
