@@ -115,8 +115,9 @@ class Recipe:
         """The inverse of :meth:`to_dict`."""
         settings = dict(data["estimator"])
         estimator = ESTIMATORS[settings.pop("kind")](**settings)
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**(plain | {"estimator": estimator}))
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        plain["estimator"] = estimator
+        return cls(**plain)
 
 
 def tbptt() -> Recipe:

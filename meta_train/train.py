@@ -701,8 +701,9 @@ def throughput(
         seconds = time.perf_counter() - start
         with FlopCounterMode(display=False) as counter:
             counted = estimate(recipe, rule, theta, families, worker, 1)
+        assert worker.unroll is not None
         rows[family] = {
-            "weights": sum(p.numel() for p in worker.unroll.task.model.parameters()),
+            "weights": float(sum(p.numel() for p in worker.unroll.task.model.parameters())),
             "rate": timed.metrics["particle_steps"] / seconds,
             "flop": counter.get_total_flops() / counted.metrics["particle_steps"],
         }
