@@ -14,7 +14,7 @@ from learned_opt.rules.base import State, Weights
 MOMENTUM, SLOW, SQUARE = 0.9, 0.99, 0.99  # decay rates of m, m_slow and v
 
 N_ODD = 5  # g, n (Nesterov momentum), m_slow, w, m / sqrt(v)
-N_EVEN = 11
+N_EVEN = 8
 N_STATISTICS = 6
 
 
@@ -75,14 +75,11 @@ def odd_features(g: Tensor, n: Tensor, slow: Tensor, w: Tensor, adam: Tensor) ->
     return unit_rms(torch.stack([g, n, slow, w, adam]))
 
 
-def even_features(x: Tensor, adam: Tensor, v: Tensor) -> Tensor:
-    """``[N_EVEN, N, R, C]`` in [-1, 1]: squares and products of the odd features ``x``, and the log of ``v``."""
+def even_features(x: Tensor, adam: Tensor) -> Tensor:
+    """``[N_EVEN, N, R, C]`` in (-1, 1): squares and products of the odd features ``x``, softly bounded."""
     g, n, slow, w, _ = x.unbind(0)
-    squares = torch.cat([x[:4] * x[:4], (adam * adam).unsqueeze(0)])
-    products = torch.stack([n * w, n * slow, g * n, slow * w, g * slow])
-    mean = v.mean((-2, -1), keepdim=True)
-    log_v = torch.log((v + 1e-8 * mean) * torch.where(mean > 0, mean, 1).reciprocal() + 1e-8)
-    return torch.cat([squares / (1 + squares), torch.tanh(products), torch.tanh(0.25 * log_v)[None]])
+    y = torch.stack([g * g, n * n, slow * slow, w * w, adam * adam, n * w, n * slow, g * n])
+    return y / (1 + y.abs())
 
 
 def statistics(x: Tensor, g: Tensor, m: Tensor, slow: Tensor, w: Tensor, step: Tensor) -> Tensor:

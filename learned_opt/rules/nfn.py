@@ -35,6 +35,7 @@ class NFN(Nominal):
 
     def __init__(self, width: int = 8, frame: bool = True, pool: bool = True) -> None:
         super().__init__(frame)
+        self.width, self.pool = width, pool
         self.embedding = Embedding(N_EVEN, N_STATISTICS + N_SHAPE, N_TIME, width, pool)
         self.entry = nn.Linear(N_EVEN, width)
         self.row = nn.Linear(width, width, bias=False)
@@ -63,7 +64,7 @@ class NFN(Nominal):
     ) -> list[Tensor]:
         adam = [v.adam for v in views]
         odd = [features.odd_features(v.g, v.nesterov, v.slow, v.w, a) for v, a in zip(views, adam, strict=True)]
-        even = [features.even_features(x, a, v.v) for v, a, x in zip(views, adam, odd, strict=True)]
+        even = [features.even_features(x, a) for a, x in zip(adam, odd, strict=True)]
         layers = [
             torch.cat([_statistics(v, x), _shape_features(v.stack, v.w)], -1)
             for v, x in zip(views, odd, strict=True)
@@ -99,7 +100,7 @@ class NFN(Nominal):
         row = (self.row.weight @ rows.flatten(1)).reshape(rows.shape).unsqueeze(3)
         col = (self.col.weight @ cols.flatten(1)).reshape(cols.shape).unsqueeze(2)
         shared = (self.layer(layer) + self.entry.bias).T[..., None, None]
-        hidden = torch.relu(entry + (row + shared) + col)
+        hidden = entry.add_(row + shared).add_(col).relu_()
         phi = self.gate.weight @ hidden.flatten(1) + self.gate.bias[:, None]
         return phi.reshape(-1, *e.shape[1:])
 
