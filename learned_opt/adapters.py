@@ -134,9 +134,7 @@ def _differentiable(base: type) -> type:
             entries, self.symmetry = other._bind()
             self.rule = other.rule
             names = {id(e.param): e.name for e in entries}
-            self._names = [
-                [names.get(id(p)) for p in group["params"]] for group in other.param_groups
-            ]
+            self._names = [[names.get(id(p)) for p in group["params"]] for group in other.param_groups]
             super().__init__(other, *args, **kwargs)
 
         @property
@@ -152,9 +150,7 @@ def _differentiable(base: type) -> type:
             params, grads, state, groups = {}, {}, {}, {}
             places: dict[str, tuple[int, int]] = {}
             for i, (group, names) in enumerate(zip(self.param_groups, self._names, strict=True)):
-                for j, (name, p, g) in enumerate(
-                    zip(names, group["params"], grouped_grads[i], strict=True)
-                ):
+                for j, (name, p, g) in enumerate(zip(names, group["params"], grouped_grads[i], strict=True)):
                     if name is None or not p.numel():
                         continue
                     params[name], groups[name], places[name] = p, group, (i, j)
@@ -175,9 +171,7 @@ def _differentiable(base: type) -> type:
             )
             for name, update in updates.items():
                 i, j = places[name]
-                self.param_groups[i]["params"][j] = stepped(
-                    params[name], update, groups[name]["lr"]
-                )
+                self.param_groups[i]["params"][j] = stepped(params[name], update, groups[name]["lr"])
                 self.state[i][j] = state[name]
 
     return DifferentiableNFNOpt

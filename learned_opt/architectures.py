@@ -116,9 +116,7 @@ class _Draft:
         if leaf.label is not None:
             self.fixed.add(leaf.label)
 
-    def put(
-        self, name: str, tensor: Tensor | None, axes: Sequence[Axis], roles: Sequence[Role]
-    ) -> None:
+    def put(self, name: str, tensor: Tensor | None, axes: Sequence[Axis], roles: Sequence[Role]) -> None:
         """Describe a tensor (None: there is none); one that is used twice stays fixed."""
         if tensor is None:
             return
@@ -163,9 +161,7 @@ class _Draft:
             per_fibre = scale.label in fixed and self.labels[scale.label].over
             if self.kinds[name] and not per_fibre:
                 kind: Kind = "real" if self.kinds[name] == ANY else next(iter(self.kinds[name]))
-                scales[name] = Scale(
-                    kind, scale.size, None if scale.label in fixed else scale.label
-                )
+                scales[name] = Scale(kind, scale.size, None if scale.label in fixed else scale.label)
 
         def settle(axis: Axis) -> Axis:
             if isinstance(axis, Prod):
@@ -252,19 +248,13 @@ def _step(draft: _Draft, units: _Units, name: str, module: Any) -> _Units:
         return _convolve(draft, units, name, module)
     if kind is nn.Embedding and module.max_norm is None and "weight" in own:
         leaf = draft.scaled(draft.label(name, module.embedding_dim), name)
-        draft.put(
-            f"{name}.weight", module.weight, (Leaf(module.num_embeddings), leaf), ("lookup", "out")
-        )
+        draft.put(f"{name}.weight", module.weight, (Leaf(module.num_embeddings), leaf), ("lookup", "out"))
         return _Units(leaf, 0)
     if kind in _NORMS and units.space in _NORMS[kind]:
         shape = module.normalized_shape if kind is nn.LayerNorm else (module.num_features,)
         if tuple(shape) == (units.leaf.size,):
             return replace(units, leaf=draft.norm(name, module, units.leaf))
-    if (
-        kind is nn.Flatten
-        and (module.start_dim, module.end_dim) == (1, -1)
-        and units.space is not None
-    ):
+    if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1) and units.space is not None:
         if units.flat != "no":
             return units
         return replace(units, space=0, flat="before space" if units.space else "after positions")
@@ -367,9 +357,7 @@ def _complete(draft: _Draft) -> None:
 
 def _embed(draft: _Draft, model: Any, stream: Leaf) -> None:
     tables = {"embed": model.embed, "pos": model.pos}
-    tables |= {
-        n: p for n, p in model._parameters.items() if n in ("cls", "cls_token", "class_token")
-    }
+    tables |= {n: p for n, p in model._parameters.items() if n in ("cls", "cls_token", "class_token")}
     for name, table in tables.items():
         if isinstance(table, nn.Embedding):
             name, table = f"{name}.weight", table.weight
@@ -397,14 +385,9 @@ def _block(draft: _Draft, name: str, block: Any, stream: Leaf) -> None:
     inner = attn.proj.in_features
     if sum(layer.out_features for layer in layers) != 3 * inner or inner % attn.heads:
         widths = [layer.out_features for layer in layers]
-        raise SymmetryError(
-            f"{at}: widths {widths} are not q, k, v of {attn.heads} heads and {inner} in all"
-        )
+        raise SymmetryError(f"{at}: widths {widths} are not q, k, v of {attn.heads} heads and {inner} in all")
     heads = draft.label(f"{name}.heads", attn.heads)
-    qk, vo = (
-        draft.scaled(draft.label(n, inner // attn.heads, heads.label), n)
-        for n in (f"{name}.qk", f"{name}.vo")
-    )
+    qk, vo = (draft.scaled(draft.label(n, inner // attn.heads, heads.label), n) for n in (f"{name}.qk", f"{name}.vo"))
     # q.k does not change when k scales inversely to q
     q, k, v = (Prod((heads, leaf)) for leaf in (qk, _read(qk), vo))
     if len(layers) == 1:

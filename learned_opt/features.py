@@ -25,8 +25,7 @@ def fresh(params: Mapping[str, Tensor]) -> State:
         return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
     return {
-        n: {"step": zeros(p.new_zeros(())), "m": zeros(p), "m_slow": zeros(p), "v": zeros(p)}
-        for n, p in params.items()
+        n: {"step": zeros(p.new_zeros(())), "m": zeros(p), "m_slow": zeros(p), "v": zeros(p)} for n, p in params.items()
     }
 
 

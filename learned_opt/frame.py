@@ -139,9 +139,7 @@ def _plan(key: _Identity, names: tuple[str, ...], device: str) -> _Plan:
         # a label is reached when some block writes it whose other labels are all known
         reached = {}
         for label in waiting:
-            use = [
-                t for t in touches if t.written == [label] and not t.repeated and t.others(label) <= known
-            ]
+            use = [t for t in touches if t.written == [label] and not t.repeated and t.others(label) <= known]
             if use:
                 reached[label] = use
         if not reached:
@@ -203,9 +201,7 @@ def _independent_sets(labels: list[str], touches: list[_Touch]) -> list[list[str
     return sets
 
 
-def _visit(
-    layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_Touch]], only_in: bool
-) -> _Visit:
+def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_Touch]], only_in: bool) -> _Visit:
     wanted: dict[int, dict[int, set[str]]] = {}
     for label, touches in use.items():
         for t in touches:

@@ -93,9 +93,7 @@ class _Identity:
 def _layout(key: _Identity, names: tuple[str, ...], device: str) -> Layout:
     symmetry = key.symmetry
     label_start, n_units = _positions({n: symmetry.table_shape(n, g.size) for n, g in symmetry.labels.items()})
-    scale_start, n_scales = _positions(
-        {n: symmetry.table_shape(s.label, s.size) for n, s in symmetry.scales.items()}
-    )
+    scale_start, n_scales = _positions({n: symmetry.table_shape(s.label, s.size) for n, s in symmetry.scales.items()})
 
     def perm_units(leaf: Leaf) -> list[tuple[Tensor, int]]:
         return [] if leaf.label is None else [(label_start[leaf.label], 1)]
@@ -112,7 +110,9 @@ def _layout(key: _Identity, names: tuple[str, ...], device: str) -> Layout:
         blocks = [b for _, _, b in members]
         n = sum(b.shape[0] for b in blocks)
 
-        def units(side: str, of: Callable, dummy: int, blocks: list[Block] = blocks) -> Units:
+        def units(
+            side: str, of: Callable[[Leaf], list[tuple[Tensor, int]]], dummy: int, blocks: list[Block] = blocks
+        ) -> Units:
             return _cat([_units(b, side, of, dummy, symmetry) for b in blocks], dummy, device)
 
         fixed = [
@@ -164,8 +164,7 @@ def _units(
     index, exponent = [], []
     for dim in own:
         for table, e in of(leaves[dim]):
-            over = symmetry.labels[labels[dim]].over if labels[dim] is not None else ()
-            at = [_base_dim(labels, base, dim) for base in over]
+            at = [_base_dim(labels, base, dim) for base in symmetry.over(leaves[dim])]
             index.append(_lay(table, [*at, dim], len(leaves)).expand(sizes).reshape(b, length))
             exponent.append(torch.full((b, length), float(e)))
     if not index:

@@ -106,11 +106,7 @@ def stepped(param: Tensor, update: Tensor, lr: float | Tensor) -> Tensor:
 def describe(rule: UpdateRule) -> str:
     """The rule's class and its plain settings, such as ``Adam(betas=(0.9, 0.999), eps=1e-08)``."""
     plain = (bool, int, float, str, tuple, torch.dtype)
-    settings = {
-        k: v
-        for k, v in vars(rule).items()
-        if isinstance(v, plain) and k[0] != "_" and k != "training"
-    }
+    settings = {k: v for k, v in vars(rule).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
     return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
@@ -171,9 +167,7 @@ class NFNOpt(torch.optim.Optimizer):
         maximize: bool = False,
     ) -> None:
         if nan_policy not in ("skip", "raise", "propagate"):
-            raise ValueError(
-                f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'"
-            )
+            raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
         self.rule = make_rule(rule)
         self.symmetry = symmetry
         self.nan_policy = nan_policy
@@ -190,9 +184,7 @@ class NFNOpt(torch.optim.Optimizer):
         super().__init__(params, options)
         self._complete = True
         entries, _ = self._bind()
-        if entries and not isinstance(
-            rule, UpdateRule
-        ):  # ours alone: keep it where the weights are
+        if entries and not isinstance(rule, UpdateRule):  # ours alone: keep it where the weights are
             self.rule.to(entries[0].param.device)
 
     # -- parameters and their names
@@ -243,9 +235,7 @@ class NFNOpt(torch.optim.Optimizer):
     def _match(self, entries: list[Entry]) -> tuple[tuple[str, ...], Symmetry]:
         names = tuple(e.name for e in entries)
         if self.symmetry is None:
-            logger.info(
-                "NFNOpt: no symmetry given, every axis of %d tensors moves by itself", len(entries)
-            )
+            logger.info("NFNOpt: no symmetry given, every axis of %d tensors moves by itself", len(entries))
             return names, independent({e.name: e.param for e in entries})
         if any("param_names" in e.group for e in entries):
             names = tuple(n if n in self.symmetry.specs else _bare(n) for n in names)
@@ -449,23 +439,17 @@ class NFNOpt(torch.optim.Optimizer):
 
     def _saved_state(self, saved: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """State to restore per parameter, checked against the parameters and the rule."""
-        if [len(g["params"]) for g in saved["param_groups"]] != [
-            len(g["params"]) for g in self.param_groups
-        ]:
+        if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
             return []  # torch refuses this, in its own words
         wrong: list[str] = []
         owners: dict[Any, tuple[str, Tensor]] = {}
         for group, other in zip(self.param_groups, saved["param_groups"], strict=True):
             own_names = group.get("param_names")
-            names = (
-                own_names or other.get("param_names") or [f"parameter {k}" for k in other["params"]]
-            )
+            names = own_names or other.get("param_names") or [f"parameter {k}" for k in other["params"]]
             for key, name, p in zip(other["params"], names, group["params"], strict=True):
                 owners[key] = (name, p)
             pairs = zip(own_names or [], other.get("param_names", own_names) or [], strict=True)
-            wrong += [
-                f"{a} here is {b} in the state dict" for a, b in pairs if _bare(a) != _bare(b)
-            ]
+            wrong += [f"{a} here is {b} in the state dict" for a, b in pairs if _bare(a) != _bare(b)]
         wrong += [f"state of unknown parameter {k!r}" for k in saved["state"] if k not in owners]
         restored = []
         for key, slots in saved["state"].items():
@@ -487,11 +471,7 @@ class NFNOpt(torch.optim.Optimizer):
         wanted = {k: tuple(x.shape) for k, x in expected.items()}
         if found.keys() != wanted.keys():
             return [f"slots {', '.join(sorted(found))} instead of {', '.join(sorted(wanted))}"]
-        return [
-            f"{k} has shape {found[k]} instead of {wanted[k]}"
-            for k in found
-            if found[k] != wanted[k]
-        ]
+        return [f"{k} has shape {found[k]} instead of {wanted[k]}" for k in found if found[k] != wanted[k]]
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "symmetry", "nan_policy", "skipped_steps")
@@ -559,13 +539,9 @@ def _by_position(entries: list[Entry], symmetry: Symmetry) -> tuple[str, ...]:
 
 def _refuse_unsupported(entry: Entry) -> None:
     if entry.param.is_complex():
-        raise RuntimeError(
-            f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real."
-        )
+        raise RuntimeError(f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real.")
     if entry.grad.layout != torch.strided:
-        raise RuntimeError(
-            f"NFNOpt does not take sparse gradients: {entry.name}. Use nn.Embedding(sparse=False)."
-        )
+        raise RuntimeError(f"NFNOpt does not take sparse gradients: {entry.name}. Use nn.Embedding(sparse=False).")
 
 
 def _largest_magnitudes(tensors: list[Tensor]) -> list[float]:

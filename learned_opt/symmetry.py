@@ -251,7 +251,7 @@ class Symmetry:
     def _block(self, name: str, leaves: list[Leaf], roles: list[Role]) -> Block:
         rows = [i for i, r in enumerate(roles) if r in ("out", "gain")]
         cols = [i for i, r in enumerate(roles) if r in ("in", "kernel", "lookup")]
-        bases = {b for i in cols for b in self._over(leaves[i]) if b not in [leaves[j].label for j in cols]}
+        bases = {b for i in cols for b in self.over(leaves[i]) if b not in [leaves[j].label for j in cols]}
         batch = [i for i in rows if leaves[i].label in bases]
         rows = [i for i in rows if i not in batch]
         if "in" in roles:
@@ -263,7 +263,8 @@ class Symmetry:
         pick = lambda index: tuple(leaves[i] for i in index)  # noqa: E731
         return Block(name, pick(batch), pick(rows), pick(cols), tuple(batch + rows + cols), kind)
 
-    def _over(self, leaf: Leaf) -> tuple[str, ...]:
+    def over(self, leaf: Leaf) -> tuple[str, ...]:
+        """The labels that a leaf's label is over."""
         return self.labels[leaf.label].over if leaf.label is not None else ()
 
     def pieces(self, name: str, tensor: Tensor) -> list[Tensor]:
@@ -352,7 +353,7 @@ class Symmetry:
         labels = [leaf.label for leaf in leaves]
         for dim, leaf in enumerate(leaves):
             for name, exponent in leaf.scale:
-                at = [_base_dim(labels, b, dim) for b in self._over(leaf)]
+                at = [_base_dim(labels, b, dim) for b in self.over(leaf)]
                 d = g.scales[name].to(x) ** (-exponent if dual else exponent)
                 x = x * _lay(d, [*at, dim], x.ndim)
         return x
@@ -380,9 +381,7 @@ class Symmetry:
     def compose(self, a: Element, b: Element) -> Element:
         """The element that acts like ``b`` first, then ``a``."""
         perms = {n: self._move_table(a, n, b.perms[n]) for n in self.labels}
-        scales = {
-            n: a.scales[n] * self._move_table(a, s.label, b.scales[n]) for n, s in self.scales.items()
-        }
+        scales = {n: a.scales[n] * self._move_table(a, s.label, b.scales[n]) for n, s in self.scales.items()}
         return Element(perms, scales)
 
     def invert(self, g: Element) -> Element:
@@ -394,9 +393,7 @@ class Symmetry:
             table = self._permute(Element(perms, {}), g.perms[name], [*over, None])
             perms[name] = table.argsort(-1)
         inverse = Element(perms, {})
-        scales = {
-            n: 1 / self._move_table(inverse, s.label, g.scales[n]) for n, s in self.scales.items()
-        }
+        scales = {n: 1 / self._move_table(inverse, s.label, g.scales[n]) for n, s in self.scales.items()}
         return Element(perms, scales)
 
     def _move_table(self, g: Element, label: str | None, table: Tensor) -> Tensor:
@@ -446,9 +443,7 @@ class Symmetry:
         generator = generator or torch.Generator().manual_seed(0)
         output = output or (lambda y: y)
         model = copy.deepcopy(model).double()
-        inputs = tuple(
-            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
-        )
+        inputs = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         weights = {n: _randomised(w.detach(), generator) for n, w in weights.items()}
         self.validate({n: w for n, w in weights.items() if n in self.specs})
@@ -459,9 +454,7 @@ class Symmetry:
                 return output(torch.func.functional_call(model, fresh, inputs))
 
         reference = evaluate(weights)
-        moved = torch.stack(
-            [evaluate(self.act(self.sample(generator), weights)) for _ in range(samples)]
-        )
+        moved = torch.stack([evaluate(self.act(self.sample(generator), weights)) for _ in range(samples)])
         return ((moved - reference).abs().max() / reference.abs().max()).item()
 
     # -- as text and plain data
@@ -487,9 +480,7 @@ class Symmetry:
 
     def __str__(self) -> str:
         width = max((len(n) for n in self.specs), default=0)
-        rows = [
-            f"{n:{width}s}  [{', '.join(_axis_text(a) for a in s.axes)}]" for n, s in self.specs.items()
-        ]
+        rows = [f"{n:{width}s}  [{', '.join(_axis_text(a) for a in s.axes)}]" for n, s in self.specs.items()]
         return "\n".join(rows)
 
 

@@ -55,9 +55,7 @@ def _fail(message: str) -> None:
 # ------------------------------------------------------------------------------------ the commands
 
 
-def train(
-    recipe: str, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto"
-) -> None:
+def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto") -> None:
     """Meta-train by a recipe. 'train RECIPE --help' also lists the recipe's fields, all options.
 
     Args:
@@ -160,9 +158,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> N
         workers: processes, each with one thread.
         steps: steps of every run of the race.
     """
-    print(
-        "1. Meta-training a fresh optimizer for about a minute (only to show the loop).", flush=True
-    )
+    print("1. Meta-training a fresh optimizer for about a minute (only to show the loop).", flush=True)
     _train("demo", recipe_named("demo"), out / "train", "never")
     print("2. Training three networks with the shipped NFNOpt and with tuned Adam.", flush=True)
     _evaluate(
@@ -206,9 +202,7 @@ def _train_with_fields(found: Any) -> Callable:
     """``train``, whose options are also the fields of this recipe."""
     import tyro
 
-    def command(
-        recipe, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto", fields=found
-    ) -> None:
+    def command(recipe, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto", fields=found) -> None:
         _train(recipe, fields, out, resume)
 
     command.__doc__ = train.__doc__

@@ -63,9 +63,7 @@ def load_latest(folder: Path, say: Any = print) -> tuple[Path, dict[str, Any]] |
         except CheckpointError as error:
             say(f"Cannot use {error} Falling back to the one before.")
     if paths:
-        raise CheckpointError(
-            folder, f"none of its {len(paths)} checkpoints is whole. Start again in another folder."
-        )
+        raise CheckpointError(folder, f"none of its {len(paths)} checkpoints is whole. Start again in another folder.")
     return None
 
 

@@ -38,9 +38,7 @@ class Estimator(Protocol):
         """Carry of the first call."""
         ...
 
-    def __call__(
-        self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator
-    ) -> Estimate:
+    def __call__(self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator) -> Estimate:
         """Mean meta-loss (0-d), gradient per name of theta, next carry, metrics."""
         ...
 
@@ -78,18 +76,11 @@ class TBPTT:
         """Fresh particles, desynchronised if a run takes several truncations."""
         return unroll.init(self.particles, generator, spread=self.truncation < unroll.horizon[1])
 
-    def __call__(
-        self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator
-    ) -> Estimate:
+    def __call__(self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
-        own = {
-            n: t.detach().expand(self.particles, *t.shape).clone().requires_grad_()
-            for n, t in theta.items()
-        }
+        own = {n: t.detach().expand(self.particles, *t.shape).clone().requires_grad_() for n, t in theta.items()}
         steps = _steps(self.truncation, carry)
-        after, trace = unroll(
-            own, carry, steps, generator, batched=True, detach=self.detach, remat=self.remat
-        )
+        after, trace = unroll(own, carry, steps, generator, batched=True, detach=self.detach, remat=self.remat)
         per_run = trace.loss.mean(0)
         grads = torch.autograd.grad(per_run.sum(), list(own.values()), materialize_grads=True)
         flat = torch.cat([g.reshape(len(per_run), -1) for g in grads], 1)  # [P, size of theta]
@@ -102,9 +93,7 @@ class TBPTT:
         # Left out, not zero: the mean is over the particles that have a gradient.
         scale = scale / kept.sum().clamp(min=1)
         gradient = {
-            n: (
-                torch.where(kept.view(-1, *[1] * t.ndim), g, 0.0) * scale.view(-1, *[1] * t.ndim)
-            ).sum(0)
+            n: (torch.where(kept.view(-1, *[1] * t.ndim), g, 0.0) * scale.view(-1, *[1] * t.ndim)).sum(0)
             for (n, t), g in zip(theta.items(), grads, strict=True)
         }
         metrics = _metrics(unroll, trace) | {"dropped": float((~kept).sum())}
@@ -137,16 +126,12 @@ class ES:
         return {}
 
     @torch.no_grad()
-    def __call__(
-        self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator
-    ) -> Estimate:
+    def __call__(self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
         particles = unroll.init(self.particles, generator, copies=2, common=True)
         noise = _noise(theta, self.particles // 2, self.sigma, generator)
         steps = int(particles["horizon"][0])
-        _, trace = unroll(
-            _antithetic(theta, noise), particles, steps, generator, copies=2, batched=True
-        )
+        _, trace = unroll(_antithetic(theta, noise), particles, steps, generator, copies=2, batched=True)
         gradient = _correlate(trace.loss.mean(0), noise, self.sigma)
         return trace.loss.mean(), gradient, {}, _metrics(unroll, trace)
 
@@ -177,16 +162,12 @@ class TruncatedES:
         return unroll.init(self.particles // 2, generator, spread=spread)
 
     @torch.no_grad()
-    def __call__(
-        self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator
-    ) -> Estimate:
+    def __call__(self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
         pairs = self.particles // 2
         noise = _noise(theta, pairs, self.sigma, generator)
         steps = _steps(self.truncation, carry)
-        after, trace = unroll(
-            _antithetic(theta, noise), tiled(carry, 2), steps, generator, copies=2, batched=True
-        )
+        after, trace = unroll(_antithetic(theta, noise), tiled(carry, 2), steps, generator, copies=2, batched=True)
         gradient = _correlate(trace.loss.mean(0), noise, self.sigma)
         return trace.loss.mean(), gradient, head(after, pairs), _metrics(unroll, trace)
 
@@ -224,17 +205,13 @@ class PES:
         }
 
     @torch.no_grad()
-    def __call__(
-        self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator
-    ) -> Estimate:
+    def __call__(self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
         pairs = self.particles // 2
         noise = _noise(theta, pairs, self.sigma, generator)
         drift = {n: carry["drift"][n] + e for n, e in noise.items()}
         steps = _steps(self.truncation, carry["particles"])
-        after, trace = unroll(
-            _antithetic(theta, noise), carry["particles"], steps, generator, copies=2, batched=True
-        )
+        after, trace = unroll(_antithetic(theta, noise), carry["particles"], steps, generator, copies=2, batched=True)
         begun = trace.segment > 0
         old = _correlate(torch.where(begun, 0.0, trace.loss).mean(0), drift, self.sigma)
         new = _correlate(torch.where(begun, trace.loss, 0.0).mean(0), noise, self.sigma)
@@ -260,10 +237,7 @@ def _steps(truncation: int, particles: Carry) -> int:
 
 
 def _noise(theta: Theta, pairs: int, sigma: float, generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        n: sigma * torch.randn(pairs, *t.shape, generator=generator, dtype=t.dtype)
-        for n, t in theta.items()
-    }
+    return {n: sigma * torch.randn(pairs, *t.shape, generator=generator, dtype=t.dtype) for n, t in theta.items()}
 
 
 def _antithetic(theta: Theta, noise: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -210,11 +210,7 @@ def muon(model: nn.Module, lr: float, steps: int):
     others = [p for name, p in model.named_parameters() if name not in hidden]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr)]
     if matrices:
-        parts.append(
-            torch.optim.Muon(
-                matrices, lr, weight_decay=0.01, nesterov=True, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        parts.append(torch.optim.Muon(matrices, lr, weight_decay=0.01, nesterov=True, adjust_lr_fn="match_rms_adamw"))
     return Joined(parts), None
 
 
@@ -224,14 +220,8 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     Layers are the weights with two or more axes in the order in which the model registers them; a
     bare parameter of a transformer (positions) is no layer.
     """
-    layers = [
-        (name, p)
-        for name, p in model.named_parameters()
-        if p.ndim >= 2 and name.rpartition(".")[2] == "weight"
-    ]
-    embeddings = {
-        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)
-    }
+    layers = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and name.rpartition(".")[2] == "weight"]
+    embeddings = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     return {name for name, p in layers[1:-1] if p.ndim == 2 and name not in embeddings}
 
 
@@ -311,8 +301,7 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
     rule = rule or "nfn"
     if rule not in RULES and not Path(rule).is_file():
         raise UnknownName(
-            f"unknown rule {rule!r}. Valid rules: {', '.join(RULES)}, or the path of an existing "
-            ".safetensors file."
+            f"unknown rule {rule!r}. Valid rules: {', '.join(RULES)}, or the path of an existing .safetensors file."
         )
     try:
         module = make_rule(rule)
@@ -371,9 +360,7 @@ def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[],
         return suites.held_out(data)
     if name == "VALID":
         return suites.VALID
-    raise UnknownName(
-        f"unknown suite {name!r}. Valid suites: VALID, HELD_OUT, or package.module:DICT."
-    )
+    raise UnknownName(f"unknown suite {name!r}. Valid suites: VALID, HELD_OUT, or package.module:DICT.")
 
 
 @lru_cache(maxsize=64)
@@ -466,9 +453,7 @@ class Job:
     def key(self) -> tuple:
         # A learned optimizer is what it does (theta), not the path it was loaded from.
         name = "learned" if self.theta else self.optimizer
-        return (self.suite, self.task, self.fingerprint, name, self.theta, self.lr, self.seed) + (
-            self.steps,
-        )
+        return (self.suite, self.task, self.fingerprint, name, self.theta, self.lr, self.seed) + (self.steps,)
 
 
 Runs = dict[tuple, Curve]
@@ -595,13 +580,9 @@ def make_plan(
         grid = (grids or {}).get(name, entry.grid)
         planned[label or name] = PlannedOptimizer(name, theta, grid)
     if planned[REFERENCE].name != REFERENCE:
-        raise ValueError(
-            f"the label {REFERENCE!r} is taken: all speed-ups are measured against it."
-        )
+        raise ValueError(f"the label {REFERENCE!r} is taken: all speed-ups are measured against it.")
     if horizon is not None and horizon not in planned:
-        raise UnknownName(
-            f"horizon opponent {horizon!r} is not evaluated. Valid labels: {', '.join(planned)}."
-        )
+        raise UnknownName(f"horizon opponent {horizon!r} is not evaluated. Valid labels: {', '.join(planned)}.")
     infos = {}
     for name in tasks or suite_named(suite, data):
         task = task_named(suite, name, data, steps)
@@ -630,15 +611,9 @@ def tuning_jobs(plan: Plan) -> list[Job]:
 
 def final_jobs(plan: Plan, runs: Runs) -> list[Job]:
     """Every seed at the chosen rate; Adam to ``CAP`` times the steps (its beginning is its run)."""
-    chosen = {
-        (task, label): tuned_rate(plan, runs, task, label)
-        for task in plan.tasks
-        for label in plan.optimizers
-    }
+    chosen = {(task, label): tuned_rate(plan, runs, task, label) for task in plan.tasks for label in plan.optimizers}
     return [
-        job(
-            plan, task, label, lr, seed, plan.tasks[task].steps * (CAP if label == REFERENCE else 1)
-        )
+        job(plan, task, label, lr, seed, plan.tasks[task].steps * (CAP if label == REFERENCE else 1))
         for (task, label), lr in chosen.items()
         for seed in range(plan.seeds)
     ]
@@ -757,9 +732,7 @@ def _worker() -> None:
     torch.set_num_threads(1)
 
 
-def _finish(
-    store: Store, execute: Execute, report, data, steps, stage: str, jobs: list[Job]
-) -> None:
+def _finish(store: Store, execute: Execute, report, data, steps, stage: str, jobs: list[Job]) -> None:
     """Do those of the jobs that are not in the store."""
     unique = {job.key: job for job in jobs if job.key not in store.runs}
     report.start(stage, len(unique), len({job.key for job in jobs}))

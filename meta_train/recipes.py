@@ -17,6 +17,9 @@ class Recipe:
     Attributes:
         rule: name in ``learned_opt.rules.RULES``; training starts from its freshly drawn theta.
         start: path of a ``.safetensors`` theta of that rule to start from instead.
+        trained: parts of theta (names of the rule's modules or parameters) that are trained; empty: all.
+            Evolution strategies pay for every number that they perturb, so a rule whose hidden maps
+            stay random learns more from the same work.
         families: name in ``tasks.suites.TRAIN`` and its share of the workers.
         estimator: of the meta-gradient, with the particles per task and the truncation.
         horizon: lowest and highest number of inner steps of a run, drawn log-uniformly.
@@ -46,6 +49,7 @@ class Recipe:
 
     rule: str = "nfn"
     start: str | None = None
+    trained: tuple[str, ...] = ()
     families: dict[str, float] = field(
         default_factory=lambda: {
             "mlp": 1.0,
@@ -152,6 +156,25 @@ def es() -> Recipe:
     )
 
 
+def shipped() -> Recipe:
+    """The recipe of the theta in the package: whole runs judged by where they end, on fresh tasks."""
+    return Recipe(
+        trained=("gate", "unit_gain", "layer_gain", "blend"),
+        families={"mlp": 2.0, "autoencoder": 1.0, "cnn": 2.0, "char": 1.0, "vit": 1.0},
+        estimator=ES(particles=16, sigma=0.05),
+        horizon=(150, 450),
+        curriculum=0.0,
+        end_weight=8.0,
+        workers=14,
+        tasks_per_step=2,
+        resample=1,
+        outer_steps=90,
+        lr=0.015,
+        ema=0.9,
+        checkpoint_every=5,
+    )
+
+
 def demo() -> Recipe:
     """About a minute: a few outer steps on small MLPs and autoencoders, to see the loop at work."""
     return replace(
@@ -189,4 +212,5 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tbptt": tbptt,
     "pes": pes,
     "es": es,
+    "shipped": shipped,
 }

@@ -195,9 +195,7 @@ def _strata(mine: Sequence[Outcome], measure: Callable[[Outcome], float]) -> lis
     return list(by_task.values())
 
 
-def _iqm_text(
-    mine: Sequence[Outcome], measure: Callable[[Outcome], float], cap: float | None = None
-) -> str:
+def _iqm_text(mine: Sequence[Outcome], measure: Callable[[Outcome], float], cap: float | None = None) -> str:
     strata = _strata(mine, measure)
     value = iqm(np.concatenate(strata))
     text = f"{cap}+" if cap is not None and value >= cap else f"{value:.2f}"
@@ -215,9 +213,7 @@ def _against_adam(found: Sequence[Outcome], mine: Sequence[Outcome], measure: st
 
 
 def _step_seconds(outs: Sequence[Outcome], task: str) -> float:
-    return float(
-        np.median([o.curve.cpu_seconds / max(o.curve.ran, 1) for o in outs if o.task == task])
-    )
+    return float(np.median([o.curve.cpu_seconds / max(o.curve.ran, 1) for o in outs if o.task == task]))
 
 
 def _time_ratio(found: Sequence[Outcome], mine: Sequence[Outcome]) -> str:
@@ -247,9 +243,7 @@ def draw_curves(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
             if curves:
                 _draw_seeds(axis, curves, colour, label)
         axis.set_yscale("log")
-        axis.set_ylim(
-            *_limits([o.curve for o in found if o.task == task], plan.tasks[task].ceiling)
-        )
+        axis.set_ylim(*_limits([o.curve for o in found if o.task == task], plan.tasks[task].ceiling))
         axis.set_title(task)
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
@@ -302,9 +296,7 @@ def draw_speed_ups(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
             spread = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
             axis.errorbar(value, row, xerr=spread, color="black", capsize=3, linewidth=1)
         dots = [np.median(s) for s in strata]
-        axis.plot(
-            dots, [row] * len(dots), "o", color="white", markeredgecolor="black", markersize=4.5
-        )
+        axis.plot(dots, [row] * len(dots), "o", color="white", markeredgecolor="black", markersize=4.5)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     tuned = [f"{label} (tuned)" if plan.optimizers[label].grid else label for label in labels]
     axis.set_yticks(range(len(labels)), tuned)

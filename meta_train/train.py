@@ -172,9 +172,7 @@ class Run:
     validated: int = -1  # the last outer step at which theta was validated
     best: dict[str, Any] = field(default_factory=dict)  # loss, step, theta
     norms: dict[str, float] = field(default_factory=dict)  # running mean square per family
-    counters: dict[str, float] = field(
-        default_factory=lambda: {"particle_steps": 0.0, "skipped": 0.0, "seconds": 0.0}
-    )
+    counters: dict[str, float] = field(default_factory=lambda: {"particle_steps": 0.0, "skipped": 0.0, "seconds": 0.0})
     log_bytes: int = 0
 
     @classmethod
@@ -187,14 +185,8 @@ class Run:
         return cls(leaves, {n: t.clone() for n, t in leaves.items()}, optimizer, workers)
 
     def to_dict(self) -> dict[str, Any]:
-        workers = [
-            {"generation": w.generation, "uses": w.uses, "carry": w.carry} for w in self.workers
-        ]
-        plain = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("optimizer", "workers")
-        }
+        workers = [{"generation": w.generation, "uses": w.uses, "carry": w.carry} for w in self.workers]
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("optimizer", "workers")}
         return plain | {"optimizer": self.optimizer.state_dict(), "workers": workers}
 
     @classmethod
@@ -279,9 +271,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def validate(
-    recipe: Recipe, rule: UpdateRule, theta: Theta, problems: Mapping[str, Task]
-) -> dict[str, float]:
+def validate(recipe: Recipe, rule: UpdateRule, theta: Theta, problems: Mapping[str, Task]) -> dict[str, float]:
     """log(train loss over the last tenth of a run / ceiling) per task, and the mean as ``loss``.
 
     Two runs a task, the same ones each time; ``held_out/<task>``: that of the final held-out loss.
@@ -289,18 +279,13 @@ def validate(
     result = {}
     for name, task in problems.items():
         steps = min(task.steps, recipe.validation_steps)
-        unroll = replace(
-            make_unroll(recipe, rule, task), horizon=(steps, steps), end_weight=0.0, measure="train"
-        )
+        unroll = replace(make_unroll(recipe, rule, task), horizon=(steps, steps), end_weight=0.0, measure="train")
         unroll = replace(unroll, transform="log", floor=1e-4)
         generator = generator_of(recipe.seed, f"validation {name}")
         # The run ends one step before its horizon: at the horizon the weights would be fresh ones.
         particles, trace = unroll(theta, unroll.init(2, generator), steps - 1, generator)
         result[name] = float(trace.loss[-max(1, steps // 10) :].mean())
-        held_out = [
-            task.loss({n: p[i] for n, p in particles["params"].items()}, task.held_out())
-            for i in range(2)
-        ]
+        held_out = [task.loss({n: p[i] for n, p in particles["params"].items()}, task.held_out()) for i in range(2)]
         result[f"held_out/{name}"] = float(unroll._normalise(torch.stack(held_out)).mean())
     result["loss"] = _mean([v for n, v in result.items() if not n.startswith("held_out/")])
     return result
@@ -352,22 +337,19 @@ def train(
     rule = _fresh_rule(recipe, rules)
     if not dict(rule.named_parameters()):
         raise ValueError(f"rule {recipe.rule!r} has no theta to train. Choose a learned rule.")
+    _known("part of theta", recipe.trained, dict(rule.named_children()) | dict(rule.named_parameters()))
 
     with _Reporter(out, recipe.outer_steps) as report, _Interruption() as interruption:
         run = _resume(recipe, rule, out, resume, report)
         started = time.monotonic() - run.counters["seconds"]
-        problems = {
-            n: make() for n, make in validation.items() if n in (recipe.validation or validation)
-        }
+        problems = {n: make() for n, make in validation.items() if n in (recipe.validation or validation)}
         problems = problems if recipe.validate_every else {}
         saved = run.step
 
         def save() -> Path:
             run.counters["seconds"] = time.monotonic() - started
             run.log_bytes = report.flush()
-            return checkpoint.save(
-                out, run.step, {"recipe": recipe.to_dict(), "run": run.to_dict()}
-            )
+            return checkpoint.save(out, run.step, {"recipe": recipe.to_dict(), "run": run.to_dict()})
 
         def expired() -> bool:
             seconds = time.monotonic() - started
@@ -408,7 +390,8 @@ def train(
                 saved = run.step
 
         save()
-        theta = run.best["theta"] if run.best else run.average
+        trained = run.best["theta"] if run.best else run.average
+        theta = {**dict(rule.named_parameters()), **trained}
         path = out / "theta.safetensors"
         save_theta(path, recipe.rule, theta, _provenance(recipe, run, out))
         report.say(f"{run.step} outer steps in {run.counters['seconds']:.0f} s: {path}")
@@ -437,6 +420,15 @@ def _fresh_rule(recipe: Recipe, rules: Mapping[str, Callable[[], UpdateRule]]) -
     return rule.requires_grad_(False)
 
 
+def _trained(recipe: Recipe, rule: UpdateRule) -> dict[str, Tensor]:
+    """The part of theta that the recipe trains; the rule keeps the rest."""
+    return {
+        n: p.detach()
+        for n, p in rule.named_parameters()
+        if not recipe.trained or {n, n.split(".")[0]} & set(recipe.trained)
+    }
+
+
 def _resume(recipe: Recipe, rule: UpdateRule, out: Path, resume: str, report: "_Reporter") -> Run:
     if resume == "never":
         report.clear()
@@ -445,7 +437,7 @@ def _resume(recipe: Recipe, rule: UpdateRule, out: Path, resume: str, report: "_
     found = checkpoint.load_latest(out, report.say)
     if found is None:
         report.open(0, 0)
-        return Run.begin(recipe, dict(rule.named_parameters()))
+        return Run.begin(recipe, _trained(recipe, rule))
     path, data = found
     old, new = data["recipe"], recipe.to_dict()
     changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
@@ -476,9 +468,7 @@ def _provenance(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         "skipped_gradients": run.counters["skipped"],
         "meta_loss_first_tenth": _mean(losses[:tenth]) if losses else None,
         "meta_loss_last_tenth": _mean(losses[-tenth:]) if losses else None,
-        "validation": [
-            {"step": x["step"], "loss": x["validation"]} for x in curve if "validation" in x
-        ],
+        "validation": [{"step": x["step"], "loss": x["validation"]} for x in curve if "validation" in x],
         "chosen": {"by": "validation", "step": run.best["step"], "loss": run.best["loss"]}
         if run.best
         else {"by": "last average", "step": run.step},
@@ -490,9 +480,7 @@ def _git_commit() -> str | None:
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder)]
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -641,9 +629,7 @@ class _Reporter(contextlib.AbstractContextManager["_Reporter"]):
         self.say(f"step {run.step}/{self.total}  validation {scores['loss']:.4f}{best}")
 
     def _write(self, line: dict[str, Any]) -> None:
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
-        }
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.log.write(json.dumps(finite) + "\n")
 
 
@@ -691,7 +677,7 @@ def throughput(
     """Measure one estimator call per family of the recipe, after one to warm up."""
     rule = _fresh_rule(recipe, RULES if rules is None else rules)
     families = tasks.suites.TRAIN if families is None else families
-    theta = {n: p.detach() for n, p in rule.named_parameters()}
+    theta = _trained(recipe, rule)
     recipe = replace(recipe, curriculum=0.0)
     rows = {}
     for number, family in enumerate(recipe.families):

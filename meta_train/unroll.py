@@ -69,10 +69,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        inputs = [
-            t.detach().requires_grad_(need)
-            for t, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
         ends = [(y, dy) for y, dy in zip(outputs, outer, strict=True) if y.requires_grad]
@@ -224,15 +221,11 @@ class Unroll:
     def _losses(self, params: Weights, batch: Batch) -> Tensor:
         return vmap(self.task.loss)(params, batch)
 
-    def _loss_and_gradient(
-        self, params: Weights, batch: Batch, detach: bool
-    ) -> tuple[Tensor, Weights]:
+    def _loss_and_gradient(self, params: Weights, batch: Batch, detach: bool) -> tuple[Tensor, Weights]:
         """Losses [P] and their gradients: particles do not interact, so those of the sum."""
         meta = torch.is_grad_enabled()
         if meta and not detach:
-            leaves = {
-                n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()
-            }
+            leaves = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
         else:
             leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         with torch.enable_grad():
@@ -320,9 +313,7 @@ class Unroll:
             stop.index_copy(0, index, fresh_horizon),
         )
 
-    def _batches(
-        self, generator: torch.Generator, steps: int, runs: int, copies: int
-    ) -> Iterator[tuple[Batch, Batch]]:
+    def _batches(self, generator: torch.Generator, steps: int, runs: int, copies: int) -> Iterator[tuple[Batch, Batch]]:
         """Per step the training batch and the batch of the meta-loss, leading axis P."""
 
         def draw(count: int) -> Batch:

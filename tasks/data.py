@@ -131,9 +131,7 @@ class Windows:
         return window[:, :-1], window[:, 1:]
 
 
-def crop(
-    canvas: Tensor, y: Tensor, size: int, generator: Generator, count: int
-) -> tuple[Tensor, Tensor]:
+def crop(canvas: Tensor, y: Tensor, size: int, generator: Generator, count: int) -> tuple[Tensor, Tensor]:
     """Uniform crops [count, channels, size, size] of uniform canvases, and their labels [count]."""
     # A view, nothing is copied: n, c, rows, columns, size, size.
     windows = canvas.unfold(2, size, 1).unfold(3, size, 1)
@@ -231,9 +229,7 @@ class Reconstruct(_View):
 
     @property
     def classes(self) -> int:
-        raise TypeError(
-            "a reconstruction has no classes: its y is x. Pass loss=mean_squared_error to the task."
-        )
+        raise TypeError("a reconstruction has no classes: its y is x. Pass loss=mean_squared_error to the task.")
 
     def _see(self, x: Tensor, y: Tensor) -> Batch:
         return x, x
@@ -287,9 +283,7 @@ def tabular(name: str) -> Rows:
     """
     loaders = {"wine": datasets.load_wine, "breast_cancer": datasets.load_breast_cancer}
     if name not in loaders:
-        raise ValueError(
-            f"no tabular data set {name!r} is embedded. Choose one of {sorted(loaders)}."
-        )
+        raise ValueError(f"no tabular data set {name!r} is embedded. Choose one of {sorted(loaders)}.")
     x, y = loaders[name](return_X_y=True)
     order = torch.randperm(len(x), generator=Generator().manual_seed(0))
     x, y = torch.tensor(x, dtype=torch.float32)[order], torch.tensor(y)[order]
@@ -444,15 +438,13 @@ def read_idx(path: Path) -> Tensor:
         raw = file.read()
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(
-            f"{path.name} is not an IDX file of unsigned bytes: it starts with {raw[:4]!r}. "
-            "Fetch it again."
+            f"{path.name} is not an IDX file of unsigned bytes: it starts with {raw[:4]!r}. Fetch it again."
         )
     header = 4 + 4 * raw[3]
     sizes = struct.unpack(f">{raw[3]}I", raw[4:header])
     if len(raw) - header != math.prod(sizes):
         raise ValueError(
-            f"{path.name} has {len(raw) - header} bytes of data, but its header says {sizes}. "
-            "Fetch it again."
+            f"{path.name} has {len(raw) - header} bytes of data, but its header says {sizes}. Fetch it again."
         )
     return torch.tensor(np.frombuffer(raw, np.uint8, offset=header)).view(sizes)
 
@@ -471,8 +463,7 @@ def _read_torchvision(name: str, data: Path, download: bool) -> tuple[Labelled, 
         train, test = load(train=True), load(train=False)
     except RuntimeError as error:  # torchvision's way to say that the files are not there
         raise FileNotFoundError(
-            f"{name} is not in the folder {data}. Pass download=True, or put IDX files in "
-            f"{data / name.lower()}."
+            f"{name} is not in the folder {data}. Pass download=True, or put IDX files in {data / name.lower()}."
         ) from error
     return _labelled(train), _labelled(test)
 

@@ -36,17 +36,13 @@ def initializers(model: nn.Module, scale: float = 1.0, embed_std: float = 0.02) 
     return {name: draws[name] for name, _ in model.named_parameters()}
 
 
-def _draw(
-    module: nn.Module, shape: tuple[int, ...], is_bias: bool, scale: float, embed_std: float
-) -> Draw:
+def _draw(module: nn.Module, shape: tuple[int, ...], is_bias: bool, scale: float, embed_std: float) -> Draw:
     if isinstance(module, nn.Linear | nn.Conv2d):
         fan_in = module.weight[0].numel()
         return functools.partial(_uniform, shape, (1.0 if is_bias else scale) / math.sqrt(fan_in))
     if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
         return functools.partial(_constant, shape, 0.0 if is_bias else 1.0)
-    return functools.partial(
-        _normal, shape, embed_std if isinstance(module, nn.Embedding) else 0.02
-    )
+    return functools.partial(_normal, shape, embed_std if isinstance(module, nn.Embedding) else 0.02)
 
 
 def _uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> Tensor:

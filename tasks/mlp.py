@@ -36,14 +36,10 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def classifier(
-    name: str, source: data.Data, hidden: Sequence[int], activation: str, **settings
-) -> Supervised:
+def classifier(name: str, source: data.Data, hidden: Sequence[int], activation: str, **settings) -> Supervised:
     """An MLP with these hidden widths that classifies `source`; settings of `Supervised`."""
     source = data.Flat(source)
-    return Supervised(
-        name, lambda: mlp([*source.shape, *hidden, source.classes], activation), source, **settings
-    )
+    return Supervised(name, lambda: mlp([*source.shape, *hidden, source.classes], activation), source, **settings)
 
 
 def autoencoder(

@@ -22,9 +22,7 @@ TRAIN: dict[str, TaskFamily] = {
 
 
 def _mlp_digits_relu() -> Task:
-    return mlp.classifier(
-        "mlp-digits-relu", Noisy(digits(), 0.5), [96, 96], "relu", batch_size=128, steps=600
-    )
+    return mlp.classifier("mlp-digits-relu", Noisy(digits(), 0.5), [96, 96], "relu", batch_size=128, steps=600)
 
 
 def _mlp_photos_tanh() -> Task:
@@ -50,9 +48,7 @@ def _mlp_photos_gelu() -> Task:
 
 
 def _mlp_digits_sin() -> Task:
-    return mlp.classifier(
-        "mlp-digits-sin", Noisy(digits(), 0.4), [72, 40], "sin", batch_size=64, steps=400
-    )
+    return mlp.classifier("mlp-digits-sin", Noisy(digits(), 0.4), [72, 40], "sin", batch_size=64, steps=400)
 
 
 def _autoencoder_photos() -> Task:
@@ -68,9 +64,7 @@ def _autoencoder_photos() -> Task:
 
 
 def _cnn_digits_relu() -> Task:
-    return conv.classifier(
-        "cnn-digits-relu", Noisy(digits(), 0.5), [10, 20], "relu", batch_size=64, steps=600
-    )
+    return conv.classifier("cnn-digits-relu", Noisy(digits(), 0.5), [10, 20], "relu", batch_size=64, steps=600)
 
 
 def _cnn_photos_bn() -> Task:
@@ -148,9 +142,7 @@ VALID: dict[str, Callable[[], Task]] = {
 
 
 def _wine_tanh() -> Task:
-    return mlp.classifier(
-        "wine-tanh", Noisy(tabular("wine"), 0.5), [50, 50], "tanh", batch_size=32, steps=300
-    )
+    return mlp.classifier("wine-tanh", Noisy(tabular("wine"), 0.5), [50, 50], "tanh", batch_size=32, steps=300)
 
 
 def _breast_cancer_relu() -> Task:
@@ -248,17 +240,13 @@ HELD_OUT: dict[str, Callable[[], Task]] = {
 def mnist_mlp(folder: Path | str | None = None, *, download: bool = False) -> Task:
     """A ReLU MLP on MNIST from the data folder; raises as `require_data_dir` and `data.images`."""
     source = data.images("MNIST", require_data_dir(folder), download=download)
-    return mlp.classifier(
-        "mnist-mlp", Noisy(source, 0.2), [120, 60], "relu", batch_size=128, steps=1000
-    )
+    return mlp.classifier("mnist-mlp", Noisy(source, 0.2), [120, 60], "relu", batch_size=128, steps=1000)
 
 
 def mnist_cnn(folder: Path | str | None = None, *, download: bool = False) -> Task:
     """A CNN of three convolutions on MNIST from the data folder; raises as `mnist_mlp`."""
     source = data.images("MNIST", require_data_dir(folder), download=download)
-    return conv.classifier(
-        "mnist-cnn", Noisy(source, 0.2), [8, 16, 32], "relu", pools=3, batch_size=32, steps=800
-    )
+    return conv.classifier("mnist-cnn", Noisy(source, 0.2), [8, 16, 32], "relu", pools=3, batch_size=32, steps=800)
 
 
 def held_out(folder: Path | str | None = None) -> dict[str, Callable[[], Task]]:
@@ -284,8 +272,7 @@ def data_dir(folder: Path | str | None = None) -> Path | None:
     path = Path(named).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
-            f"the data folder {path} does not exist. Correct the data option or LEARNED_OPT_DATA, "
-            "or leave both out."
+            f"the data folder {path} does not exist. Correct the data option or LEARNED_OPT_DATA, or leave both out."
         )
     return path
 

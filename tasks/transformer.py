@@ -45,9 +45,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attn(ln1(x)), then x + fc2(act(fc1(ln2(x))))."""
 
-    def __init__(
-        self, width: int, heads: int, hidden: int, activation: str, *, causal: bool, fused: bool
-    ) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, activation: str, *, causal: bool, fused: bool) -> None:
         super().__init__()
         self.ln1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, causal=causal, fused=fused)
@@ -91,8 +89,7 @@ class Transformer(nn.Module):
         self.embed = embed
         self.pos = nn.Parameter(torch.zeros(length, width))
         self.blocks = nn.ModuleList(
-            Block(width, heads, hidden, activation, causal=causal, fused=fused)
-            for _ in range(depth)
+            Block(width, heads, hidden, activation, causal=causal, fused=fused) for _ in range(depth)
         )
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)

@@ -42,23 +42,17 @@ def naive(model, rule, symmetry, lr, start, theta, steps=STEPS):
     """Final loss of a plain loop over ``rule``, differentiable in ``start`` and ``theta``."""
     params, state = start, rule.init({n: p.detach() for n, p in start.items()})
     for _ in range(steps):
-        grads = torch.autograd.grad(
-            loss_of(model, params), list(params.values()), create_graph=True
-        )
+        grads = torch.autograd.grad(loss_of(model, params), list(params.values()), create_graph=True)
         grads = dict(zip(params, grads, strict=True))
         options = {"total_steps": 30, "weight_decay": 0.1}
-        updates, state = torch.func.functional_call(
-            rule, theta, (params, grads, state, symmetry), options
-        )
+        updates, state = torch.func.functional_call(rule, theta, (params, grads, state, symmetry), options)
         params = {n: p + lr * updates[n] for n, p in params.items()}
     return loss_of(model, params)
 
 
 def meta_gradient(loss, *trees):
     leaves = [x for tree in trees for x in tree.values()]
-    return loss.detach(), torch.autograd.grad(
-        loss, leaves, allow_unused=True, materialize_grads=True
-    )
+    return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 
 def setting(name):
@@ -98,9 +92,7 @@ def test_theta_in_the_module_receives_gradients_too(name):
     init, update = functional(rule, symmetry, lr=lr, weight_decay=0.1, total_steps=30)
     params, state = start, init(start)
     for _ in range(STEPS):
-        grads = torch.autograd.grad(
-            loss_of(model, params), list(params.values()), create_graph=True
-        )
+        grads = torch.autograd.grad(loss_of(model, params), list(params.values()), create_graph=True)
         params, state = update(params, dict(zip(params, grads, strict=True)), state)
     assert_same(meta_gradient(loss_of(model, params), start, theta), reference)
 
@@ -110,10 +102,7 @@ def test_functional_loops_run_under_vmap(name):
     model, rule = make_model(), make_rule(name)
     init, update = functional(rule, lr=LR.get(name, 1.0))
     generator = torch.Generator().manual_seed(3)
-    batch = {
-        n: torch.randn(3, *p.shape, generator=generator, dtype=p.dtype)
-        for n, p in model.named_parameters()
-    }
+    batch = {n: torch.randn(3, *p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()}
 
     def train(params):
         state = init(params)
@@ -130,9 +119,7 @@ def test_functional_loops_run_under_vmap(name):
 
 def test_functional_of_an_optimizer_continues_what_it_does():
     model = make_model()
-    optimizer = NFNOpt(
-        model.named_parameters(), rule=make_rule("nfn"), lr=0.5, total_steps=9, weight_decay=0.1
-    )
+    optimizer = NFNOpt(model.named_parameters(), rule=make_rule("nfn"), lr=0.5, total_steps=9, weight_decay=0.1)
     init, update = functional(optimizer)
     params = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = init(params)

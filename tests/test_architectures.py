@@ -33,9 +33,7 @@ def labels(symmetry: Symmetry) -> dict[str, tuple[int, tuple[str, ...]]]:
 
 # -------------------------------------------------------------------------------- the architectures
 def mlp(*activation: nn.Module) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(5, 8), *activation, nn.Linear(8, 6), *activation, nn.Linear(6, 3)
-    )
+    return nn.Sequential(nn.Linear(5, 8), *activation, nn.Linear(8, 6), *activation, nn.Linear(6, 3))
 
 
 def cnn(activation: nn.Module, pool: nn.Module) -> nn.Sequential:
@@ -54,9 +52,7 @@ def norm_cnn(**options: bool) -> nn.Sequential:
     )  # fmt: skip
 
 
-def char_lm(
-    activation: str = "gelu", *, fused: bool = True, bias: bool = True, depth: int = 2
-) -> Transformer:
+def char_lm(activation: str = "gelu", *, fused: bool = True, bias: bool = True, depth: int = 2) -> Transformer:
     model = Transformer(
         nn.Embedding(11, 12), 5, 11, width=12, heads=3, depth=depth, hidden=10,
         activation=activation, causal=True, fused=fused,
@@ -89,9 +85,7 @@ IMAGE, VECTOR, TEXT, PATCHES = normal(4, 2, 8, 8), normal(9, 5), tokens(11, 3, 5
 depthwise = nn.Sequential(
     nn.Conv2d(2, 6, 1), nn.LeakyReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 3, 1)
 )
-decoder = nn.Sequential(
-    nn.ConvTranspose2d(2, 6, 2, stride=2), nn.Tanh(), nn.ConvTranspose2d(6, 1, 2, stride=2)
-)
+decoder = nn.Sequential(nn.ConvTranspose2d(2, 6, 2, stride=2), nn.Tanh(), nn.ConvTranspose2d(6, 1, 2, stride=2))
 conv1d = nn.Sequential(
     nn.Conv1d(5, 6, 2),
     nn.BatchNorm1d(6),
@@ -104,9 +98,7 @@ norm_mlp = nn.Sequential(
     nn.Linear(5, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.0),
     nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Identity(), nn.Linear(6, 3), nn.Softmax(-1),
 )  # fmt: skip
-sequence = nn.Sequential(
-    nn.Embedding(11, 6), nn.Linear(6, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)
-)
+sequence = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3))
 BLOCK = {"ln1": "real", "qk": "real", "vo": "real", "ln2": "real"}
 
 
@@ -515,9 +507,7 @@ def test_a_wrapper_prefixes_the_names(net: nn.Module, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("model", [nn.LSTM(3, 4), Residual(nn.Linear(4, 4)), nn.Bilinear(2, 3, 4)])
-def test_other_models_get_independent_axes_and_a_log_line(
-    model: nn.Module, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_models_get_independent_axes_and_a_log_line(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="learned_opt.architectures"):
         symmetry = from_model(model)
     assert "independent" in caplog.text and type(model).__name__ in caplog.text

@@ -41,9 +41,7 @@ def torch_trajectory(make, dtype, steps, shapes=SHAPES):
 @pytest.mark.parametrize("betas, eps", [((0.9, 0.999), 1e-8), ((0.0, 0.95), 1e-3)])
 def test_adam_is_torch_adamw(dtype, tol, weight_decay, betas, eps):
     ours = trajectory(Adam(betas, eps), dtype, 100, 0.01, weight_decay)
-    theirs = torch_trajectory(
-        lambda p: torch.optim.AdamW(p, 0.01, betas, eps, weight_decay), dtype, 100
-    )
+    theirs = torch_trajectory(lambda p: torch.optim.AdamW(p, 0.01, betas, eps, weight_decay), dtype, 100)
     torch.testing.assert_close(ours, theirs, rtol=tol, atol=tol)
 
 
@@ -56,9 +54,7 @@ def test_adam_without_weight_decay_is_torch_adam():
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torch_sgd(momentum):
     ours = trajectory(SGD(momentum), torch.float64, 100, 0.01, 0.0)
-    theirs = torch_trajectory(
-        lambda p: torch.optim.SGD(p, 0.01, momentum=momentum), torch.float64, 100
-    )
+    theirs = torch_trajectory(lambda p: torch.optim.SGD(p, 0.01, momentum=momentum), torch.float64, 100)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 

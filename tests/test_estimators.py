@@ -86,14 +86,9 @@ def errors(samples, exact):
 def test_pes_is_unbiased_where_truncated_es_and_tbptt_are_biased():
     unroll, count = linear_system(), 50
     exact = exact_gradient(unroll, [20, 20, 10, 20, 10])
-    pes = torch.stack(
-        [gradient_over_runs(PES(32, TRUNCATION, sigma=0.1), unroll, s) for s in range(count)]
-    )
+    pes = torch.stack([gradient_over_runs(PES(32, TRUNCATION, sigma=0.1), unroll, s) for s in range(count)])
     truncated = torch.stack(
-        [
-            gradient_over_runs(TruncatedES(32, TRUNCATION, sigma=0.1), unroll, s)
-            for s in range(count)
-        ]
+        [gradient_over_runs(TruncatedES(32, TRUNCATION, sigma=0.1), unroll, s) for s in range(count)]
     )
     backward = gradient_over_runs(TBPTT(4, TRUNCATION), unroll, 0)
     assert (errors(pes, exact) < 4).all()
@@ -136,17 +131,13 @@ def test_pes_correlates_each_run_with_its_own_perturbations(monkeypatch):
         ]
     )
     torch.testing.assert_close(gradient["push"], per_pair.mean(0))
-    torch.testing.assert_close(
-        after["drift"]["push"], torch.stack([torch.zeros_like(noise[0]), noise[1], drift[2]])
-    )
+    torch.testing.assert_close(after["drift"]["push"], torch.stack([torch.zeros_like(noise[0]), noise[1], drift[2]]))
 
 
 def test_es_is_unbiased():
     unroll, count = linear_system(), 60
     estimator, theta = ES(40, sigma=0.1), theta_of(unroll)
-    samples = torch.stack(
-        [estimator(unroll, theta, {}, seeded(s))[1]["push"] for s in range(count)]
-    )
+    samples = torch.stack([estimator(unroll, theta, {}, seeded(s))[1]["push"] for s in range(count)])
     exact = exact_gradient(unroll, [HORIZON])
     assert (errors(samples, exact) < 4).all()
     assert (samples.std(0) / count**0.5 < 0.1 * exact.abs().max()).all(), "the test could tell"
@@ -283,9 +274,7 @@ def test_pairs_share_weights_data_and_horizon(kind):
         assert all((g == 0).all() for g in gradient.values())
 
 
-@pytest.mark.parametrize(
-    "make_it", [lambda: PES(3), lambda: ES(4, sigma=0.0), lambda: TBPTT(4, truncation=1)]
-)
+@pytest.mark.parametrize("make_it", [lambda: PES(3), lambda: ES(4, sigma=0.0), lambda: TBPTT(4, truncation=1)])
 def test_impossible_settings_say_what_to_pass(make_it):
     with pytest.raises(ValueError, match="Pass"):
         make_it()

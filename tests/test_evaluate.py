@@ -60,9 +60,7 @@ class Regression:
     name, steps, ceiling = "regression", 30, 4.0
 
     def __init__(self):
-        self.model = nn.Sequential(
-            nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
-        )
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         self.x = torch.randn(96, 4, generator=torch.Generator().manual_seed(7))
         self.y = torch.sin(self.x[:, :2]) * self.x[:, 2:]
 
@@ -247,17 +245,13 @@ def test_a_run_matches_a_loop_written_by_hand():
 
 def test_the_beginning_of_a_long_run_is_the_short_run():
     task = Regression()
-    short, long = (
-        ev.run(task, lambda m, steps: ev.adam(m, 1e-2, steps), 0, steps) for steps in (30, 180)
-    )
+    short, long = (ev.run(task, lambda m, steps: ev.adam(m, 1e-2, steps), 0, steps) for steps in (30, 180))
     beginning = long.until(30, task.ceiling)
     assert (beginning.at, beginning.train) == (short.at, short.train)
     assert beginning.held_out == short.held_out
 
 
-@pytest.mark.parametrize(
-    ("steps", "horizon"), [(1, 1), (7, 7), (333, 333), (1998, 333), (120, 400)]
-)
+@pytest.mark.parametrize(("steps", "horizon"), [(1, 1), (7, 7), (333, 333), (1998, 333), (120, 400)])
 def test_evaluation_steps(steps, horizon):
     at = ev.evaluation_steps(steps, horizon)
     assert (at[0], at[-1]) == (0, steps)
@@ -348,10 +342,7 @@ def test_tuning_picks_the_right_rate_on_a_quadratic(tmp_path):
     found = measure(tmp_path, ["sgdm"], grids={**GRIDS, "sgdm": rates})
     losses = {}
     for lr in rates:
-        curves = [
-            ev.run(Quadratic(), lambda m, steps, lr=lr: ev.sgdm(m, lr, steps), s, 40)
-            for s in (0, 1)
-        ]
+        curves = [ev.run(Quadratic(), lambda m, steps, lr=lr: ev.sgdm(m, lr, steps), s, 40) for s in (0, 1)]
         losses[lr] = sum(c.final_train for c in curves)
     assert min(losses, key=losses.get) == 1e-1
     assert {o.lr for o in found if o.optimizer == "sgdm"} == {1e-1}
@@ -438,9 +429,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_table(tmp_path, mo
         ]  # all but the wall clock
 
     # What was read back is rounded to the six digits of the file.
-    for (*names, speed, train), (*names2, speed2, train2) in zip(
-        essence(found), essence(expected), strict=True
-    ):
+    for (*names, speed, train), (*names2, speed2, train2) in zip(essence(found), essence(expected), strict=True):
         assert names == names2
         assert speed == pytest.approx(speed2, rel=1e-3)
         assert train == pytest.approx(train2, rel=1e-5)
@@ -450,9 +439,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_table(tmp_path, mo
     assert done == []
 
 
-def test_more_seeds_run_only_what_is_new_and_another_task_of_that_name_everything(
-    tmp_path, monkeypatch
-):
+def test_more_seeds_run_only_what_is_new_and_another_task_of_that_name_everything(tmp_path, monkeypatch):
     measure(tmp_path, seeds=2)
     done, work = [], ev.work
     monkeypatch.setattr(ev, "work", lambda job, **kw: done.append(job) or work(job, **kw))
@@ -471,10 +458,7 @@ def test_horizon_speed_up(tmp_path):
     reaches = [
         r
         for r in ev.HORIZONS
-        if ev.run(
-            Quadratic(), lambda m, steps: ev.sgdm(m, 0.1, steps), 0, round(40 * r)
-        ).final_train
-        <= target
+        if ev.run(Quadratic(), lambda m, steps: ev.sgdm(m, 0.1, steps), 0, round(40 * r)).final_train <= target
     ]
     assert value == pytest.approx(1 / min(reaches))
     assert value > 1
@@ -585,9 +569,7 @@ def test_recipes_by_name_or_file(tmp_path):
     from meta_train.recipes import RECIPES
 
     assert recipe_named("tiny") == RECIPES["tiny"]()
-    (tmp_path / "mine.py").write_text(
-        "from meta_train.recipes import RECIPES\nrecipe = RECIPES['demo']\n"
-    )
+    (tmp_path / "mine.py").write_text("from meta_train.recipes import RECIPES\nrecipe = RECIPES['demo']\n")
     assert recipe_named(str(tmp_path / "mine.py")) == RECIPES["demo"]()
     (tmp_path / "empty.py").write_text("")
     for name, message in {
@@ -603,9 +585,7 @@ def test_fields_of_a_recipe_are_options_of_train(monkeypatch, tmp_path):
     from meta_train.recipes import RECIPES
 
     seen = []
-    monkeypatch.setattr(
-        "meta_train.train.train", lambda recipe, out, resume: seen.append((recipe, out, resume))
-    )
+    monkeypatch.setattr("meta_train.train.train", lambda recipe, out, resume: seen.append((recipe, out, resume)))
     main(["train", "tiny", "--outer-steps", "7", "--resume", "never", "--out", str(tmp_path)])
     recipe, out, resume = seen[0]
     assert (recipe.outer_steps, out, resume) == (7, tmp_path, "never")
@@ -624,9 +604,7 @@ def test_ctrl_c_leaves_a_valid_file_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "meta_train", "evaluate", "--suite", ME, "--workers", "2"]
     command += ["--optimizers", "sgdm", "--steps", "2000", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("[tuning 2/"):
             break

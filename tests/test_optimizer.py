@@ -527,9 +527,7 @@ def test_wrong_arguments_are_refused(options, error, match):
         NFNOpt(options.pop("params"), **options)
 
 
-@pytest.mark.parametrize(
-    "group", [{"lr": -1.0}, {"weight_decay": -1.0}, {"total_steps": 7}, {"lr": torch.ones(2)}]
-)
+@pytest.mark.parametrize("group", [{"lr": -1.0}, {"weight_decay": -1.0}, {"total_steps": 7}, {"lr": torch.ones(2)}])
 def test_wrong_options_of_a_group_are_refused(group):
     optimizer = NFNOpt([nn.Parameter(torch.ones(2))], rule="adam", total_steps=5)
     with pytest.raises(ValueError):
@@ -589,9 +587,7 @@ def test_every_way_to_pass_the_parameters_trains_alike(name):
     for way in ways:
         model = make_model()
         symmetry = chain_symmetry(model)
-        optimizer = NFNOpt(
-            way(model), symmetry=symmetry, rule=make_rule(name), lr=LR.get(name, 1.0)
-        )
+        optimizer = NFNOpt(way(model), symmetry=symmetry, rule=make_rule(name), lr=LR.get(name, 1.0))
         train(model, optimizer, 3)
         results.append(weights(model))
     for other in results[1:]:
@@ -835,9 +831,7 @@ def test_older_state_dicts_load():
 def test_a_pre_hook_may_rename_before_names_are_checked():
     model = make_model()
     saved = make("adam", model).state_dict()
-    saved["param_groups"][0]["param_names"] = [
-        f"net.{n}" for n in saved["param_groups"][0]["param_names"]
-    ]
+    saved["param_groups"][0]["param_names"] = [f"net.{n}" for n in saved["param_groups"][0]["param_names"]]
     optimizer = make("adam", model)
     with pytest.raises(ValueError, match=r"net\.0\.weight"):
         optimizer.load_state_dict(saved)

@@ -113,18 +113,12 @@ def committed_text() -> dict[str, str]:
 # Put together here, so that this file does not name what it looks for.
 FOLDERS = "|".join(["work", "tmp", "root", "home", "Users", "mnt"])
 MACHINE_PATH = re.compile(r"(?<![\w.)\]}>/-])/(?:" + FOLDERS + r")(?:/|\b(?![\w-]))")
-REGISTRY = re.compile(
-    "|".join(["pypi" + r"\.", "python" + "hosted", "download" + r"\.pytorch", "index" + "-url"])
-)
+REGISTRY = re.compile("|".join(["pypi" + r"\.", "python" + "hosted", "download" + r"\.pytorch", "index" + "-url"]))
 
 
 @pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY], ids=["machine path", "registry"])
 def test_committed_text_names_no(pattern):
-    found = {
-        f"{name}: {match.group()}"
-        for name, text in committed_text().items()
-        for match in pattern.finditer(text)
-    }
+    found = {f"{name}: {match.group()}" for name, text in committed_text().items() for match in pattern.finditer(text)}
     assert found == set()
 
 

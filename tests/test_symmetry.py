@@ -35,9 +35,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def weights_of(symmetry: Symmetry, seed: int = 0) -> dict[str, Tensor]:
     g = seeded(seed)
-    return {
-        n: torch.randn(s.shape, generator=g, dtype=torch.float64) for n, s in symmetry.specs.items()
-    }
+    return {n: torch.randn(s.shape, generator=g, dtype=torch.float64) for n, s in symmetry.specs.items()}
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 1e-12) -> None:
@@ -65,9 +63,7 @@ def symmetries(draw: st.DrawFn) -> Symmetry:
 
     def leaf(name: str | None) -> Leaf:
         mine = [n for n, s in scales.items() if s.label == name]
-        exponents = draw(
-            st.lists(st.sampled_from((-2, -1, 0, 1, 2)), min_size=len(mine), max_size=len(mine))
-        )
+        exponents = draw(st.lists(st.sampled_from((-2, -1, 0, 1, 2)), min_size=len(mine), max_size=len(mine)))
         scale = tuple((n, e) for n, e in zip(mine, exponents, strict=True) if e)
         return Leaf(3 if name is None else labels[name].size, name, scale)
 
@@ -240,9 +236,7 @@ def test_blocks_of_fused_and_grouped_tensors() -> None:
     split = {n: symmetry.split(n, x) for n, x in w.items()}
     for matrix, part in zip(split["qkv"], w["qkv"].chunk(3), strict=True):
         assert torch.equal(matrix, part[None])
-    for matrix, part in zip(
-        split["neox"], w["neox"].view(2, 10, 5).split([3, 3, 4], 1), strict=True
-    ):
+    for matrix, part in zip(split["neox"], w["neox"].view(2, 10, 5).split([3, 3, 4], 1), strict=True):
         assert torch.equal(matrix, part.reshape(1, -1, 5))
     assert torch.equal(split["conv"][0], w["conv"].view(2, 3, 12))  # a group a matrix
     assert torch.equal(split["embed"][0], w["embed"].T[None])
@@ -306,9 +300,7 @@ def test_gradients_are_contragredient(activation: nn.Module, kind: str | None) -
 
 
 @pytest.mark.parametrize(("activation", "kind"), CASES)
-def test_check_tells_a_true_symmetry_from_a_false_one(
-    activation: nn.Module, kind: str | None
-) -> None:
+def test_check_tells_a_true_symmetry_from_a_false_one(activation: nn.Module, kind: str | None) -> None:
     x = torch.randn(16, 4, generator=seeded(1))
     for claimed in (None, *KINDS):
         model, symmetry = two_layers(activation, claimed)
@@ -378,9 +370,7 @@ def test_contradictions_are_refused() -> None:
 
 
 def test_a_fibre_without_its_base_is_refused() -> None:
-    symmetry = Symmetry(
-        {"w": Spec((Leaf(2, "d"),), ("out",))}, {"h": Label(2), "d": Label(2, ("h",))}
-    )
+    symmetry = Symmetry({"w": Spec((Leaf(2, "d"),), ("out",))}, {"h": Label(2), "d": Label(2, ("h",))})
     with pytest.raises(SymmetryError, match="'d' is over 'h', which its tensor does not have"):
         symmetry.act(symmetry.sample(seeded()), weights_of(symmetry))
 

@@ -130,9 +130,7 @@ def test_vmapped_loss_and_gradient_are_those_of_the_loop(task):
     batches = small(task.batches(g, 2), 2)
     batches = tuple(part[:, :6] for part in batches)
     one = [(w, tuple(part[i] for part in batches)) for i, w in enumerate(weights)]
-    assert_close(
-        vmap(task.loss)(stack(weights), batches), torch.stack([task.loss(w, b) for w, b in one])
-    )
+    assert_close(vmap(task.loss)(stack(weights), batches), torch.stack([task.loss(w, b) for w, b in one]))
     together = vmap(grad(task.loss))(stack(weights), batches)
     apart = stack([grad(task.loss)(w, b) for w, b in one])
     assert_close(together, apart, rtol=1e-3, atol=1e-5)
@@ -150,10 +148,7 @@ def test_second_derivatives_are_right(task):
         return sum(x.square().sum() for x in grad(task.loss)(w, batch).values()) / 2
 
     eps = 1e-7
-    ahead, behind = (
-        half_square({n: w + sign * eps * direction[n] for n, w in weights.items()})
-        for sign in (1, -1)
-    )
+    ahead, behind = (half_square({n: w + sign * eps * direction[n] for n, w in weights.items()}) for sign in (1, -1))
     second = grad(half_square)(weights)
     slope = sum((second[n] * direction[n]).sum() for n in weights)
     assert_close(slope, (ahead - behind) / (2 * eps), rtol=1e-3, atol=1e-5)
@@ -213,9 +208,7 @@ def test_a_family_is_a_function_of_its_generator(name, seed):
     assert repr(one) == repr(two)
     assert 200 <= one.steps <= 1000
     batch = one.batch(seeded(0))
-    assert float(one.loss(one.init(seeded(0)), batch)) == float(
-        two.loss(two.init(seeded(0)), batch)
-    )
+    assert float(one.loss(one.init(seeded(0)), batch)) == float(two.loss(two.init(seeded(0)), batch))
 
 
 def test_families_vary():
@@ -326,9 +319,7 @@ def _padded(shift):
     return canvas, torch.arange(len(canvas))
 
 
-@given(
-    rows=st.integers(1, 3), columns=st.integers(1, 5), h=st.integers(9, 30), w=st.integers(50, 90)
-)
+@given(rows=st.integers(1, 3), columns=st.integers(1, 5), h=st.integers(9, 30), w=st.integers(50, 90))
 @settings(max_examples=20, deadline=None)
 def test_regions_are_disjoint_parts_of_the_photographs(rows, columns, h, w):
     pixels = torch.arange(2 * h * w).view(2, 1, h, w)  # every pixel is its own number
@@ -342,9 +333,7 @@ def test_regions_are_disjoint_parts_of_the_photographs(rows, columns, h, w):
     assert len(seen) > 0.6 * pixels.numel()
 
 
-@given(
-    size=st.sampled_from([4, 8, 16]), grid=st.sampled_from([(1, 5), (2, 3)]), seed=st.integers(0)
-)
+@given(size=st.sampled_from([4, 8, 16]), grid=st.sampled_from([(1, 5), (2, 3)]), seed=st.integers(0))
 @settings(max_examples=10, deadline=None)
 def test_photograph_patches(size, grid, seed):
     source = data.photos(size, grid)
@@ -501,9 +490,7 @@ def test_torchvision_downloads_on_request_only(tmp_path, monkeypatch):
     assert source.held_x[0, :, 0, 0].tolist() == [0, 1, 2]  # channels first
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"\0\0", b"\x1f\x8b\0\0", b"\0\0\x0d\1\0\0\0\1\0", b"\0\0\x08\3"]
-)
+@pytest.mark.parametrize("raw", [b"", b"\0\0", b"\x1f\x8b\0\0", b"\0\0\x0d\1\0\0\0\1\0", b"\0\0\x08\3"])
 def test_a_file_that_is_no_idx_is_named(tmp_path, raw):
     (tmp_path / "labels").write_bytes(raw)
     with pytest.raises(ValueError, match="labels is not an IDX file"):
@@ -573,8 +560,6 @@ def test_a_task_is_a_model_data_and_a_loss():
     """The concrete task needs nothing of the families: linear regression, solved."""
     x = torch.randn(64, 3, generator=seeded(0))
     source = data.Rows(x, x @ torch.tensor([[1.0], [2.0], [3.0]]), x[:4], x[:4, :1], 0)
-    task = Supervised(
-        "linear", lambda: nn.Linear(3, 1), source, batch_size=8, steps=1, loss=mean_squared_error
-    )
+    task = Supervised("linear", lambda: nn.Linear(3, 1), source, batch_size=8, steps=1, loss=mean_squared_error)
     weights = {"weight": torch.tensor([[1.0, 2.0, 3.0]]), "bias": torch.zeros(1)}
     assert float(task.loss(weights, task.batch(seeded(1)))) < 1e-10

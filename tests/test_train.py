@@ -280,10 +280,7 @@ def test_memory_does_not_grow():
         now = replace(recipe, estimator=estimator)
         state, counts = Run.begin(now, dict(rule.named_parameters())), []
         for step in range(12):
-            parts = [
-                estimate(now, rule, state.theta, TABLES["families"], state.workers[n], step)
-                for n in range(3)
-            ]
+            parts = [estimate(now, rule, state.theta, TABLES["families"], state.workers[n], step) for n in range(3)]
             outer_step(now, state, parts)
             del parts
             if step in (3, 11):
@@ -293,9 +290,7 @@ def test_memory_does_not_grow():
 
 
 def test_schedules():
-    recipe = replace(
-        RECIPE, outer_steps=100, horizon=(10, 1000), curriculum=0.5, warmup=0.1, lr=1.0
-    )
+    recipe = replace(RECIPE, outer_steps=100, horizon=(10, 1000), curriculum=0.5, warmup=0.1, lr=1.0)
     assert horizon_at(recipe, 0)[1] < 12 and horizon_at(recipe, 24) == (10, 100)
     assert horizon_at(recipe, 49) == horizon_at(recipe, 99) == (10, 1000)
     rates = [lr_at(recipe, s) for s in range(100)]

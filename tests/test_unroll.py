@@ -42,8 +42,7 @@ class Regression:
 
     def init(self, generator):
         return {
-            n: torch.randn(p.shape, generator=generator, dtype=self.dtype)
-            for n, p in self.model.named_parameters()
+            n: torch.randn(p.shape, generator=generator, dtype=self.dtype) for n, p in self.model.named_parameters()
         }
 
     def batches(self, generator, n):
@@ -65,10 +64,7 @@ class Deterministic(Regression):
     """Every run is the same: constant initial weights and data."""
 
     def init(self, generator):
-        return {
-            n: torch.full(p.shape, 0.3, dtype=self.dtype).cumsum(0)
-            for n, p in self.model.named_parameters()
-        }
+        return {n: torch.full(p.shape, 0.3, dtype=self.dtype).cumsum(0) for n, p in self.model.named_parameters()}
 
     def batches(self, generator, n):
         x = torch.linspace(-1, 1, 24, dtype=self.dtype).view(1, 8, 3).expand(n, 8, 3)
@@ -146,9 +142,7 @@ def test_many_particles_equal_one_by_one():
             alone = {k: v[i : i + 1] for k, v in particles.items() if isinstance(v, torch.Tensor)}
             for kind in ("params",):
                 alone[kind] = {n: p[i : i + 1] for n, p in particles[kind].items()}
-            alone["state"] = {
-                n: {k: v[i : i + 1] for k, v in s.items()} for n, s in particles["state"].items()
-            }
+            alone["state"] = {n: {k: v[i : i + 1] for k, v in s.items()} for n, s in particles["state"].items()}
             mine = {n: t[i] for n, t in own.items()}
             after_i, trace_i = unroll(mine, alone, 9, generator)
             torch.testing.assert_close(trace.loss[:, i : i + 1], trace_i.loss)

@@ -54,8 +54,7 @@ class Embedding(nn.Module):
             means = [torch.zeros_like(m) for m in means]
             units = pooled_like(entries[0], layout.n_units + 1, self.width)
         own = [
-            self.layer(torch.cat([m, x, network.expand(len(x), -1)], -1))
-            for m, x in zip(means, layers, strict=True)
+            self.layer(torch.cat([m, x, network.expand(len(x), -1)], -1)) for m, x in zip(means, layers, strict=True)
         ]
         shared = torch.tanh(self.network(torch.tanh(torch.cat(own)).mean(0))) if self.pool else 0.0
         return units, [torch.tanh(x + shared) for x in own]

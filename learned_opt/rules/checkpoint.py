@@ -51,9 +51,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
-def save_theta(
-    path: str | Path, rule_name: str, theta: Mapping[str, Tensor], provenance: Mapping[str, Any]
-) -> None:
+def save_theta(path: str | Path, rule_name: str, theta: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
     """Write theta atomically as safetensors.
 
     Args:

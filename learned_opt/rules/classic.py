@@ -22,9 +22,7 @@ class Classic(UpdateRule):
 
     slots: tuple[str, ...]
 
-    def update(
-        self, g: Tensor, s: dict[str, Tensor], matrix: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Update at unit learning rate, and next slots, of one tensor with gradient ``g``."""
         raise NotImplementedError
 
@@ -65,9 +63,7 @@ class SGD(Classic):
         super().__init__()
         self.momentum = momentum
 
-    def update(
-        self, g: Tensor, s: dict[str, Tensor], matrix: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
         m = self.momentum * s["momentum_buffer"] + g
         return -m, {**s, "momentum_buffer": m}
 
@@ -81,9 +77,7 @@ class Adam(Classic):
         super().__init__()
         self.betas, self.eps = betas, eps
 
-    def update(
-        self, g: Tensor, s: dict[str, Tensor], matrix: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
         return adam(g, s, self.betas, self.eps)
 
 
@@ -123,19 +117,14 @@ class Muon(Classic):
         self.adjust, self.dtype = adjust, dtype
         self.betas, self.eps = betas, eps
 
-    def update(
-        self, g: Tensor, s: dict[str, Tensor], matrix: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
         if not matrix:
             return adam(g, s, self.betas, self.eps)
         m = s["exp_avg"].lerp(g, 1 - self.momentum)
         x = g.lerp(m, self.momentum) if self.nesterov else m
         polar = newton_schulz(x, self.ns_steps, self.dtype)
         rows, cols = g.shape
-        if self.adjust == "original":
-            scale = max(1.0, rows / max(cols, 1)) ** 0.5
-        else:
-            scale = 0.2 * max(rows, cols) ** 0.5
+        scale = max(1.0, rows / max(cols, 1)) ** 0.5 if self.adjust == "original" else 0.2 * max(rows, cols) ** 0.5
         return -scale * polar.to(g.dtype), {**s, "exp_avg": m}
 
 

@@ -66,15 +66,12 @@ class NFN(Nominal):
         odd = [features.odd_features(v.g, v.nesterov, v.slow, v.w, a) for v, a in zip(views, adam, strict=True)]
         even = [features.even_features(x, a) for a, x in zip(adam, odd, strict=True)]
         layers = [
-            torch.cat([_statistics(v, x), _shape_features(v.stack, v.w)], -1)
-            for v, x in zip(views, odd, strict=True)
+            torch.cat([_statistics(v, x), _shape_features(v.stack, v.w)], -1) for v, x in zip(views, odd, strict=True)
         ]
         units, embedded = self.embedding(layout, even, layers, time_features(clock, total_steps))
         return [self._direction(*each, units) for each in zip(views, adam, odd, even, embedded, strict=True)]
 
-    def _direction(
-        self, view: View, adam: Tensor, x: Tensor, e: Tensor, layer: Tensor, units: Tensor
-    ) -> Tensor:
+    def _direction(self, view: View, adam: Tensor, x: Tensor, e: Tensor, layer: Tensor, units: Tensor) -> Tensor:
         nominal = self._nominal(view, adam, x, layer)
         rows, cols = broadcast(units, view.stack.rows), broadcast(units, view.stack.cols)  # [U, N, L]
         gains = self.unit_gain.weight @ rows.flatten(1), self.unit_gain.weight @ cols.flatten(1)

@@ -1,10 +1,11 @@
 """The nominal rule: the strongest optimizer that we know which needs no tuning, in the frame.
 
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
-of Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar(0.9 m + 0.1 g)`` for fan-in C; on vectors, gains and
-embeddings ``m_hat / sqrt(v_hat)``; one rate for all, decaying. The power of the fan-in lies between steps of one RMS
-(0) and steps in proportion to fan-in-scaled weights (1/2); it was chosen on VALID (docs/experiments.md). The polar factor commutes with permutations and signs, and in
-the frame also with positive scale. The learned rule starts from this one and is judged by what it adds.
+of Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar(0.9 m + 0.1 g)`` for fan-in C; on vectors, gains
+and embeddings ``m_hat / sqrt(v_hat)``; one rate for all, decaying. The power of the fan-in lies between steps of one
+RMS (power 0) and steps in proportion to fan-in-scaled weights (power 1/2); it was chosen on VALID
+(docs/experiments.md). The polar factor commutes with permutations and signs, and in the frame also with positive
+scale. The learned rule starts from this one and is judged by what it adds.
 """
 
 from collections.abc import Mapping
@@ -99,9 +100,7 @@ class Nominal(UpdateRule):
                 updates[n] = updates[n] - rate * wd * params[n]
         return updates, state
 
-    def _views(
-        self, params: Weights, grads: Weights, state: State, symmetry: Symmetry
-    ) -> tuple[list[View], Layout]:
+    def _views(self, params: Weights, grads: Weights, state: State, symmetry: Symmetry) -> tuple[list[View], Layout]:
         layout = layout_of(symmetry, tuple(grads), next(iter(grads.values())).device)
         log_c = potentials(symmetry, params) if self.frame else None
         gathered = {
