@@ -22,6 +22,7 @@ from learned_opt.symmetry import Symmetry
 
 RATE = 0.01  # RMS of a step at lr = 1 before decay, on vectors; 0.2 of it on matrices
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
+_ROUNDING = 64  # times the machine epsilon: a vector's gradient below this share of the largest is noise
 ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
 
 
@@ -58,6 +59,20 @@ class View:
     def adam(self) -> Tensor:
         """``m_hat / sqrt(v_hat)``."""
         return features.adam_direction(self.m, self.v, self.step)
+
+
+def hush(views: list[View]) -> None:
+    """Silence vectors whose momentum is rounding noise beside the network's largest.
+
+    Some have a gradient that is zero but for rounding (a key's bias: softmax cannot see it). Relative to its own
+    size that noise would become full steps and features.
+    """
+    size = [v.m.abs().amax((-2, -1), keepdim=True) for v in views]
+    loudest = torch.stack([x.amax() for x in size]).amax()
+    for view, x in zip(views, size, strict=True):
+        if view.stack.kind in ("vector", "gain"):
+            heard = x > _ROUNDING * torch.finfo(x.dtype).eps * loudest
+            view.g, view.m, view.slow = view.g * heard, view.m * heard, view.slow * heard
 
 
 def polar_step(x: Tensor) -> Tensor:
@@ -113,6 +128,7 @@ class Nominal(UpdateRule):
             s = scales(log_c, stack.row_scales, stack.col_scales)
             step = torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])
             views.append(View(stack, s, step=step[:, None, None], **{k: x[i] for k, x in gathered.items()}))
+        hush(views)
         return views, layout
 
     def directions(
