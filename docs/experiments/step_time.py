@@ -1,0 +1,66 @@
+"""Step time of NFNOpt beside torch's optimizers, in one process, on one thread: ``python docs/experiments/step_time.py``.
+
+Prints milliseconds per step (median of interleaved repeats, processor time), the ratio to AdamW (foreach), and the
+bytes of state per parameter.
+"""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from learned_opt import NFNOpt, from_model
+from tasks.transformer import Transformer
+
+
+def mlp(width: int, depth: int) -> nn.Sequential:
+    """``depth`` hidden layers of ``width`` on 784 inputs."""
+    sizes = [784, *[width] * depth, 10]
+    layers = [m for i, o in zip(sizes[:-1], sizes[1:], strict=True) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, Muon on the matrices alone, the nominal and the learned rule."""
+    named, symmetry = list(model.named_parameters()), from_model(model)
+    matrices = [p for _, p in named if p.ndim == 2]
+    return {
+        "AdamW foreach": torch.optim.AdamW([p for _, p in named], foreach=True),
+        "AdamW fused": torch.optim.AdamW([p for _, p in named], fused=True),
+        "Muon (matrices)": torch.optim.Muon(matrices),
+        "NFNOpt adam": NFNOpt(named, rule="adam", lr=1e-3),
+        "NFNOpt nominal, no frame": NFNOpt(named, symmetry=symmetry, rule="nominal-frameless"),
+        "NFNOpt nominal": NFNOpt(named, symmetry=symmetry, rule="nominal"),
+        "NFNOpt": NFNOpt(named, symmetry=symmetry),
+    }
+
+
+def measure(model: nn.Module, repeats: int = 9) -> None:
+    """Print one row per optimizer."""
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    found = optimizers(model)
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for repeat in range(repeats + 2):
+        for name, optimizer in found.items():
+            start = time.process_time()
+            optimizer.step()
+            if repeat >= 2:
+                times[name].append(time.process_time() - start)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"\n{type(model).__name__}, {count} weights, {len(list(model.parameters()))} tensors")
+    base = statistics.median(times["AdamW foreach"])
+    for name, optimizer in found.items():
+        size = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
+        median = statistics.median(times[name])
+        print(f"  {name:26s} {1e3 * median:9.2f} ms  {median / base:7.1f} x  {size / count:5.1f} B/weight")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    measure(mlp(32, 2))
+    measure(mlp(512, 3))
+    shape = {"width": 256, "heads": 8, "depth": 4, "hidden": 1024}
+    measure(Transformer(nn.Embedding(1000, 256), 64, 1000, causal=True, **shape))
