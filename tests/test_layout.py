@@ -78,7 +78,7 @@ def marked(axis, on):
 
 
 def members(symmetry, side):
-    """Per flat unit, in the order of the labels' tables: ``{name: how often each entry belongs to it on that side}``."""
+    """Per flat unit: ``{name: how often each entry belongs to it on that side}``."""
     here = {"rows": ("out", "gain"), "cols": ("in", "kernel", "lookup")}[side]
     specs = {
         n: Spec(tuple(marked(a, r in here) for a, r in zip(s.axes, s.roles, strict=True)), s.roles)
