@@ -136,12 +136,12 @@ def _plan(key: _Identity, names: tuple[str, ...], device: str) -> _Plan:
     walk, known = [], {n for n in symmetry.scales if n not in free}
     waiting = list(free)
     while waiting:
-        # a label is reached when some block writes it whose other labels are all known
-        reached = {}
-        for label in waiting:
-            use = [t for t in touches if t.written == [label] and not t.repeated and t.others(label) <= known]
-            if use:
-                reached[label] = use
+        # a label is reached when the blocks that write it have no other unknown label: all of them (a bias alone
+        # may be zero and says nothing of the weights), or, where none has all (a cycle), some
+        writers = {n: [t for t in touches if t.written == [n] and not t.repeated] for n in waiting}
+        ready = {n: [t for t in writers[n] if t.others(n) <= known] for n in waiting}
+        some = {n: use for n, use in ready.items() if use}
+        reached = {n: use for n, use in some.items() if len(use) == len(writers[n])} or some
         if not reached:
             break  # never written from known units (a cycle): stays at potential 1
         walk.append(_visit(layout, label_of, reached, only_in=True))
