@@ -92,9 +92,9 @@ def weights(model):
 
 
 def distance(a, b, symmetry):
-    """Largest relative distance of two sets of weights, over blocks."""
+    """Largest distance of two sets of weights, over blocks, relative to the block if that is not zero."""
     return max(
-        float(torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(x))
+        float(torch.linalg.vector_norm(x - y) / (torch.linalg.vector_norm(x) or 1))
         for n in a
         for x, y in zip(symmetry.split(n, a[n]), symmetry.split(n, b[n]), strict=True)
     )
@@ -142,6 +142,17 @@ def test_a_transformed_network_trains_transformed(kind, rule):
     error, way = deviation(kind, rule)
     assert way > 0.05, "hardly trained: nothing was tested"
     assert error < 1e-8
+
+
+@pytest.mark.parametrize("rule", ["nfn at random", "nominal"])
+@pytest.mark.parametrize("kind", ["relu", "cnn", "transformer, q k v apart"])
+def test_a_network_with_zero_biases_trains_transformed(kind, rule):
+    model = make_model(kind)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n.endswith("bias"):
+                p.zero_()
+    assert deviation(kind, rule, steps=10, model=model)[0] < 1e-8
 
 
 def test_nothing_of_the_group_was_missing():

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from learned_opt import features, from_model
 from learned_opt.nfn.embedding import broadcast
 from learned_opt.rules import RULES
-from learned_opt.rules.nfn import NFN, N_ODD, N_TIME, time_features
+from learned_opt.rules.nfn import N_ODD, N_TIME, NFN, time_features
 from learned_opt.rules.nominal import Nominal, schedule
 from tasks.conv import cnn
 from tasks.mlp import mlp
