@@ -1,4 +1,4 @@
-"""Step time of NFNOpt beside torch's optimizers, in one process, on one thread: ``python docs/experiments/step_time.py``.
+"""Step time of NFNOpt beside that of torch, on one thread: ``python docs/experiments/step_time.py``.
 
 Prints milliseconds per step (median of interleaved repeats, processor time), the ratio to AdamW (foreach), and the
 bytes of state per parameter.
