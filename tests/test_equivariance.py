@@ -36,7 +36,7 @@ MODELS = {
     "cnn": lambda: cnn((2, 6, 6), (4, 5), 3, "relu", norm=True),
     "cnn without norm": lambda: cnn((2, 6, 6), (4, 5), 3, "relu", pool="avg"),
     "transformer": lambda: transformer(activation="gelu"),
-    "transformer, q k v apart": lambda: transformer(activation="relu", fused=False, depth=2),
+    "transformer, q k v apart": lambda: transformer(activation="relu", fused=False),
 }
 FEATURES = {"cnn": (2, 6, 6), "cnn without norm": (2, 6, 6)}
 
@@ -167,7 +167,7 @@ def test_nothing_of_the_group_was_missing():
     assert scale.min() < 0.1 and scale.max() > 10
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     activation=st.sampled_from(("relu", "leaky", "tanh", "sin", "gelu")),
@@ -239,8 +239,8 @@ def test_the_unit_of_the_loss_changes_nothing(kind, rule, factor):
     for dtype, bound in ((torch.float64, 1e-5), (torch.float32, 1e-2)):
         plain, scaled = make_model(kind, dtype), make_model(kind, dtype)
         symmetry = from_model(plain)
-        train(plain, kind, rule, symmetry, steps=20)
-        train(scaled, kind, rule, symmetry, steps=20, factor=factor)
+        train(plain, kind, rule, symmetry, steps=10)
+        train(scaled, kind, rule, symmetry, steps=10, factor=factor)
         assert distance(weights(plain), weights(scaled), symmetry) < bound
 
 
@@ -271,4 +271,4 @@ def test_a_tensor_that_only_rounding_moves_stays():
     noise: Tensor = model.blocks[0].attn.k.bias.grad
     assert noise.abs().max() < 1e-14
     stayed = {n for n, p in weights(model).items() if torch.equal(p, start[n])}
-    assert stayed == {"blocks.0.attn.k.bias", "blocks.1.attn.k.bias"}
+    assert stayed == {"blocks.0.attn.k.bias"}

@@ -247,6 +247,24 @@ def test_a_layers_own_gain_sets_the_size_of_its_step():
 
 
 # ------------------------------------------------------------------------------------- coupling
+@every_model
+@pytest.mark.parametrize("pool", [True, False])
+def test_no_unit_has_no_embedding(kind, pool):
+    """Inputs and outputs are no units: what stands in for them adds nothing to rows and columns that have none."""
+    symmetry, params, grads, state = make(kind)
+    rule, seen = at_random(NFN(pool=pool)), []
+    rule.embedding.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output[0])))
+    with torch.no_grad():
+        rule(params, grads, state, symmetry)
+    ((layout, units),) = seen
+    assert units.shape == (layout.n_units + 1, rule.width)
+    assert not units[-1].any() and bool(units[:-1].all()) == pool
+    outside = [~(s.cols.index < layout.n_units).any(-1) for s in layout.stacks]
+    assert any(where.any() for where in outside)
+    for stack, where in zip(layout.stacks, outside, strict=True):
+        assert not broadcast(units, stack.cols)[:, where].any()
+
+
 @pytest.mark.parametrize("kind, first", [("mlp", "0.weight"), ("cnn", "0.weight"), ("transformer", "embed.weight")])
 def test_pooling_couples_the_network_and_nothing_else_does(kind, first):
     symmetry, params, grads, state = make(kind)
