@@ -25,7 +25,7 @@ from torch import Tensor
 from learned_opt.layout import Layout, Units, _Identity, layout_of
 from learned_opt.symmetry import Symmetry
 
-SWEEPS = 2  # from the walk's start; one sweep visits even labels of a chain, then odd ones
+SWEEPS = 3  # from the walk's start, labels that share a tensor one after the other
 
 
 def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = SWEEPS) -> Tensor | None:

@@ -23,15 +23,21 @@ from learned_opt.symmetry import Symmetry
 RATE = 0.01  # RMS of a step at lr = 1 before decay, on vectors; 0.2 of it on matrices
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
 _ROUNDING = 64  # times the machine epsilon: a vector's gradient below this share of the largest is noise
+HORIZON = 800  # at which the rate starts at RATE
 ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
 
 
 def schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
-    """Cosine to zero over the horizon; without one, ``1 / sqrt(1 + t / 100)``. ``step`` counts from 1."""
+    """Multiple of the rate at ``step`` (counted from 1).
+
+    Over a horizon T a cosine to zero from ``sqrt(800 / T)`` (at most 4): measured on VALID, the best rate is 2 at
+    T = 200, 1 at 800, 0.7 at 1600. Without a horizon ``1 / sqrt(1 + t / 100)``.
+    """
     if total_steps is None:
         return torch.rsqrt(1 + (step - 1) / ANYTIME)
-    progress = ((step - 1) / total_steps).clamp(max=1.0)
-    return 0.5 * (1 + torch.cos(torch.pi * progress))
+    total = torch.as_tensor(total_steps, dtype=step.dtype, device=step.device)
+    progress = ((step - 1) / total).clamp(max=1.0)
+    return torch.rsqrt(total / HORIZON).clamp(max=4.0) * 0.5 * (1 + torch.cos(torch.pi * progress))
 
 
 class View:
