@@ -52,7 +52,7 @@ class Embedding(nn.Module):
             units = torch.cat([units[:-1], torch.zeros_like(units[:1])])
         else:
             means = [torch.zeros_like(m) for m in means]
-            units = pooled_like(entries[0], layout.n_units + 1, self.width)
+            units = entries[0].new_zeros(layout.n_units + 1, self.width)
         own = [
             self.layer(torch.cat([m, x, network.expand(len(x), -1)], -1)) for m, x in zip(means, layers, strict=True)
         ]
@@ -68,16 +68,11 @@ class Embedding(nn.Module):
                 index.append(at.index[..., k].flatten())
                 value.append(x.flatten(1))
         if not index:
-            return pooled_like(pooled[0], layout.n_units + 1, pooled[0].shape[0])
+            return pooled[0].new_zeros(layout.n_units + 1, pooled[0].shape[0])
         flat = torch.cat(value, 1)
         ones = torch.cat([flat, torch.ones_like(flat[:1])])
         total = ones.new_zeros(len(ones), layout.n_units + 1).index_add(1, torch.cat(index), ones)
         return (total[:-1] / total[-1:].clamp(min=1)).T
-
-
-def pooled_like(like: Tensor, *shape: int) -> Tensor:
-    """Zeros of a shape, with the dtype, device and batching of ``like``."""
-    return like.new_zeros(shape)
 
 
 def broadcast(table: Tensor, units: Units) -> Tensor:
