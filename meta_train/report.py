@@ -254,7 +254,7 @@ def draw_curves(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
         Line2D([], [], color="grey", linestyle="--", label="held-out"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 3 * columns))
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
 def _draw_seeds(axis, curves, colour: str, label: str) -> None:
@@ -306,7 +306,7 @@ def draw_speed_ups(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
     axis.set_xlabel("speed-up over LR-tuned Adam (bar: IQM and 95 % interval, dots: tasks)")
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
 def _colours(plan: Plan) -> dict[str, str]:

@@ -32,6 +32,7 @@ VARIANTS = {
     "anytime-30": (1.0, 512, 0.25, True, 30),
     "anytime-100": (1.0, 512, 0.25, True, 100),
     "anytime-300": (1.0, 512, 0.25, True, 300),
+    "anytime-100-double": (2.0, 512, 0.25, True, 100),
 }
 
 

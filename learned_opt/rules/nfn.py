@@ -103,14 +103,13 @@ class NFN(Nominal):
 
 
 def time_features(clock: Tensor, total_steps: float | Tensor | None) -> Tensor:
-    """``[N_TIME]``: age, and with a horizon its length, the fraction done and left."""
-    age = torch.log10(clock) / 4
-    if total_steps is None:
-        zero = torch.zeros_like(age)
-        return torch.stack([age, zero, zero, zero, zero])
-    total = torch.as_tensor(total_steps, dtype=clock.dtype, device=clock.device)
+    """``[N_TIME]``: age, length of the horizon, a constant, fractions of the horizon done and left.
+
+    Without a horizon the rule, which has met only runs that end, is told that it is half way.
+    """
+    total = 2 * clock if total_steps is None else torch.as_tensor(total_steps, dtype=clock.dtype, device=clock.device)
     done = ((clock - 1) / total).clamp(max=1.0)
-    return torch.stack([age, torch.log10(total) / 4, torch.ones_like(age), done, 1 - done])
+    return torch.stack([torch.log10(clock) / 4, torch.log10(total) / 4, torch.ones_like(done), done, 1 - done])
 
 
 def _statistics(view: View, x: Tensor) -> Tensor:
