@@ -350,7 +350,8 @@ def test_time_features_are_of_one_size():
             assert x.shape == (N_TIME,) and x.isfinite().all() and x.abs().max() <= 1.25
     done = time_features(torch.tensor(6.0), 10)
     torch.testing.assert_close(done[3:], torch.tensor([0.5, 0.5]))
-    assert not time_features(torch.tensor(6.0), None)[1:].any()
+    half_way = time_features(torch.tensor(6.0), 12.0)
+    torch.testing.assert_close(time_features(torch.tensor(6.0), None), half_way)
 
 
 @pytest.mark.parametrize("name", ["nominal", "nfn"])
