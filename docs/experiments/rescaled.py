@@ -1,0 +1,52 @@
+"""What a rescaled start costs: ``python docs/experiments/rescaled.py``.
+
+Final train loss on ``mlp-digits-relu`` from the usual initial weights and from the same network with its hidden units
+rescaled by factors log-uniform in [1e-2, 1e2] (the function is the same); three seeds.
+"""
+
+import torch
+
+from learned_opt import NFNOpt, from_model
+from meta_train import evaluate
+from tasks.suites import VALID
+
+
+class Rescaled:
+    """A task whose initial weights are moved by a random element of its model's symmetry."""
+
+    def __init__(self, task) -> None:
+        self.task = task
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def init(self, generator: torch.Generator):
+        """Initial weights, rescaled."""
+        symmetry = from_model(self.task.model)
+        g = symmetry.sample(torch.Generator().manual_seed(1), scale_range=(1e-2, 1e2), dtype=torch.float32)
+        return symmetry.act(g, self.task.init(generator))
+
+
+def main() -> None:
+    """Print one row per optimizer."""
+    task = VALID["mlp-digits-relu"]()
+
+    def nfn(rule: str):
+        def make(model, *, steps):
+            symmetry = from_model(model)
+            return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None
+
+        return make
+
+    optimizers = {name: nfn(name) for name in ("nfn", "nfn-permutation", "nominal", "nominal-frameless")}
+    optimizers["adam, lr 0.01"] = lambda model, *, steps: (torch.optim.Adam(model.parameters(), lr=0.01), None)
+    for name, make in optimizers.items():
+        usual, rescaled = (
+            [evaluate.run(problem, make, seed, task.steps).final_train for seed in range(3)]
+            for problem in (task, Rescaled(task))
+        )
+        print(f"{name:20s} usual {sum(usual) / 3:.4f}   rescaled {sum(rescaled) / 3:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
