@@ -50,6 +50,7 @@ class View:
         def inverse(x: Tensor) -> Tensor:
             return x if s is None else x / s[0] / s[1]
 
+        # gradients enter the frame, and updates leave it, by s; weights enter by 1 / s
         self.stack, self.leave = stack, into
         self.step = tensors["step"]  # [N, 1, 1]
         self.w = inverse(tensors["w"])
