@@ -321,7 +321,7 @@ def test_no_scale_where_none_is_claimed(activation: nn.Module, kind: str) -> Non
     def scaled(exponent: int):
         return lambda leaf: replace(leaf, scale=(("s", exponent),)) if leaf.label == "0" else leaf
 
-    scales = {"s": Scale(kind, 8, "0")}  # type: ignore[arg-type]
+    scales = {"s": Scale(kind, 8, "0")}
     claim = altered(symmetry, scaled(1), {"0.weight", "0.bias"}, scales=scales)
     claim = altered(claim, scaled(-1), {"2.weight"})
     assert claim.check(model, 5 * VECTOR) > 1e-3  # beyond the corner of ReLU6
@@ -332,7 +332,7 @@ def test_a_tied_head_leaves_the_last_norm_no_scale() -> None:
     symmetry, claim = transformer(model), transformer(untied)
     assert symmetry.specs["embed.weight"].roles == ("lookup", "out")
     assert "head.weight" not in symmetry.specs
-    del claim.specs["head.weight"]  # type: ignore[attr-defined]
+    del claim.specs["head.weight"]
     assert claim.check(model, TEXT) > 1e-3
 
 

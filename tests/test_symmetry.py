@@ -276,7 +276,7 @@ def two_layers(activation: nn.Module, kind: str | None) -> tuple[nn.Sequential, 
         "2.weight": Spec((Leaf(3), read), ("out", "in")),
         "2.bias": Spec((Leaf(3),), ("out",)),
     }
-    scales = {} if kind is None else {"s": Scale(kind, 6, "u")}  # type: ignore[arg-type]
+    scales = {} if kind is None else {"s": Scale(kind, 6, "u")}
     return model, Symmetry(specs, {"u": Label(6)}, scales)
 
 
