@@ -96,7 +96,7 @@ def _layout(key: _Identity, names: tuple[str, ...], device: str) -> Layout:
     scale_start, n_scales = _positions({n: symmetry.table_shape(s.label, s.size) for n, s in symmetry.scales.items()})
 
     def perm_units(leaf: Leaf) -> list[tuple[Tensor, int]]:
-        return [] if leaf.label is None else [(label_start[leaf.label], 1)]
+        return [] if leaf.label is None or symmetry.labels[leaf.label].fixed else [(label_start[leaf.label], 1)]
 
     def scale_units(leaf: Leaf) -> list[tuple[Tensor, int]]:
         return [(scale_start[name], e) for name, e in leaf.scale]

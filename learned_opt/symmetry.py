@@ -172,10 +172,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Label:
-    """A permutation group: ``size`` indices, with one permutation for every index of the labels in ``over``."""
+    """A permutation group: ``size`` indices, with one permutation for every index of the labels in ``over``.
+
+    A ``fixed`` label has the identity only. It is declared where something else is over it (one permutation of
+    head_dim for every head, and heads that ALiBi tells apart) or is scaled by its index within a fibre (RoPE).
+    """
 
     size: int
     over: tuple[str, ...] = ()
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,8 @@ class Element:
 class Symmetry:
     """The group of a network: a :class:`Spec` per tensor (parameters and statistics), and the labels' groups.
 
+    ``notes`` says in words what is not claimed and why (unknown operators, labels demoted by a numeric check).
+
     Raises:
         SymmetryError: when an axis names a label that is not declared, or of another size.
     """
@@ -209,6 +216,7 @@ class Symmetry:
     specs: Mapping[str, Spec]
     labels: Mapping[str, Label] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, label in self.labels.items():
@@ -313,7 +321,7 @@ class Symmetry:
         perms, scales = {}, {}
         for name, label in self.labels.items():
             noise = torch.rand(self.table_shape(name, label.size), generator=generator)
-            perms[name] = noise.argsort(-1)
+            perms[name] = torch.arange(label.size).expand(noise.shape) if label.fixed else noise.argsort(-1)
         for name, scale in self.scales.items():
             shape = self.table_shape(scale.label, scale.size)
             size = torch.rand(shape, generator=generator, dtype=dtype)
@@ -462,8 +470,9 @@ class Symmetry:
         """Plain data (dicts, lists, strings, numbers) for checkpoints and JSON."""
         return {
             "specs": {n: [[_axis_to_data(a) for a in s.axes], list(s.roles)] for n, s in self.specs.items()},
-            "labels": {n: [g.size, list(g.over)] for n, g in self.labels.items()},
+            "labels": {n: [g.size, list(g.over), g.fixed] for n, g in self.labels.items()},
             "scales": {n: [s.kind, s.size, s.label] for n, s in self.scales.items()},
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -474,8 +483,9 @@ class Symmetry:
                 n: Spec(tuple(_axis_from_data(a) for a in axes), tuple(roles))
                 for n, (axes, roles) in data["specs"].items()
             },
-            {n: Label(size, tuple(over)) for n, (size, over) in data["labels"].items()},
+            {n: Label(size, tuple(over), *fixed) for n, (size, over, *fixed) in data["labels"].items()},
             {n: Scale(kind, size, label) for n, (kind, size, label) in data["scales"].items()},
+            tuple(data.get("notes", ())),
         )
 
     def __str__(self) -> str:
