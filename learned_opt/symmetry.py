@@ -16,14 +16,18 @@ contragredient (``dual=True``): permutations and signs alike, positive scales in
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from learned_opt.describe import Summary
 
 Role = Literal["out", "in", "kernel", "lookup", "gain"]
 Kind = Literal["positive", "sign", "real"]
@@ -489,9 +493,28 @@ class Symmetry:
         )
 
     def __str__(self) -> str:
-        width = max((len(n) for n in self.specs), default=0)
-        rows = [f"{n:{width}s}  [{', '.join(_axis_text(a) for a in s.axes)}]" for n, s in self.specs.items()]
-        return "\n".join(rows)
+        from learned_opt.describe import text
+
+        return text(self)
+
+    def __repr__(self) -> str:
+        notes = f", {len(self.notes)} notes" if self.notes else ""
+        return f"Symmetry({len(self.specs)} tensors, {len(self.labels)} labels, {len(self.scales)} scales{notes})"
+
+    def summary(self) -> "Summary":
+        """How much symmetry there is, in plain numbers: see :class:`learned_opt.describe.Summary`."""
+        from learned_opt.describe import summary
+
+        return summary(self)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the tensors and the labels that join them to an SVG, PNG or PDF file: :func:`learned_opt.picture.draw`.
+
+        Needs matplotlib (extra ``meta``).
+        """
+        from learned_opt.picture import draw
+
+        draw(self, path)
 
 
 # --------------------------------------------------------------------------------------------- helpers
@@ -543,14 +566,6 @@ def _axis_from_data(data: Any) -> Axis:
         return Prod(axes) if key == "prod" else Sum(axes)
     size, label, scale = data
     return Leaf(size, label, tuple((name, exponent) for name, exponent in scale))
-
-
-def _axis_text(axis: Axis) -> str:
-    if isinstance(axis, Leaf):
-        scale = "".join(f" {s}^{e:+d}" for s, e in axis.scale)
-        return f"{axis.label or 'fixed'}:{axis.size}{scale}"
-    sign, parts = ("*", axis.factors) if isinstance(axis, Prod) else ("|", axis.parts)
-    return "(" + f" {sign} ".join(_axis_text(a) for a in parts) + ")"
 
 
 def independent(tensors: Mapping[str, Tensor]) -> Symmetry:

@@ -397,11 +397,3 @@ def test_independent_gives_every_axis_its_own_permutation() -> None:
     rows, cols = g.perms["w.0"], g.perms["w.1"]
     assert torch.equal(moved["w"], w["w"][rows][:, cols])
     assert torch.equal(moved["conv"], w["conv"][g.perms["conv.0"]][:, g.perms["conv.1"]])
-
-
-def test_text_shows_labels_scales_and_composites() -> None:
-    _, symmetry = two_layers(nn.ReLU(), "positive")
-    assert "0.weight  [u:6 s^+1, fixed:4]" in str(symmetry)
-    assert "2.weight  [fixed:3, u:6 s^-1]" in str(symmetry)
-    axis = Prod((Leaf(2), Sum((Leaf(3), Leaf(4)))))
-    assert "(fixed:2 * (fixed:3 | fixed:4))" in str(Symmetry({"w": Spec((axis,), ("out",))}))
