@@ -69,12 +69,18 @@ def one_line(symmetry: Symmetry) -> str:
     """The summary in one line, for logs."""
     s = summary(symmetry)
     words = [
-        f"{s['tensors']} tensors, {s['entries']:,} entries, {100 * s['covered']:.1f} % on a label that moves",
-        f"{s['labels']} labels" + (f" ({s['fixed_labels']} fixed)" if s["fixed_labels"] else ""),
-        f"{s['permutation_groups']} permutations (10^{s['log10_order']:.1f} elements)",
-        f"{s['positive_scales']} positive scales, {s['sign_generators']} signs",
+        f"{counted(s['tensors'], 'tensor')}, {s['entries']:,} entries",
+        f"{100 * s['covered']:.1f} % of them on a label that moves",
+        counted(s["labels"], "label") + (f" ({s['fixed_labels']} fixed)" if s["fixed_labels"] else ""),
+        f"{counted(s['permutation_groups'], 'independent permutation')} (10^{s['log10_order']:.1f} in all)",
+        f"{counted(s['positive_scales'], 'positive scale')}, {counted(s['sign_generators'], 'sign')}",
     ]
-    return "; ".join(words + ([f"{s['notes']} notes"] if s["notes"] else []))
+    return "; ".join(words + ([counted(s["notes"], "note")] if s["notes"] else []))
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 note``, ``2 notes``."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _moves(symmetry: Symmetry, label: str) -> bool:
@@ -151,23 +157,23 @@ class Fold:
 Item = str | Fold
 
 
-def fold(symmetry: Symmetry) -> list[Item]:
-    """The tensors' names, with repeated modules folded."""
-    return list(_fold(list(symmetry.specs), "", Carriers(symmetry)))
+def fold(symmetry: Symmetry, *, repeats: bool = True) -> list[Item]:
+    """The tensors' names, module by module, with repeated modules folded (all of them if not ``repeats``)."""
+    return list(_fold(list(symmetry.specs), "", Carriers(symmetry), repeats))
 
 
-def _fold(names: Sequence[str], prefix: str, carriers: Carriers) -> Iterator[Item]:
+def _fold(names: Sequence[str], prefix: str, carriers: Carriers, repeats: bool) -> Iterator[Item]:
     children: dict[str, list[str]] = defaultdict(list)  # module or tensor -> its tensors
     for name in names:
         child, dot, _ = name[len(prefix) :].partition(".")
         children[child + dot].append(name)
     alike: dict[object, list[str]] = defaultdict(list)  # stem and structure -> modules
     for child, inside in children.items():
-        numbered = _NUMBERED.fullmatch(child[:-1]) if child.endswith(".") else None
+        numbered = _NUMBERED.fullmatch(child[:-1]) if repeats and child.endswith(".") else None
         alike[(numbered[1], _structure(inside, prefix + child, carriers)) if numbered else child].append(child)
     folded = {child: same for same in alike.values() for child in same if _saves_lines(len(same), children[child])}
     for child, inside in children.items():
-        items = inside if not child.endswith(".") else _fold(inside, prefix + child, carriers)
+        items = inside if not child.endswith(".") else _fold(inside, prefix + child, carriers, repeats)
         same = folded.get(child, [child])
         if child not in folded:
             yield from items

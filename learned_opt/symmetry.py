@@ -498,8 +498,11 @@ class Symmetry:
         return text(self)
 
     def __repr__(self) -> str:
-        notes = f", {len(self.notes)} notes" if self.notes else ""
-        return f"Symmetry({len(self.specs)} tensors, {len(self.labels)} labels, {len(self.scales)} scales{notes})"
+        from learned_opt.describe import counted
+
+        sizes = {"tensor": len(self.specs), "label": len(self.labels), "scale": len(self.scales)}
+        sizes |= {"note": len(self.notes)} if self.notes else {}
+        return f"Symmetry({', '.join(counted(n, noun) for noun, n in sizes.items())})"
 
     def summary(self) -> "Summary":
         """How much symmetry there is, in plain numbers: see :class:`learned_opt.describe.Summary`."""
