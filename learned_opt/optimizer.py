@@ -4,60 +4,38 @@ One numerics path: a step gathers weights, gradients and state by name, calls th
 the result back.
 """
 
-import copy
-import json
-import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, listed, matched
+from learned_opt.capture import Call, Watch, modules_behind
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import State, UpdateRule, Weights
-from learned_opt.rules.checkpoint import digest
-from learned_opt.symmetry import Symmetry, SymmetryError, independent
-
-logger = logging.getLogger(__name__)
+from learned_opt.saved import (
+    Mode,
+    accumulator_dtype,
+    describe,
+    identity,
+    pop_identity,
+    saved_rule,
+    saved_state,
+    saved_symmetry,
+)
+from learned_opt.symmetry import Symmetry, SymmetryError
 
 NanPolicy = Literal["skip", "raise", "propagate"]
-# keys of the first parameter group of a state dict
-RULE, SHA, THETA, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"
 LARGEST = 1e15  # largest gradient entry that a rule sees; float32 squares overflow at 2e19
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-class Entry(NamedTuple):
-    """One optimised tensor: its name, the tensor, and its parameter group."""
-
-    name: str
-    param: Tensor
-    group: dict[str, Any]
-    shrink: float = 1.0  # of a gradient so large that its square would overflow
-
-    @property
-    def trained(self) -> bool:
-        """Whether this step may move it."""
-        return self.param.requires_grad and self.param.grad is not None
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradient of a trained tensor, detached."""
-        assert self.param.grad is not None
-        return self.param.grad.detach()
 
 
 # -------------------------------------------------------------------------------- the numerics path
-def accumulator_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64 tensors, float32 for all others."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def apply_rule(
     rule: UpdateRule,
     params: Weights,
@@ -103,32 +81,29 @@ def stepped(param: Tensor, update: Tensor, lr: float | Tensor) -> Tensor:
     return torch.add(param.to(update.dtype), update, alpha=lr).to(param.dtype)
 
 
-def describe(rule: UpdateRule) -> str:
-    """The rule's class and its plain settings, such as ``Adam(betas=(0.9, 0.999), eps=1e-08)``."""
-    plain = (bool, int, float, str, tuple, torch.dtype)
-    settings = {k: v for k, v in vars(rule).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
-    return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
-
-
 # ------------------------------------------------------------------------------------ the optimizer
 class NFNOpt(torch.optim.Optimizer):
     """Trains a network with an update rule that knows the symmetry of its weights.
 
     ::
 
-        optimizer = NFNOpt(model.named_parameters(), symmetry=from_model(model), total_steps=1000)
+        optimizer = NFNOpt(model.parameters(), total_steps=1000)
 
     Weights, gradients and state are computed in float32 (float64 for float64 parameters); narrower
     parameters are rounded at the end of a step. A step uses no random numbers and never changes a
     gradient.
 
     Args:
-        params: tensors, ``named_parameters()``, or parameter groups of either. Only named
-            parameters can be matched with a symmetry surely; unnamed ones are matched with it by
-            position.
-        symmetry: how the axes of the parameters move together (:func:`learned_opt.from_model`); it
-            may describe more tensors than are optimised. None: every axis by itself, which is
-            always right and knows least.
+        params: a module, its ``parameters()`` or ``named_parameters()``, tensors, or parameter groups of
+            any of these.
+        symmetry: how the axes of the parameters move together. "infer": found out before the first
+            step. The forward pass of the module with all these parameters is seen, and
+            :func:`learned_opt.infer_symmetry` is asked about it; parameters that the module lacks, or
+            that are added later, have every axis by itself. Where no such module is called, or the
+            inference fails, all have, and a warning says why; training goes on. "independent": every
+            axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it
+            may describe more tensors than are optimised. Named parameters are matched with it by name,
+            others by position.
         lr: multiplies the update (also per group); a number or a 1-element tensor. The learned
             rules set their own rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
         weight_decay: decoupled, per step at ``lr=1`` (also per group).
@@ -144,7 +119,6 @@ class NFNOpt(torch.optim.Optimizer):
 
     Attributes:
         rule: the :class:`UpdateRule`, with theta.
-        symmetry: as given, or None.
         nan_policy: as given; may be changed.
         skipped_steps: number of steps that each tensor sat out, by name.
 
@@ -156,9 +130,9 @@ class NFNOpt(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: nn.Module | Iterable[Any],
         *,
-        symmetry: Symmetry | None = None,
+        symmetry: Symmetry | Mode = "infer",
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         total_steps: float | None = None,
@@ -168,11 +142,15 @@ class NFNOpt(torch.optim.Optimizer):
     ) -> None:
         if nan_policy not in ("skip", "raise", "propagate"):
             raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
+        if not isinstance(symmetry, Symmetry) and symmetry not in ("infer", "independent"):
+            raise ValueError(f"symmetry={symmetry!r} is unknown; it is a Symmetry, 'infer' or 'independent'")
         self.rule = make_rule(rule)
-        self.symmetry = symmetry
         self.nan_policy = nan_policy
         self.skipped_steps: Counter[str] = Counter()
-        self._binding: tuple[Any, tuple[str, ...], Symmetry] | None = None
+        self._given: Symmetry | Mode = symmetry
+        self._known: Binding | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
+        self._bound: tuple[Any, Binding] | None = None  # for the tensors that the first item identifies
+        self._watch: Watch | None = None
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         options = {
             "lr": lr,
@@ -181,71 +159,73 @@ class NFNOpt(torch.optim.Optimizer):
             "maximize": maximize,
         }
         _check_options(options)
-        super().__init__(params, options)
+        modules = modules_behind(params)  # before their generators are used up
+        super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, options)
         self._complete = True
-        entries, _ = self._bind()
+        if self._known == "infer":
+            self._watch = Watch(self, modules)
+        else:
+            self._bind()
+        entries = entries_of(self.param_groups)
         if entries and not isinstance(rule, UpdateRule):  # ours alone: keep it where the weights are
             self.rule.to(entries[0].param.device)
 
+    @property
+    def symmetry(self) -> Symmetry | None:
+        """How the axes of the parameters move together; None until it is inferred, at the first step."""
+        return None if self._known == "infer" else self._bind()[1]
+
     # -- parameters and their names
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, also in mid-training. With a symmetry, it must describe them too.
+        """Add parameters, also in mid-training. A symmetry that was given must describe them too.
 
         Raises:
             SymmetryError, ValueError: as the constructor; the optimizer is then as before.
         """
+        modules: list[nn.Module] = []
         if isinstance(param_group, dict):
             _check_options(param_group)
             if self.param_groups and param_group.get("total_steps") is not None:
                 _check_same_horizon(param_group, self.param_groups[0])
+            modules = modules_behind(param_group)
+            if isinstance(param_group.get("params"), nn.Module):
+                param_group = {**param_group, "params": param_group["params"].named_parameters()}
         super().add_param_group(param_group)
-        if self._complete:
-            try:
-                self._bind()
-            except SymmetryError:
-                self.param_groups.pop()
-                raise
-
-    def _entries(self) -> list[Entry]:
-        """Every floating tensor once, with its name: as given, else its position."""
-        entries: dict[str, Entry] = {}
-        seen: set[int] = set()
-        position = 0
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                name = str(position) if names is None else names[i]
-                if name in entries:  # two networks in one optimizer
-                    name = f"{name}#{position}"
-                position += 1
-                if id(p) not in seen and (p.is_floating_point() or p.is_complex()):
-                    entries[name] = Entry(name, p, group)
-                seen.add(id(p))
-        return list(entries.values())
+        if not self._complete:
+            return
+        if self._watch is not None:
+            self._watch.expect(modules)
+            return
+        try:
+            self._bind()
+        except SymmetryError:
+            self.param_groups.pop()
+            raise
 
     def _bind(self) -> tuple[list[Entry], Symmetry]:
-        """The tensors under the symmetry's names, and the symmetry; checked when changed."""
-        entries = self._entries()
-        signature = tuple((e.name, e.param.shape) for e in entries)
-        if self._binding is None or self._binding[0] != signature:
-            self._binding = (signature, *self._match(entries))
-        _, names, symmetry = self._binding
-        return [e._replace(name=n) for e, n in zip(entries, names, strict=True)], symmetry
+        """The tensors under the symmetry's names, and the symmetry: checked when they changed, inferred at first."""
+        entries = entries_of(self.param_groups)
+        signature = tuple((e.name, e.position, e.param.shape) for e in entries)
+        if self._bound is None or self._bound[0] != signature:
+            self._bound = (signature, self._match(entries))
+        binding = self._bound[1]
+        return binding.rename(entries), binding.symmetry
 
-    def _match(self, entries: list[Entry]) -> tuple[tuple[str, ...], Symmetry]:
-        names = tuple(e.name for e in entries)
-        if self.symmetry is None:
-            logger.info("NFNOpt: no symmetry given, every axis of %d tensors moves by itself", len(entries))
-            return names, independent({e.name: e.param for e in entries})
-        if any("param_names" in e.group for e in entries):
-            names = tuple(n if n in self.symmetry.specs else _bare(n) for n in names)
-        else:
-            names = _by_position(entries, self.symmetry)
-        twice = [n for n, count in Counter(names).items() if count > 1]
-        if twice:
-            raise SymmetryError(f"several parameters are called {_listed(twice)}: rename them.")
-        self.symmetry.validate({n: e.param for n, e in zip(names, entries, strict=True)})
-        return names, self.symmetry
+    def _match(self, entries: list[Entry]) -> Binding:
+        if isinstance(self._given, Symmetry):
+            self._known = matched(entries, self._given)
+            return self._known
+        if self._known == "infer":
+            self._known = decided(self._unwatch(), entries) or "independent"
+        if not isinstance(self._known, Binding):
+            return by_themselves(entries)
+        self._known = beside(self._known, entries).validate(entries)
+        return self._known
+
+    def _unwatch(self) -> list[Call]:
+        calls = [] if self._watch is None else self._watch.release()
+        self._watch = None
+        return calls
 
     # -- the step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -266,16 +246,15 @@ class NFNOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        entries, symmetry = self._bind()
-        with ExitStack() as stack:
-            # state made in the caller's inference mode could not be used outside of it
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            for device in {e.param.device for e in entries}:
-                stack.enter_context(torch.autocast(device.type, enabled=False))
-            trained = [e for e in entries if e.trained]
-            for entry in trained:
+        entries = entries_of(self.param_groups)
+        with _plain_modes({e.param.device for e in entries}):
+            for entry in entries:
                 _refuse_unsupported(entry)
+            if self._known == "infer" and self._is_probe(entries):
+                self._create_state([e for e in entries if e.trained])
+                return loss
+            entries, symmetry = self._bind()
+            trained = [e for e in entries if e.trained]
             usable = self._usable([e for e in trained if e.param.numel()])
             self._create_state(trained)
             for device in {e.param.device: None for e in usable}:
@@ -323,7 +302,7 @@ class NFNOpt(torch.optim.Optimizer):
         bad = [e for e, x in zip(entries, largest, strict=True) if not math.isfinite(x)]
         if bad and self.nan_policy == "raise":
             raise FloatingPointError(
-                f"non-finite gradient of {_listed([e.name for e in bad])}. Nothing was changed. "
+                f"non-finite gradient of {listed([e.name for e in bad])}. Nothing was changed. "
                 "Lower the learning rate, clip the loss, or pass nan_policy='skip'."
             )
         for entry in bad:
@@ -337,6 +316,11 @@ class NFNOpt(torch.optim.Optimizer):
         good = [(e, x) for e, x in zip(entries, largest, strict=True) if math.isfinite(x)]
         return [e._replace(shrink=LARGEST / x) if x > LARGEST else e for e, x in good]
 
+    def _is_probe(self, entries: list[Entry]) -> bool:
+        """Whether a step is none: nothing to do, or torch's distributed checkpointing that asks for state."""
+        grads = [e.grad for e in entries if e.trained and e.param.numel()]
+        return not grads or (self._at_rest() and not any(_largest_magnitudes(grads)))
+
     def _at_rest(self) -> bool:
         return all(float(group["lr"]) == 0 for group in self.param_groups)
 
@@ -344,24 +328,18 @@ class NFNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by position and parameter groups, as torch's.
 
-        The first group also names the rule and holds theta (tensors) and the symmetry (JSON), so
-        that a run resumes bit for bit with what it was started with.
+        The first group also names the rule and holds theta (tensors) and the symmetry (JSON, with the
+        name of every position), so that a run resumes bit for bit with what it was started with.
         """
         saved = super().state_dict()
-        theta = {n: t.detach().clone() for n, t in self.rule.state_dict().items()}
-        saved["param_groups"][0] |= {
-            RULE: describe(self.rule),
-            SHA: digest(theta),
-            THETA: theta,
-            SYMMETRY: None if self.symmetry is None else json.dumps(self.symmetry.to_dict()),
-        }
+        saved["param_groups"][0] |= identity(self.rule, self._known)
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`; accumulators keep their precision.
 
         theta is restored as well (into a copy of the rule, with a warning if it differs), and so is
-        the symmetry if none was given.
+        the symmetry if none was given: then nothing is inferred any more.
 
         Raises:
             ValueError: another rule, other names, shapes or slots, or an altered theta. Nothing is
@@ -371,19 +349,19 @@ class NFNOpt(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             saved = {**saved, "param_groups": [dict(g) for g in saved["param_groups"]]}
-            identity: dict[str, Any] = {}
-            for group in saved["param_groups"]:
-                identity |= {k: group.pop(k) for k in (RULE, SHA, THETA, SYMMETRY) if k in group}
-            loading["rule"] = self._saved_rule(identity)
-            loading["symmetry"] = self._saved_symmetry(identity)
-            loading["state"] = self._saved_state(saved)
+            found = pop_identity(saved["param_groups"])
+            loading["rule"] = saved_rule(found, self.rule)
+            loading["known"] = saved_symmetry(found, self._known, self._given, entries_of(self.param_groups))
+            loading["state"] = saved_state(saved, self.param_groups, self.rule)
             return saved
 
         def restore(_: torch.optim.Optimizer) -> None:
-            self.rule, self.symmetry = loading["rule"], loading["symmetry"]
+            self.rule, self._known = loading["rule"], loading["known"]
             for p, slots in loading["state"]:
                 self.state[p] = slots  # torch has cast them to the dtype of the parameter
-            self._binding = None
+            self._bound = None
+            if self._known != "infer":
+                self._unwatch()
 
         # after the caller's hooks that may adapt the state dict, before those that see it loaded
         before = self.register_load_state_dict_pre_hook(check)
@@ -394,103 +372,29 @@ class NFNOpt(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def _saved_rule(self, identity: dict[str, Any]) -> UpdateRule:
-        own = {n: t.detach() for n, t in self.rule.state_dict().items()}
-        if identity.get(RULE, describe(self.rule)) != describe(self.rule):
-            raise ValueError(
-                f"the state dict is of rule {identity[RULE]}, this one is {describe(self.rule)}. "
-                "Construct it with that rule."
-            )
-        theta, sha = identity.get(THETA), identity.get(SHA)
-        altered = theta is not None and digest(theta) != sha
-        if sha is None or (sha == digest(own) and not altered):
-            return self.rule
-        if theta is None or altered:
-            reason = "does not hold it" if theta is None else "holds an altered one"
-            raise ValueError(
-                f"the state dict was made with theta {sha[:12]} but {reason}; this optimizer has "
-                f"theta {digest(own)[:12]}. "
-                "Construct the optimizer with rule=<path of that theta>."
-            )
-        if {n: t.shape for n, t in theta.items()} != {n: t.shape for n, t in own.items()}:
-            raise ValueError(
-                "the theta in the state dict does not fit this version of the rule. Load it with "
-                "the version that made it, or start with fresh state."
-            )
-        warnings.warn(
-            f"NFNOpt: continuing with theta {sha[:12]} of the state dict, not {digest(own)[:12]}.",
-            stacklevel=5,
-        )
-        rule = copy.deepcopy(self.rule)  # the caller may use theirs elsewhere
-        rule.load_state_dict(theta)
-        return rule
-
-    def _saved_symmetry(self, identity: dict[str, Any]) -> Symmetry | None:
-        text = identity.get(SYMMETRY)
-        if text is None:
-            return self.symmetry
-        saved = Symmetry.from_dict(json.loads(text))
-        if self.symmetry is not None and self.symmetry.to_dict() != saved.to_dict():
-            raise ValueError(
-                "the state dict was made with another symmetry than this optimizer has. Construct "
-                "it with the same symmetry, or with symmetry=None to take that of the state dict."
-            )
-        return self.symmetry or saved
-
-    def _saved_state(self, saved: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """State to restore per parameter, checked against the parameters and the rule."""
-        if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
-            return []  # torch refuses this, in its own words
-        wrong: list[str] = []
-        owners: dict[Any, tuple[str, Tensor]] = {}
-        for group, other in zip(self.param_groups, saved["param_groups"], strict=True):
-            own_names = group.get("param_names")
-            names = own_names or other.get("param_names") or [f"parameter {k}" for k in other["params"]]
-            for key, name, p in zip(other["params"], names, group["params"], strict=True):
-                owners[key] = (name, p)
-            pairs = zip(own_names or [], other.get("param_names", own_names) or [], strict=True)
-            wrong += [f"{a} here is {b} in the state dict" for a, b in pairs if _bare(a) != _bare(b)]
-        wrong += [f"state of unknown parameter {k!r}" for k in saved["state"] if k not in owners]
-        restored = []
-        for key, slots in saved["state"].items():
-            if key in owners and slots:
-                name, p = owners[key]
-                wrong += [f"{name}: {reason}" for reason in self._unfit(p, slots)]
-                restored.append((p, {k: _as_slot(x, p) for k, x in slots.items()}))
-        if wrong:
-            raise ValueError(
-                f"the state dict does not fit this optimizer:\n  {_listed(wrong, chr(10) + '  ')}\n"
-                "Give the optimizer the same parameters, in the same order and with the same rule, "
-                "as when it was saved; a load_state_dict pre-hook can rename. Nothing was changed."
-            )
-        return restored
-
-    def _unfit(self, p: Tensor, slots: Mapping[str, Any]) -> list[str]:
-        expected = self.rule.init({"p": torch.empty_like(p, device="meta")})["p"]
-        found = {k: tuple(torch.as_tensor(x).shape) for k, x in slots.items()}
-        wanted = {k: tuple(x.shape) for k, x in expected.items()}
-        if found.keys() != wanted.keys():
-            return [f"slots {', '.join(sorted(found))} instead of {', '.join(sorted(wanted))}"]
-        return [f"{k} has shape {found[k]} instead of {wanted[k]}" for k in found if found[k] != wanted[k]]
-
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "symmetry", "nan_policy", "skipped_steps")
+        own = ("rule", "nan_policy", "skipped_steps", "_given", "_known")
         return super().__getstate__() | {k: getattr(self, k) for k in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._binding, self._complete = None, True
+        self._bound, self._complete = None, True
+        self._watch = Watch(self) if self._known == "infer" else None
         for group in self.param_groups:  # options that an older state dict lacks
             for option in ("lr", "weight_decay", "total_steps", "maximize"):
                 group.setdefault(option, self.defaults[option])
 
     def __repr__(self) -> str:
-        entries, _ = self._bind()
+        entries = entries_of(self.param_groups)
         count = sum(e.param.numel() for e in entries)
-        known = "independent axes"
-        if self.symmetry is not None:
-            known = f"symmetry of {len(self.symmetry.specs)} tensors"
-        lines = [f"NFNOpt({describe(self.rule)}, {known}, {len(entries)} tensors, {count} weights)"]
+        symmetry = {"infer": "symmetry to be inferred at the first step", "independent": "independent axes"}
+        if isinstance(self._known, Binding):
+            known = self._known.symmetry
+            groups = sum(not label.fixed for label in known.labels.values())
+            text = f"symmetry of {len(known.specs)} tensors in {groups} groups"
+        else:
+            text = symmetry[self._known]
+        lines = [f"NFNOpt({describe(self.rule)}, {text}, {len(entries)} tensors, {count} weights)"]
         for i, group in enumerate(self.param_groups):
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             lines.append(f"  group {i}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
@@ -519,25 +423,20 @@ def _check_same_horizon(group: Mapping[str, Any], first: Mapping[str, Any]) -> N
         )
 
 
-def _bare(name: str) -> str:
-    """A name without what wrappers put in (torch.compile, FSDP anywhere; DataParallel in front)."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    return ".".join(parts[1:] if parts[0] == "module" else parts)
-
-
-def _by_position(entries: list[Entry], symmetry: Symmetry) -> tuple[str, ...]:
-    found = [tuple(e.param.shape) for e in entries]
-    described = [spec.shape for spec in symmetry.specs.values()]
-    if found != described:
-        raise SymmetryError(
-            f"the parameters have no names, and their shapes {_listed(found)} are not, in order, "
-            f"those that the symmetry describes: {_listed(described)}. Pass "
-            "model.named_parameters() instead of model.parameters()."
-        )
-    return tuple(symmetry.specs)
+@contextmanager
+def _plain_modes(devices: Iterable[torch.device]) -> Iterator[None]:
+    """No gradients, no autocast; and no inference mode, in which state that is made could not be used outside of it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def _refuse_unsupported(entry: Entry) -> None:
+    if not entry.trained:
+        return
     if entry.param.is_complex():
         raise RuntimeError(f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real.")
     if entry.grad.layout != torch.strided:
@@ -555,14 +454,3 @@ def _largest_magnitudes(tensors: list[Tensor]) -> list[float]:
         for i, x in zip(here, stacked.tolist(), strict=True):
             largest[i] = x
     return largest
-
-
-def _as_slot(value: Any, param: Tensor) -> Tensor:
-    value = torch.as_tensor(value)
-    dtype = accumulator_dtype(param) if value.is_floating_point() or not value.ndim else value.dtype
-    return value.to(param.device, dtype)
-
-
-def _listed(items: list[Any], separator: str = ", ", most: int = 8) -> str:
-    shown = separator.join(str(x) for x in items[:most])
-    return shown + (f"{separator}... and {len(items) - most} more" if len(items) > most else "")

@@ -119,7 +119,8 @@ def test_functional_loops_run_under_vmap(name):
 
 def test_functional_of_an_optimizer_continues_what_it_does():
     model = make_model()
-    optimizer = NFNOpt(model.named_parameters(), rule=make_rule("nfn"), lr=0.5, total_steps=9, weight_decay=0.1)
+    options = {"lr": 0.5, "total_steps": 9, "weight_decay": 0.1}
+    optimizer = NFNOpt(model.named_parameters(), symmetry="independent", rule=make_rule("nfn"), **options)
     init, update = functional(optimizer)
     params = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = init(params)
@@ -147,7 +148,7 @@ def test_functional_refuses_what_it_cannot_mean():
     model = make_model()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     with pytest.raises(ValueError, match="2 parameter groups"):
-        functional(NFNOpt(groups, rule="adam"))
+        functional(NFNOpt(groups, symmetry="independent", rule="adam"))
     params = {n: p.detach() for n, p in model.named_parameters()}
     init, update = functional(make_rule("adam"), independent({"0.weight": torch.ones(1)}))
     with pytest.raises(SymmetryError, match=r"0\.weight"):
@@ -250,7 +251,7 @@ def test_higher_respects_groups_frozen_weights_and_maximize(higher):
             {"params": list(m[0].named_parameters("0")), "lr": 0.01},
             {"params": list(m[2].named_parameters("2")), "lr": 0.02, "maximize": True},
         ]
-        return NFNOpt(groups, rule="adam", weight_decay=0.1)
+        return NFNOpt(groups, symmetry="independent", rule="adam", weight_decay=0.1)
 
     with higher.innerloop_ctx(model, build(model)) as (fmodel, diffopt):
         unroll(fmodel, diffopt, model)

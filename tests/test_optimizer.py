@@ -2,7 +2,6 @@
 
 import copy
 import io
-import logging
 import pickle
 import warnings
 
@@ -55,7 +54,7 @@ def backward(model, scale=1.0):
 
 
 def make(name, model, **options):
-    options = {"lr": LR.get(name, 1.0), "total_steps": 50, **options}
+    options = {"lr": LR.get(name, 1.0), "total_steps": 50, "symmetry": "independent", **options}
     return NFNOpt(model.named_parameters(), rule=make_rule(name), **options)
 
 
@@ -300,7 +299,7 @@ def test_every_shape_and_grouping_steps(name, shapes, split):
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     groups = [{"params": g} for g in (params[:split], params[split:]) if g]
-    optimizer = NFNOpt(groups, rule=make_rule(name), lr=LR.get(name, 1.0))
+    optimizer = NFNOpt(groups, symmetry="independent", rule=make_rule(name), lr=LR.get(name, 1.0))
     before = [p.detach().clone() for p in params]
     for _ in range(2):
         for p in params:
@@ -317,7 +316,7 @@ def test_layout_in_memory_changes_nothing_and_stays(name):
         torch.manual_seed(0)
         w = layout(torch.randn(4, 3, 3, 3))
         p = nn.Parameter(w)
-        optimizer = NFNOpt([("w", p)], rule=make_rule(name), lr=LR.get(name, 1.0))
+        optimizer = NFNOpt([("w", p)], symmetry="independent", rule=make_rule(name), lr=LR.get(name, 1.0))
         for _ in range(3):
             p.grad = torch.randn(4, 3, 3, 3)
             optimizer.step()
@@ -664,7 +663,7 @@ def test_two_networks_with_the_same_names_fit_one_optimizer():
 @every_rule
 def test_parameters_can_be_added_in_mid_training(name):
     model, lr = make_model(), LR.get(name, 1.0)
-    optimizer = NFNOpt(model[0].named_parameters("0"), rule=make_rule(name), lr=lr)
+    optimizer = NFNOpt(model[0].named_parameters("0"), symmetry="independent", rule=make_rule(name), lr=lr)
     train(model, optimizer, 2)
     before = weights(model)
     optimizer.add_param_group({"params": model[2].named_parameters("2"), "lr": 0.5 * lr})
@@ -696,11 +695,17 @@ def test_tensors_swapped_inside_the_groups_are_followed():
         optimizer.step()
 
 
-def test_no_symmetry_is_said_once(caplog):
-    model = make_model()
-    with caplog.at_level(logging.INFO, logger="learned_opt"):
-        train(model, make("adam", model), 3)
-    assert len([r for r in caplog.records if "symmetry" in r.message]) == 1
+def test_running_statistics_do_not_count_as_positions():
+    """A symmetry describes them; an optimizer has none."""
+    from learned_opt import from_model
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    symmetry = from_model(model)
+    assert "1.running_mean" in symmetry.specs
+    optimizer = NFNOpt(model.parameters(), symmetry=symmetry, rule="adam")
+    model(torch.randn(2, 1, 4, 4)).sum().backward()
+    optimizer.step()
+    assert [e.name for e in optimizer._bind()[0]] == [n for n, _ in model.named_parameters()]
 
 
 # ------------------------------------------------------------------------------- saving and loading
@@ -801,14 +806,15 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_anything_changes(spoil
     assert optimizer.param_groups[0]["lr"] == 1.0 and optimizer.rule is rule
 
 
-def test_another_symmetry_is_refused_and_none_takes_that_of_the_state_dict():
+def test_another_symmetry_is_refused_and_infer_takes_that_of_the_state_dict():
     model = make_model()
     symmetry = chain_symmetry(model)
     saved = make("adam", model, symmetry=symmetry).state_dict()
-    other = make("adam", model, symmetry=independent(weights(model)))
-    with pytest.raises(ValueError, match="another symmetry"):
-        other.load_state_dict(saved)
-    plain = make("adam", model)
+    for choice in ("independent", independent(weights(model))):
+        with pytest.raises(ValueError, match="another symmetry"):
+            make("adam", model, symmetry=choice).load_state_dict(saved)
+    plain = make("adam", model, symmetry="infer")
+    assert plain.symmetry is None
     plain.load_state_dict(saved)
     assert plain.symmetry == symmetry
 
@@ -899,7 +905,7 @@ def test_only_zero_gradients_at_zero_rate_are_no_step(name, lr, scale):
 def test_distributed_checkpointing_resumes(name, flatten, symmetric, tmp_path):
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = make_model()
-    symmetry = chain_symmetry(model) if symmetric else None
+    symmetry = chain_symmetry(model) if symmetric else "independent"
     optimizer = make(name, model, symmetry=symmetry)
     train(model, optimizer, 3)
     saved = get_optimizer_state_dict(model, optimizer, options=options)

@@ -29,7 +29,7 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         "AdamW foreach": torch.optim.AdamW([p for _, p in named], foreach=True),
         "AdamW fused": torch.optim.AdamW([p for _, p in named], fused=True),
         "Muon (matrices)": torch.optim.Muon(matrices),
-        "NFNOpt adam": NFNOpt(named, rule="adam", lr=1e-3),
+        "NFNOpt adam": NFNOpt(named, symmetry="independent", rule="adam", lr=1e-3),
         "NFNOpt nominal, no frame": NFNOpt(named, symmetry=symmetry, rule="nominal-frameless"),
         "NFNOpt nominal": NFNOpt(named, symmetry=symmetry, rule="nominal"),
         "NFNOpt": NFNOpt(named, symmetry=symmetry),
