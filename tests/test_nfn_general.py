@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from learned_opt import SymmetryError, from_model
-from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, Pointwise, frame_of, merge_blocks, split_blocks
+from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, frame_of, merge_blocks, split_blocks
 from learned_opt.nfn.partitions import Dim, PartitionLinear, terms
 from learned_opt.symmetry import Element, Label, Leaf, Prod, Scale, Spec, Sum, Symmetry
 from tasks.conv import cnn
@@ -66,6 +66,15 @@ SYMMETRIES = {
     "lstm": lstm,
 }
 every_symmetry = pytest.mark.parametrize("kind", SYMMETRIES)
+
+
+class Pointwise(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, features):
+        return {n: self.function(x) for n, x in features.items()}
 
 
 def permutation(symmetry, seed=1):

@@ -9,7 +9,7 @@ Features are a dict ``{name: [batch, channels, *shape]}`` with the names of the 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -353,18 +353,6 @@ class GeneralPool(nn.Module):
             for y in (x, x * x) if self.signed else (x * x,):
                 means.append((y.mean(over) if over else y).flatten(1))
         return torch.cat(means, 1)
-
-
-class Pointwise(nn.Module):
-    """A function of every entry, such as an activation between two layers (odd, where signs are respected)."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, features: Mapping[str, Tensor]) -> Features:
-        """``{name: x}`` -> ``{name: function(x)}``."""
-        return {n: self.function(x) for n, x in features.items()}
 
 
 # ------------------------------------------------------------------------------------------ the frame
