@@ -202,10 +202,12 @@ def _show(
         )
     args, kwargs = arguments
     _try(model, args, kwargs)
-    learned_opt = importlib.import_module("learned_opt")
+    from learned_opt.inference import infer_symmetry
+    from learned_opt.symmetry import SymmetryError
+
     try:
-        symmetry = learned_opt.infer_symmetry(model, *args, verify=verify, **kwargs)
-    except learned_opt.SymmetryError as error:
+        symmetry = infer_symmetry(model, *args, verify=verify, **kwargs)
+    except SymmetryError as error:
         _fail(str(error))
     print(symmetry)
     if json_file is not None:

@@ -36,7 +36,9 @@ class Summary(TypedDict):
     fixed_labels: int
     permutation_groups: int  # S_n once per label that moves and per index of what it is over: 1 + 12 for 12 heads
     log10_order: float  # of the product of the orders of these groups
-    positive_scales: int  # dimension of the group of positive factors (kinds positive and real)
+    positive_scales: (
+        int  # positive factors, one per unit (kinds positive and real): the dimension, if none is redundant
+    )
     sign_generators: int  # units that may change sign (kinds sign and real)
     notes: int
 

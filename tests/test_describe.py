@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import learned_opt
+import learned_opt.inference
 from learned_opt import Symmetry, SymmetryError, from_model, independent
 from learned_opt.__main__ import main, model_of
 from learned_opt.describe import one_line
@@ -320,7 +320,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         calls.append((model, inputs, verify, kwargs))
         return from_model(model)
 
-    monkeypatch.setattr(learned_opt, "infer_symmetry", infer, raising=False)
+    monkeypatch.setattr(learned_opt.inference, "infer_symmetry", infer, raising=False)
     yield calls
     sys.modules.pop("usermodel", None)
 
@@ -403,7 +403,7 @@ def test_a_refusal_of_the_inference_is_one_line(user: list[tuple], monkeypatch: 
     def refuse(*_: object, **__: object) -> Symmetry:
         raise SymmetryError("this model cannot be exported")
 
-    monkeypatch.setattr(learned_opt, "infer_symmetry", refuse)
+    monkeypatch.setattr(learned_opt.inference, "infer_symmetry", refuse)
     with pytest.raises(SystemExit, match="^error: this model cannot be exported$"):
         main(["symmetry", "usermodel:one"])
 
@@ -414,7 +414,7 @@ def test_an_interruption_ends_quietly(
     def interrupt(*_: object, **__: object) -> Symmetry:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(learned_opt, "infer_symmetry", interrupt)
+    monkeypatch.setattr(learned_opt.inference, "infer_symmetry", interrupt)
     with pytest.raises(SystemExit) as error:
         main(["symmetry", "usermodel:one"])
     assert (error.value.code, capsys.readouterr().err) == (130, "interrupted\n")
