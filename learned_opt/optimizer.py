@@ -189,7 +189,9 @@ class NFNOpt(torch.optim.Optimizer):
                 _check_same_horizon(param_group, self.param_groups[0])
             modules = modules_behind(param_group)
             if isinstance(param_group.get("params"), nn.Module):
-                param_group = {**param_group, "params": param_group["params"].named_parameters()}
+                named = any("param_names" in group for group in self.param_groups)  # torch wants all or none
+                module = param_group["params"]
+                param_group = {**param_group, "params": module.named_parameters() if named else module.parameters()}
         super().add_param_group(param_group)
         if not self._complete:
             return
@@ -379,7 +381,8 @@ class NFNOpt(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound, self._complete = None, True
-        self._watch = Watch(self) if self._known == "infer" else None
+        if "_watch" not in self.__dict__:  # a copy; torch also calls this to load a state dict
+            self._watch = Watch(self) if self._known == "infer" else None
         for group in self.param_groups:  # options that an older state dict lacks
             for option in ("lr", "weight_decay", "total_steps", "maximize"):
                 group.setdefault(option, self.defaults[option])
