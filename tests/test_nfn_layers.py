@@ -515,6 +515,18 @@ def test_models_refuse_what_cannot_be():
         inr_classifier(sine, "np", "svhn")
 
 
+@pytest.mark.parametrize("name", ["np", "hnp", "monomial", "magep", "stat", "mlp", "graph"])
+def test_models_move_and_reload_like_any_module(name):
+    chain, _ = network("cnn", "sign")
+    first, second = (InvariantNFN(chain, 2, name, head_width=8).to(torch.float64).eval() for _ in range(2))
+    features = random_features(chain, 1)
+    assert not torch.equal(first(features), second(features))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(features), second(features))
+    first(features).sum().backward()
+    assert all(p.grad is not None for p in first.parameters())
+
+
 # ------------------------------------------------------------------------------------- chains and features
 @every_network
 def test_chain_from_state_dict_equals_the_one_from_the_symmetry(kind):

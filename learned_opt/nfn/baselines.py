@@ -58,12 +58,15 @@ class FlatWeights(nn.Module):
 
 
 class _Round(nn.Module):
-    """One round of message passing: edges hear their ends, units hear their edges from both sides."""
+    """One round of message passing: edges hear their ends, units hear their edges from both sides.
 
-    def __init__(self, width: int) -> None:
+    The last round leaves the edges as they are: nobody reads them.
+    """
+
+    def __init__(self, width: int, last: bool) -> None:
         super().__init__()
         self.own, self.source, self.target = (nn.Linear(width, width) for _ in range(3))
-        self.edge = nn.Linear(width, width)
+        self.edge = None if last else nn.Linear(width, width)
         self.unit = nn.Sequential(nn.Linear(5 * width, width), nn.ReLU(), nn.Linear(width, width))
         self.norm = nn.LayerNorm(width)
 
@@ -78,7 +81,9 @@ class _Round(nn.Module):
             below = [messages[i - 1].mean(2), messages[i - 1].amax(2)] if i else [none, none]
             above = [messages[i].mean(1), messages[i].amax(1)] if i < len(edges) else [none, none]
             new.append(self.norm(h + self.unit(torch.cat([h, *below, *above], -1))))
-        return new, [e + self.edge(m) for e, m in zip(edges, messages, strict=True)]
+        if self.edge is not None:
+            edges = [e + self.edge(m) for e, m in zip(edges, messages, strict=True)]
+        return new, edges
 
 
 class GraphPool(nn.Module):
@@ -102,7 +107,7 @@ class GraphPool(nn.Module):
         self.hidden = nn.Parameter(torch.randn(chain.depth - 1, width))
         self.bias = nn.Linear(in_channels, width)
         self.weights = nn.ModuleList([nn.Linear(in_channels * x.filters, width) for x in chain.layers])
-        self.rounds = nn.ModuleList([_Round(width) for _ in range(rounds)])
+        self.rounds = nn.ModuleList([_Round(width, last=i == rounds - 1) for i in range(rounds)])
         self.outputs = width * (chain.n_out + 1)
 
     def forward(self, features: Features) -> Tensor:
