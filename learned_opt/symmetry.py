@@ -90,12 +90,10 @@ def _split(tensor: Tensor, dim: int, axis: Axis) -> list[Tensor]:
     if isinstance(axis, Sum):
         parts = tensor.split([size_of(a) for a in axis.parts], dim)
         return [v for part, a in zip(parts, axis.parts, strict=True) for v in _split(part, dim, a)]
-    if sum(len(_alternatives(a)) > 1 for a in axis.factors) > 1:
-        raise SymmetryError("a product axis with two concatenated factors is not supported")
     views = [tensor.unflatten(dim, [size_of(a) for a in axis.factors])]
     for offset, factor in reversed(list(enumerate(axis.factors))):
         views = [piece for v in views for piece in _split(v, dim + offset, factor)]
-    return views
+    return _reorder(views, [len(_alternatives(a)) for a in reversed(axis.factors)])
 
 
 def _join(pieces: list[Tensor], dim: int, axis: Axis) -> Tensor:
@@ -109,10 +107,10 @@ def _join(pieces: list[Tensor], dim: int, axis: Axis) -> Tensor:
             joined.append(_join(pieces[start : start + count], dim, a))
             start += count
         return torch.cat(joined, dim)
+    counts = [len(_alternatives(a)) for a in axis.factors]
     for offset, factor in enumerate(axis.factors):
-        count = len(_alternatives(factor))
-        groups = [pieces[i : i + count] for i in range(0, len(pieces), count)]
-        pieces = [_join(g, dim + offset, factor) for g in groups]
+        rest = math.prod(counts[offset + 1 :])
+        pieces = [_join(pieces[k::rest], dim + offset, factor) for k in range(rest)]
     return pieces[0].flatten(dim, dim + len(axis.factors) - 1)
 
 
@@ -457,7 +455,7 @@ class Symmetry:
         model = copy.deepcopy(model).double()
         inputs = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        weights = {n: _randomised(w.detach(), generator) for n, w in weights.items()}
+        weights = {n: randomised(w.detach(), generator) for n, w in weights.items()}
         self.validate({n: w for n, w in weights.items() if n in self.specs})
 
         def evaluate(w: dict[str, Tensor]) -> Tensor:
@@ -546,7 +544,8 @@ def _lay(table: Tensor, dims: list[int], ndim: int) -> Tensor:
     return table.permute(order).reshape(shape)
 
 
-def _randomised(x: Tensor, generator: torch.Generator) -> Tensor:
+def randomised(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor near ``x`` without its initial regularities (zero biases, unit gains); what is positive stays so."""
     if not x.is_floating_point():
         return x
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)

@@ -1,16 +1,29 @@
-"""The symmetry of any model, inferred from its exported graph."""
+"""The symmetry of any model, inferred from its exported graph and verified numerically.
 
+``infer_symmetry(model, *inputs)`` exports the model (``graph.export``), propagates labels and exponents through the
+graph (``graph.Propagation``, with one rule per operator in ``operators``, composed of the primitives of ``engine``
+on the axes of ``axes``), solves for the scales (``solve``) and checks the result at random weights (``verify``).
+"""
+
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
 
+from learned_opt.inference.engine import UnknownOperator
 from learned_opt.inference.graph import InferenceError, Network, Propagation, export
 from learned_opt.inference.operators.registry import register_rule
 from learned_opt.inference.solve import symmetry_of
+from learned_opt.inference.verify import TOLERANCE, Check
 from learned_opt.symmetry import Symmetry
 
-__all__ = ["InferenceError", "infer_symmetry", "register_rule"]
+__all__ = ["InferenceError", "UnknownOperator", "infer_symmetry", "missed_labels", "register_rule"]
+
+logger = logging.getLogger(__name__)
+AUTO_LIMIT = 100_000_000  # weights; beyond, "auto" leaves out the check: it needs four float64 copies of them
+LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 
 
 def infer_symmetry(
@@ -20,7 +33,93 @@ def infer_symmetry(
     outputs: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> Symmetry:
+    """How the axes of a model's tensors move together: which permutations, scales and signs leave its function alone.
+
+    The model is exported in its present mode (training or evaluation) and stays as it is. Operators that are not
+    known fix what they touch, and ``notes`` names them. What the example inputs do not exercise is fixed.
+
+    Args:
+        model: any module that ``torch.export`` can trace.
+        inputs: example inputs, as for ``model(*inputs, **kwargs)``. A batch of at least 2 (an axis of size 1 says
+            nothing of what it is), token ids with repeats.
+        verify: compute the function in float64 at random weights before and after random group elements; a label or
+            scale that changes it is fixed, with a warning. "auto": up to 100 million weights.
+        outputs: picks from what the model returns the tensors that must not change; default: all, except a
+            language model's ``past_key_values``.
+        kwargs: example keyword inputs.
+
+    Returns:
+        Specs for every parameter (under its first name) and for the running statistics of batch norms.
+
+    Raises:
+        InferenceError: the model cannot be exported, or does not run with these inputs.
+        ValueError: ``verify`` is something else.
+    """
+    if verify not in (True, False, "auto"):
+        raise ValueError(f"verify={verify!r} is unknown; it is True, False or 'auto'")
+    model = getattr(model, "_orig_mod", model)
+    network, propagation = _propagated(model, inputs, kwargs, outputs)
+    symmetry = symmetry_of(network, _shapes(model), propagation)
+    weights = sum(t.numel() for t in network.tensors.values())
+    meta = any(t.device.type == "meta" for t in network.tensors.values())
+    if verify is True or (verify == "auto" and weights <= AUTO_LIMIT and not meta):
+        symmetry = _verified(network, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
+    return symmetry
+
+
+def missed_labels(
+    model: nn.Module, *inputs: Any, outputs: Callable[[Any], Any] | None = None, **kwargs: Any
+) -> list[str]:
+    """The converse check: fixed axes of which two units can be exchanged without changing the function.
+
+    Args and errors: as :func:`infer_symmetry`.
+
+    Returns:
+        Labels of a symmetry that labels every axis; rows of tables that the inputs do not use are among them.
+    """
+    network, propagation = _propagated(model, inputs, kwargs, outputs)
+    symmetry = symmetry_of(network, _shapes(model), propagation, declare_fixed=True)
+    return Check(network).missed(symmetry)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def _propagated(model: nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> tuple[Network, Propagation]:
     program = export(model, inputs, kwargs, outputs)
     network = Network(model, program)
-    t = Propagation(network)
-    return symmetry_of(network, {n: tuple(p.shape) for n, p in model.named_parameters()}, t)
+    propagation = Propagation(network)
+    if propagation.unknown:  # a second chance in decomposed form, kept if it is better
+        try:
+            decomposed = Network(model, program.run_decompositions())
+            second = Propagation(decomposed)
+        except Exception as error:  # some programs cannot be decomposed: the first result stands
+            logger.debug("no decomposition of %s: %s", type(model).__name__, error)
+        else:
+            if sum(second.unknown.values()) < sum(propagation.unknown.values()):
+                return decomposed, second
+    return network, propagation
+
+
+def _verified(network: Network, symmetry: Symmetry, name: str, samples: int) -> Symmetry:
+    try:
+        check = Check(network)
+        possible = check.possible
+        verdict = check.verdict(symmetry, samples) if possible else None
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # an operator without float64, say
+        reason, verdict = f"{type(error).__name__}: {str(error).splitlines()[0]}", None
+    else:
+        reason = "its outputs are not finite, or zero"
+    if verdict is None:
+        logger.warning("the symmetry of %s could not be verified (%s)", name, reason)
+        return Symmetry(symmetry.specs, symmetry.labels, symmetry.scales, (*symmetry.notes, f"not verified: {reason}"))
+    if verdict.demoted:
+        warnings.warn(
+            f"inferred symmetry of {name}: {', '.join(verdict.demoted)} changed the function in the numeric check and"
+            " now stay in place. Please report the model: a rule of learned_opt.inference is wrong.",
+            stacklevel=3,
+        )
+    if verdict.error > TOLERANCE:
+        raise InferenceError(f"{name}: the function changes by {verdict.error:.1e} even without any symmetry.")
+    return verdict.symmetry

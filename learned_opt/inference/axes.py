@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 Number = int | Fraction
 Variable = tuple[str, int, int]  # tensor, axis, position of the leaf on the axis
@@ -94,7 +94,7 @@ class Concatenation:
     parts: tuple["Tree", ...]
 
 
-Tree = Union[Unit, Product, Concatenation]
+Tree = Unit | Product | Concatenation
 ONE = Product(())  # an axis of size 1
 
 
@@ -293,7 +293,7 @@ class Forest:
     ) -> list[Tree]:
         """The axis as a row-major product of axes of the given sizes; where it is none, it is fixed."""
         axis, result = normal(axis), []
-        todo = list(axis.factors) if isinstance(axis, Product) else [axis]
+        todo: list[Tree] = list(axis.factors) if isinstance(axis, Product) else [axis]
         for k, n in enumerate(sizes):
             taken: list[Tree] = []
             while n > 1:

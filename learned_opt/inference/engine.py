@@ -73,13 +73,14 @@ class Engine(Forest):
         self.sign: dict[Atom, list[frozenset[Variable]]] = {}  # forms that must be even
         self.roles: dict[tuple[str, int], Role] = {}
         self.values: list[Value] = []  # every value in which labels occur together
+        self.met: list[Tree] = []  # axes that have met another one in a product or a contraction
         self.stacked: set[tuple[str, int]] = set()  # dimensions of views along which different tensors are stacked
         self.node = ""
         self.meta: Any = None  # the fake tensors that the node returns
 
     def begin_pass(self) -> None:
         """Forget what depends on the trees, which may have changed."""
-        self.positive, self.sign, self.values = {}, {}, []
+        self.positive, self.sign, self.values, self.met = {}, {}, [], []
 
     def begin(self, node: str, meta: Any) -> None:
         """What follows belongs to this node of the graph."""
@@ -115,6 +116,7 @@ class Engine(Forest):
     def joined(self, a: Tree, b: Tree, why: str, *, minus: bool = False) -> Tree:
         """Make two axes one; the exponents add (or subtract)."""
         self.unify(a, b, why)
+        self.met.append(a)
         a, others = normal(a), list(units(normal(b)))
         if len(others) != sum(1 for _ in units(a)):
             return each(a, lambda u: replace(u, exponent=NONE))  # misfits, hence fixed
@@ -180,7 +182,7 @@ class Engine(Forest):
         self._bias_roles(xs)
         loud = [x for x in xs if not x.zero]
         shifted = any(x != 0 for x in terms if not isinstance(x, Value))
-        axes = []
+        axes: list[Tree] = []
         for d in range(-max(len(x.axes) for x in xs), 0):
             own = [x for x in xs if len(x.axes) >= -d and size_of(x.axes[d]) > 1]
             if not own:
@@ -209,13 +211,15 @@ class Engine(Forest):
         if x.weight != y.weight:
             for z in (x, y):
                 self.role(z, dict.fromkeys(range(len(z.axes)), "gain"))
-        axes = []
+        axes: list[Tree] = []
         for d in range(-max(len(x.axes), len(y.axes)), 0):
             a, b = (z.axes[d] if len(z.axes) >= -d else ONE for z in (x, y))
             if size_of(a) > 1 and size_of(b) > 1:
                 axes.append(self.joined(a, b, "a product", minus=inverse))
             elif size_of(b) > 1:
-                axes.append(each(normal(b), lambda u: replace(u, exponent=u.exponent.times(-1 if inverse else 1, True))))
+                axes.append(
+                    each(normal(b), lambda u: replace(u, exponent=u.exponent.times(-1 if inverse else 1, True)))
+                )
             else:
                 axes.append(normal(a))
         return Value(tuple(axes), x.zero or (y.zero and not inverse), x.weight and y.weight)
@@ -292,10 +296,10 @@ class Engine(Forest):
     def mark_stack(self, axis: Tree, sizes: Sequence[int]) -> None:
         """A factor made by a view, addressed one by one: different tensors are stacked there; infer again so."""
         axis = normal(axis)
-        if isinstance(axis, Unit) and axis.atom.birth and 1 in sizes and not axis.atom.fixed:
-            if axis.atom.birth not in self.stacked:
-                self.stacked.add(axis.atom.birth)
-                self.changes += 1
+        birth = axis.atom.birth if isinstance(axis, Unit) and not axis.atom.fixed else None
+        if birth and 1 in sizes and birth not in self.stacked:
+            self.stacked.add(birth)
+            self.changes += 1
 
     def collapse(self, x: Any) -> Any:
         """A stack as one tensor: its pieces share their labels."""
@@ -318,7 +322,8 @@ class Engine(Forest):
         axes = []
         for d in range(len(xs[0].axes)):
             if d == dim:
-                parts = [a if size_of(a) > 1 else self.opaque_one() for a in (normal(x.axes[d]) for x in xs)]
+                present = [a for a in (normal(x.axes[d]) for x in xs) if size_of(a)]
+                parts = [a if size_of(a) > 1 else self.opaque_one() for a in present]
                 axes.append(concatenation(parts))
                 continue
             for x in xs:
@@ -378,7 +383,9 @@ def _groups(ins: list[int], outs: list[int]) -> list[tuple[list[int], list[int]]
     result: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(ins) or j < len(outs):
-        gi, gj, p, q = [], [], 1, 1
+        gi: list[int] = []
+        gj: list[int] = []
+        p = q = 1
         while p != q or not (gi or gj) or p == 1:
             if i < len(ins) and (p <= q):
                 p, gi, i = p * ins[i], [*gi, i], i + 1

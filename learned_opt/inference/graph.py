@@ -26,7 +26,16 @@ from learned_opt.symmetry import SymmetryError
 logger = logging.getLogger(__name__)
 
 PASSES = 40
-_METADATA_ONLY = {"new_zeros", "new_ones", "zeros_like", "ones_like", "new_full", "full_like", "new_empty", "empty_like"}
+_METADATA_ONLY = {
+    "new_zeros",
+    "new_ones",
+    "zeros_like",
+    "ones_like",
+    "new_full",
+    "full_like",
+    "new_empty",
+    "empty_like",
+}
 _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "select", "slice", "unsqueeze", "squeeze",
     "expand", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "narrow", "movedim", "contiguous",
@@ -149,7 +158,9 @@ def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
     # parameters flattened into one buffer share storage without overlap
     found: set[str] = set()
     for names in shared:
-        spans = sorted((tensors[n].storage_offset(), tensors[n].storage_offset() + tensors[n].numel(), n) for n in names)
+        spans = sorted(
+            (tensors[n].storage_offset(), tensors[n].storage_offset() + tensors[n].numel(), n) for n in names
+        )
         for (_, end, a), (start, _, b) in zip(spans, spans[1:], strict=False):
             if start < end:
                 found |= {a, b}
@@ -209,7 +220,9 @@ class Propagation(Engine):
                 self._reset()
             elif self.changes == before:
                 return
-        raise InferenceError(f"the labels of {type(self).__name__} do not settle in {PASSES} passes: please report this")
+        raise InferenceError(
+            f"the labels of {type(self).__name__} do not settle in {PASSES} passes: please report this"
+        )
 
     def _reset(self) -> None:
         """Start again (with what is known of stacks)."""
@@ -353,7 +366,8 @@ class Propagation(Engine):
     def _evaluate(self, node: Node, env: dict[Node, Any]) -> Any:
         """A node that depends on no input and no tensor: its value (computed once)."""
         if node not in self._constants:
-            args, kwargs = (map_arg(a, lambda n: env[n]) for a in (node.args, node.kwargs))
+            args: Any = map_arg(node.args, lambda n: env[n])
+            kwargs: Any = map_arg(node.kwargs, lambda n: env[n])
             try:
                 with torch.no_grad():
                     self._constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]

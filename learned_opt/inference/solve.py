@@ -5,6 +5,7 @@ field of two elements (signs). A basis of solutions of each, made sparse, are th
 parities solve the second system too is a real scale: any factor but zero.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -18,20 +19,25 @@ from learned_opt.symmetry import Axis, Label, Leaf, Prod, Role, Scale, Spec, Sum
 Generator = dict[Variable, int]
 
 
-def symmetry_of(network: Network, parameters: Mapping[str, Sequence[int]], t: Propagation) -> Symmetry:
+def symmetry_of(
+    network: Network, parameters: Mapping[str, Sequence[int]], t: Propagation, *, declare_fixed: bool = False
+) -> Symmetry:
     """What the propagation has found, under the names of the model.
 
     Args:
         network: the exported model.
         parameters: shape of every parameter; those that the graph does not have are fixed.
         t: labels, exponents and roles.
+        declare_fixed: give every fixed axis a (fixed) label too, so that it can be spoken of.
     """
-    return _Assembly(network, parameters, t).symmetry()
+    return _Assembly(network, parameters, t, declare_fixed).symmetry()
 
 
 class _Assembly:
-    def __init__(self, network: Network, parameters: Mapping[str, Sequence[int]], t: Propagation) -> None:
-        self.t, self.parameters = t, parameters
+    def __init__(
+        self, network: Network, parameters: Mapping[str, Sequence[int]], t: Propagation, declare_fixed: bool
+    ) -> None:
+        self.t, self.parameters, self.declare_fixed = t, parameters, declare_fixed
         for name in network.tensors:
             if name not in t.read:  # no value has it: the example says nothing of its axes
                 for axis in t.axes[name]:
@@ -46,17 +52,15 @@ class _Assembly:
         self._fix_unread_segments()
         self.scales = {a: self._generators(a, places) for a, places in self.places.items()}
         self.over = fibres(self.places, t)
+        self._drop_implied()
         self.names = self._label_names()
 
     def _fix_unread_segments(self) -> None:
-        read = {u.atom for v in self.t.values if not v.weight for a in v.axes for u in units(normal(a))}
-        read |= {u.atom for n, v in self._used_whole().items() for a in v for u in units(a)}
+        axes = [a for v in self.t.values if not v.weight for a in v.axes] + self.t.met
+        read = {u.atom for a in axes for u in units(normal(a))}
         for atom in self.places:
             if atom not in read and not (atom.fixed and atom.scaleless):
                 self.t.restrict(Unit(atom), "not used by the model on the example inputs")
-
-    def _used_whole(self) -> dict[str, list[Tree]]:
-        return {}
 
     # -- scales
     def _generators(self, atom: Atom, places: list[Variable]) -> list[tuple[str, Generator]]:
@@ -79,6 +83,41 @@ class _Assembly:
                 found.append(("sign", {v: -1 if self._reads(v) else 1 for v in sorted(s, key=places.index)}))
         return found
 
+    def _drop_implied(self) -> None:
+        """A scale of heads that scales of head_dim, one per head, already contain."""
+        for base, found in self.scales.items():
+            inner = [g for a, over in self.over.items() if base in over for g in self.scales[a]]
+            if found and inner:
+                self.scales[base] = [g for g in found if not self._implied(g, inner)]
+
+    def _implied(self, scale: tuple[str, Generator], inner: Sequence[tuple[str, Generator]]) -> bool:
+        kind, g = scale
+        usable = {"positive": ("positive", "real"), "real": ("real",), "sign": ("sign", "real")}[kind]
+        others = [self._on_pieces(h) for k, h in inner if k in usable]
+        mine = self._on_pieces(g)
+        if kind == "sign":
+            odd = [frozenset(v for v, c in h.items() if c % 2) for h in [mine, *others]]
+            return not _rest(odd[0], odd[1:])
+        places = list(dict.fromkeys(v for h in [mine, *others] for v in h))
+        columns = [(f"{k}", 0, 0) for k in range(len(others) + 1)]
+        rows: list[dict[Variable, Number]] = [
+            {c: h.get(v, 0) for c, h in zip(columns, [*others, mine], strict=True)} for v in places
+        ]
+        return any(columns[-1] in solution for solution in _nullspace(rows, columns))
+
+    def _on_pieces(self, g: Generator) -> dict[Variable, int]:
+        """A generator's exponent on every piece of every tensor: ``(tensor, piece, 0)``."""
+        result: dict[Variable, int] = {}
+        for name in dict.fromkeys(v[0] for v in g):
+            per_axis = []
+            for i, axis in enumerate(self.axes[name]):
+                position = {id(u): k for k, u in enumerate(units(axis))}
+                per_axis.append([sum(g.get((name, i, position[id(u)]), 0) for u in alt) for alt in together(axis)])
+            for piece, exponents in enumerate(itertools.product(*per_axis)):
+                if sum(exponents):
+                    result[(name, piece, 0)] = sum(exponents)
+        return result
+
     def _reads(self, v: Variable) -> bool:
         return self.roles[v[0]][v[1]] in ("in", "kernel", "lookup")
 
@@ -95,7 +134,7 @@ class _Assembly:
         taken: set[str] = set()
         for atom, places in self.places.items():
             scaled_in_fibre = bool(self.scales[atom] and self.over[atom])
-            if atom.size > 1 and (not atom.fixed or atom in wanted or scaled_in_fibre):
+            if atom.size > 1 and (not atom.fixed or atom in wanted or scaled_in_fibre or self.declare_fixed):
                 names[atom] = _unique(self._name(places), taken)
         return names
 
@@ -113,7 +152,7 @@ class _Assembly:
         for atom, found in self.scales.items():
             for kind, g in found:
                 writer = max(g, key=lambda v: g[v] > 0 and not self._reads(v))
-                name = _unique(_module(writer[0]), scales.keys() | set())
+                name = _unique(_module(writer[0]), scales)
                 scales[name] = Scale(kind, atom.size, self.names.get(atom))  # type: ignore[arg-type]
                 for v, c in g.items():
                     leaf_scales.setdefault(v, []).append((name, c))
@@ -163,12 +202,13 @@ def _unique(name: str, taken: Any) -> str:
 
 def _roles(name: str, ndim: int, found: Mapping[tuple[str, int], Role]) -> tuple[Role, ...]:
     """The roles that the operators gave; what is left open is written, read, kernel in this order."""
-    roles: list[Role | None] = [found.get((name, i)) for i in range(ndim)]
-    for i, role in enumerate(roles):
-        if role is None:
-            free = [r for r in ("out", "in") if r not in roles] if not {"gain", "lookup"} & set(roles) else []
-            roles[i] = free[0] if free else "kernel"  # type: ignore[assignment]
-    return tuple(roles)  # type: ignore[arg-type]
+    roles: list[Role] = []
+    known = [found.get((name, i)) for i in range(ndim)]
+    standard: list[Role] = [] if {"gain", "lookup"} & set(known) else ["out", "in"]
+    for role in known:
+        free = [r for r in standard if r not in known and r not in roles]
+        roles.append(role or (free[0] if free else "kernel"))
+    return tuple(roles)
 
 
 # --------------------------------------------------------------------------------------- fibres

@@ -10,14 +10,13 @@ from learned_opt.inference.engine import Engine, Parity, UnknownOperator, Value
 from learned_opt.inference.operators.registry import RULES, register_rule
 
 # (degree, parity): f(d x) = d^degree f(x) for d > 0, None if for d = 1 only; f(-x) = -f(x), f(x) or neither
-_UNARY: dict[str, tuple[int | Fraction | None, Parity]] = {
+_NEITHER = """gelu silu sigmoid exp exp2 log log2 log10 log1p expm1 elu selu celu softplus mish hardswish hardsigmoid
+log_sigmoid relu6 erfc ceil floor round logit alpha_dropout"""
+_ODD = "tanh sin erf atan asinh tan sinh asin atanh softsign hardshrink softshrink"
+UNARY: dict[str, tuple[int | Fraction | None, Parity]] = {
     **dict.fromkeys(("relu", "leaky_relu"), (1, None)),
-    **dict.fromkeys(
-        "gelu silu sigmoid exp exp2 log log2 log10 log1p expm1 elu selu celu softplus mish hardswish hardsigmoid"
-        " log_sigmoid relu6 erfc ceil floor round cumprod logit bernoulli".split(),
-        (None, None),
-    ),
-    **dict.fromkeys("tanh sin erf atan asinh tan sinh asin atanh softsign hardshrink softshrink".split(), (None, "odd")),
+    **dict.fromkeys(_NEITHER.split(), (None, None)),
+    **dict.fromkeys(_ODD.split(), (None, "odd")),
     **dict.fromkeys(("cos", "cosh"), (None, "even")),
     "abs": (1, "even"),
     "neg": (1, "odd"),
@@ -28,17 +27,16 @@ _UNARY: dict[str, tuple[int | Fraction | None, Parity]] = {
     "rsqrt": (Fraction(-1, 2), None),
     "reciprocal": (-1, "odd"),
 }
-_SAME = (
-    "clone contiguous detach alias to _to_copy lift_fresh lift_fresh_copy dropout feature_dropout alpha_dropout"
-    " type_as detach_ float double half bfloat16 positive view_as_real_copy"
-).split()
-for _name, (_degree, _parity) in _UNARY.items():
+_COPIES = ("clone", "contiguous", "detach", "detach_", "alias", "lift_fresh", "lift_fresh_copy", "positive")
+_CASTS = ("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16")
+SAME = (*_COPIES, *_CASTS, "dropout", "feature_dropout")
+for _name, (_degree, _parity) in UNARY.items():
     RULES[_name] = partial(
         lambda t, x, *a, degree, parity, **k: t.unary(x, degree, parity), degree=_degree, parity=_parity
     )
 
 
-@register_rule(*_SAME)
+@register_rule(*SAME)
 def same(t: Engine, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Identity (dropout: in distribution)."""
     return x
@@ -122,7 +120,8 @@ def maximum(t: Engine, a: Value, b: Any = None, *args: Any, **kwargs: Any) -> An
         return t.unary(t.add(a, b), 1, None)
     if b is None:
         return t.reduce(a, None, False, 1, None)
-    return [t.reduce(a, b, *args, degree=1, parity=None, **kwargs), t.given(list(t.meta[1].shape), "indices")]
+    keep = bool(args[0]) if args else bool(kwargs.get("keepdim"))
+    return [t.reduce(a, b, keep, 1, None), t.given(list(t.meta[1].shape), "indices")]
 
 
 @register_rule("prelu")

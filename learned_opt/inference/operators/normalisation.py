@@ -30,9 +30,7 @@ def batch_norm(
     c = normal(c)
     if training or mean is None:
         c = t.unscaled(c, sign=False)
-        if mean is not None:
-            t.unscaled(mean.axes[0])  # not read in training: moved by permutations only
-    else:
+    if mean is not None:  # in training it is not read, but will be in evaluation
         t.agree(c, mean.axes[0], "a running mean")
     if var is not None:
         t.unscaled(var.axes[0])
@@ -50,7 +48,9 @@ def batch_norm_eval(t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, *a
 
 
 @register_rule("_native_batch_norm_legit_functional", "_native_batch_norm_legit", "native_batch_norm")
-def batch_norm_native(t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, training: bool, *args: Any) -> list[Any]:
+def batch_norm_native(
+    t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, training: bool, *args: Any
+) -> list[Any]:
     """As decomposed."""
     return [batch_norm(t, x, w, b, mean, var, training), None, None, None, None]
 
@@ -98,7 +98,9 @@ def group_norm(t: Engine, x: Value, groups: int, w: Value | None = None, b: Valu
 
 
 @register_rule("native_group_norm")
-def native_group_norm(t: Engine, x: Value, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> list[Any]:
+def native_group_norm(
+    t: Engine, x: Value, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float
+) -> list[Any]:
     """As decomposed."""
     return [group_norm(t, x, groups, w, b), None, None]
 

@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from learned_opt.inference.axes import ONE, size_of
 from learned_opt.inference.engine import Engine, Stack, Value
-from learned_opt.inference.operators.elementwise import _SAME, _UNARY
+from learned_opt.inference.operators.elementwise import SAME, UNARY
 from learned_opt.inference.operators.registry import RULES
 from learned_opt.inference.operators.shape import unsqueeze
 
-_PIECEWISE = {*_SAME, *_UNARY}
+_PIECEWISE = {*SAME, *UNARY}
 
 
 def on_stack(t: Engine, name: str, x: Stack, args: Sequence[Any], kwargs: Any) -> Any:
