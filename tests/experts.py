@@ -507,5 +507,5 @@ EXPERTS: dict[str, Callable[[], Table]] = {
     "hf_qwen2": partial(llama, _HF_LLAMA, layers=_HF_LAYERS, bias=True, tied=True),
     "hf_bert": bert,
     "hf_t5": t5,
-    "hf_mamba": partial(mamba, 1, 4, 32),
+    "hf_mamba": partial(mamba, 2, 4, 32),
 }

@@ -446,7 +446,7 @@ CASES: dict[str, Case] = {
     "resnet50": _vision(vision("resnet50"), slow=True),
     "vgg11_bn": _vision(vision("vgg11_bn"), slow=True),
     "mobilenet_v2": _vision(vision("mobilenet_v2")),
-    "shufflenet_v2": _vision(vision("shufflenet_v2_x0_5")),
+    "shufflenet_v2": _vision(vision("shufflenet_v2_x0_5"), slow=True),
     "densenet121": _vision(vision("densenet121"), slow=True),
     "efficientnet_b0": _vision(vision("efficientnet_b0"), slow=True),
     "convnext_tiny": _vision(vision("convnext_tiny"), slow=True),
@@ -460,7 +460,13 @@ CASES: dict[str, Case] = {
     "hf_gpt_neox": _hf("GPTNeoXForCausalLM", "GPTNeoXConfig", **_LM, num_attention_heads=4, intermediate_size=24),
     "hf_bert": _hf("BertForMaskedLM", "BertConfig", **_LM, num_attention_heads=4, intermediate_size=24),
     "hf_mamba": _hf(
-        "MambaForCausalLM", "MambaConfig", vocab_size=19, hidden_size=16, num_hidden_layers=2, state_size=4
+        "MambaForCausalLM",
+        "MambaConfig",
+        vocab_size=19,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=4,
+        time_step_rank=2,
     ),
     "hf_t5": Case(
         hugging_face("T5ForConditionalGeneration", "T5Config", "input_ids", "decoder_input_ids", **_T5),

@@ -22,9 +22,6 @@ from learned_opt.symmetry import Axis, Label, Leaf, Prod, Spec, Sum, Symmetry
 EXACT = 1e-9  # relative, in float64
 CHANGED = 1e-6  # what a transformation outside the group must at least do
 
-# Share of the parameters on an axis that moves, where it is not nearly all of them.
-COVERAGE: dict[str, float] = {}
-
 
 class Widened(TorchFunctionMode):
     """Casts to float32 become casts to float64: some models compute their norms in float32 whatever they are in."""
@@ -75,7 +72,7 @@ def test_every_operator_is_known_and_parameters_are_covered(name: str) -> None:
     assert symmetry.notes == ()
     parameters = dict(built(name)[0].named_parameters())
     free = [p.numel() for n, p in parameters.items() if any(map(_moves, _labels(symmetry, n)))]
-    assert sum(free) >= COVERAGE.get(name, 0.97) * sum(p.numel() for p in parameters.values())
+    assert sum(free) >= 0.97 * sum(p.numel() for p in parameters.values())
 
 
 def _labels(symmetry: Symmetry, name: str) -> list[Label]:
@@ -95,6 +92,21 @@ def _leaves(axis: Axis) -> Iterator[Leaf]:
             yield from _leaves(part)
 
 
+@pytest.mark.parametrize("name", ["mlp_bn_train", "cnn_bn_train"])
+def test_what_holds_in_training_holds_in_evaluation(name: str) -> None:
+    """Running statistics are state: not read in training, but they must move so as to be right afterwards."""
+    model, inputs = built(name)
+    assert model.training
+    assert change(inferred(name), model.eval(), inputs) < EXACT
+
+
+def test_modes_of_modules_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()).eval(), nn.Linear(4, 2))
+    modes = [m.training for m in model.modules()]
+    infer_symmetry(model, torch.randn(2, 3), verify=False)
+    assert [m.training for m in model.modules()] == modes
+
+
 # ------------------------------------------------------------------------------------ as an expert writes
 @pytest.mark.parametrize("name", names(EXPERTS))
 def test_what_the_expert_writes_is_true(name: str) -> None:
@@ -110,8 +122,11 @@ def test_inferred_is_what_the_expert_writes(name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- controls
+SMALL = [n for n in CASES if not CASES[n].slow and n not in ("resnet18", "mobilenet_v2")]
+
+
 # Biases and running statistics may truly not matter (before a norm, in a key): these are judged on matrices.
-@pytest.mark.parametrize("name", names({n: 0 for n in CASES if not CASES[n].slow}))
+@pytest.mark.parametrize("name", SMALL)
 def test_moving_one_tensor_alone_changes_the_function(name: str) -> None:
     model, inputs = built(name)
     symmetry = inferred(name)
@@ -121,21 +136,20 @@ def test_moving_one_tensor_alone_changes_the_function(name: str) -> None:
         assert change(alone, model, inputs, samples=1) > CHANGED, f"{tensor} alone"
 
 
-@pytest.mark.parametrize("name", names({n: 0 for n in CASES if not CASES[n].slow}))
+@pytest.mark.parametrize("name", SMALL)
 def test_permuting_a_fixed_axis_changes_the_function(name: str) -> None:
     model, inputs = built(name)
     symmetry = inferred(name)
     loosened = list(_loosened(symmetry, dict(model.named_parameters())))
     assert loosened, "nothing is fixed, not even the output"
     for what, one in loosened[:: max(1, len(loosened) // 6)]:
-        assert change(one, model, inputs, samples=1) > CHANGED, what
+        assert change(one, model, inputs) > CHANGED, what
 
 
 def _loosened(symmetry: Symmetry, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Symmetry]]:
-    """The symmetry of one tensor, for each of its axes that is wholly fixed, with a permutation of that axis only."""
-    for name in parameters:
-        axes = symmetry.specs[name].axes
-        for i, axis in enumerate(axes):
+    """For each axis of a matrix that is wholly fixed, a permutation of that axis and of nothing else."""
+    for name in (n for n, p in parameters.items() if p.ndim > 1):
+        for i, axis in enumerate(symmetry.specs[name].axes):
             if isinstance(axis, Leaf) and axis.label is None and not axis.scale and axis.size > 1:
                 free = tuple(Leaf(n, "free" if j == i else None) for j, n in enumerate(symmetry.specs[name].shape))
                 spec = Spec(free, symmetry.specs[name].roles)
