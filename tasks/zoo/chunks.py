@@ -1,0 +1,85 @@
+"""Generation that can be interrupted: chunks written whole, in files that the next run does not make again."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tasks.zoo.zoo import Zoo, ZooError, write_atomically
+
+
+def generate(out: Path, count: int, chunk: int, settings: Mapping[str, Any], make: Callable[[range], Zoo]) -> Zoo:
+    """Networks 0..count-1 as one zoo, made chunk by chunk into `out`/chunks.
+
+    A chunk takes its name when it is whole, so what is there after Ctrl-C or a crash is finished and is not made
+    again; a file that has been cut short or damaged since is said to be so, and made again. More networks than in an
+    earlier run (a larger `count`) add chunks.
+
+    Args:
+        out: folder of this zoo alone.
+        count: how many networks.
+        chunk: how many to a file.
+        settings: all that the result depends on, as plain data; kept in `out`/settings.json.
+        make: range of networks -> their zoo (it may hold fewer: those that diverged are left out, or several
+            checkpoints each), depending on the range and `settings` alone.
+
+    Returns:
+        All chunks joined; `about` holds `settings` and the processor time in seconds.
+
+    Raises:
+        ZooError: the folder holds a zoo with other settings.
+    """
+    _same_settings(out / "settings.json", {**settings, "chunk": chunk})
+    parts = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("networks", total=count)
+        for start in range(0, count, chunk):
+            rows = range(start, min(start + chunk, count))
+            parts.append(_chunk(out / "chunks" / f"{rows.start:06d}-{rows.stop:06d}.safetensors", rows, make, progress))
+            progress.advance(task, len(rows))
+    seconds = sum(part.about["seconds"] for part in parts)
+    return replace(Zoo.join(parts), about={**settings, "seconds": round(seconds, 1)})
+
+
+def _chunk(path: Path, rows: range, make: Callable[[range], Zoo], progress: Progress) -> Zoo:
+    if path.is_file():
+        try:
+            return Zoo.load(path)
+        except ZooError as error:
+            progress.console.print(f"{error}\nIt is made again.")
+    began, processor = time.perf_counter(), time.process_time()
+    zoo = make(rows)
+    used = time.process_time() - processor
+    zoo = replace(zoo, about={**zoo.about, "seconds": used})
+    zoo.save(path)
+    target = zoo.targets.double().mean().item() if len(zoo) else float("nan")
+    wall = time.perf_counter() - began
+    progress.console.print(
+        f"{path.stem}: {len(zoo)} rows, mean target {target:.3f}, processor {used:.1f} s, wall {wall:.1f} s"
+    )
+    return zoo
+
+
+def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    settings = json.loads(json.dumps(settings))
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ZooError(f"{path} is damaged ({error}). Delete the folder {path.parent}, or name another.") from error
+        differing = {
+            k: (before.get(k), settings.get(k)) for k in {*before, *settings} if before.get(k) != settings.get(k)
+        }
+        if differing:
+            raise ZooError(
+                f"{path.parent} holds a zoo made with other settings (before, now): {differing}. "
+                "Give the same ones to go on with it, or another --out."
+            )
+        return
+    with write_atomically(path) as file:
+        file.write(json.dumps(settings, indent=2).encode())
