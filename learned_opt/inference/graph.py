@@ -55,7 +55,7 @@ class _Selected(nn.Module):
     def __init__(self, model: nn.Module, outputs: Callable[[Any], Any]) -> None:
         super().__init__()
         self.model, self.outputs = model, outputs
-        self.train(model.training)
+        self.training = model.training  # of this module alone: those of the model stay as they are
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.outputs(self.model(*args, **kwargs))
