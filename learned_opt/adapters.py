@@ -33,8 +33,8 @@ def functional(
         params, state = update(params, grads, state, theta=theta)  # with another theta
 
     Args:
-        rule: an update rule; or an :class:`NFNOpt`, whose rule and symmetry are taken, and whose
-            options (of its only group) replace the defaults below.
+        rule: an update rule; or an :class:`NFNOpt`, whose rule and symmetry (once inferred) are taken, and
+            whose options (of its only group) replace the defaults below.
         symmetry: of the weights; None: every axis by itself.
         lr: multiplies the update.
         weight_decay: decoupled, per step at ``lr=1``; one number, or one per name.
