@@ -57,11 +57,8 @@ def _chunk(path: Path, rows: range, make: Callable[[range], Zoo], progress: Prog
     used = time.process_time() - processor
     zoo = replace(zoo, about={**zoo.about, "seconds": used})
     zoo.save(path)
-    target = zoo.targets.double().mean().item() if len(zoo) else float("nan")
     wall = time.perf_counter() - began
-    progress.console.print(
-        f"{path.stem}: {len(zoo)} rows, mean target {target:.3f}, processor {used:.1f} s, wall {wall:.1f} s"
-    )
+    progress.console.print(f"{path.stem}: {len(zoo)} rows, processor {used:.1f} s, wall {wall:.1f} s")
     return zoo
 
 
