@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+from test_equivariance import distance, element, transformer, weights
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as torch_modules
@@ -590,3 +591,108 @@ def test_a_given_symmetry_needs_no_forward_pass(asked):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
     optimizer = NFNOpt(model, symmetry=from_model(model), rule="adam")
     assert optimizer._watch is None and optimizer.symmetry == from_model(model)
+
+
+# --------------------------------------------------------------------------------- with the real inference
+def cnn():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(4, 10),
+    )
+
+
+def resnet18():
+    return pytest.importorskip("torchvision").models.resnet18(num_classes=10)
+
+
+def pictures(size, step):
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 3, size, size, generator=g, dtype=torch.float64)
+    return x, torch.randint(0, 10, (8,), generator=g)
+
+
+def tokens(step):
+    x = torch.randint(0, 7, (6, 6), generator=torch.Generator().manual_seed(step))
+    return x, (x + x.roll(1, -1)) % 7
+
+
+THEOREM = {
+    "gpt": (lambda: transformer(activation="gelu"), tokens),
+    "cnn": (cnn, lambda step: pictures(8, step)),
+    # 64 x 64 and 8: with 2 pictures of 32 x 32, the last norms see two numbers each, and gradients are rounding
+    "resnet18": (resnet18, lambda step: pictures(64, step)),
+}
+
+
+def deviation(kind, **options):
+    """As in test_equivariance, of an optimizer that is told nothing."""
+    from learned_opt import infer_symmetry
+
+    make, data = THEOREM[kind]
+    torch.manual_seed(0)
+    model = make().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p) * (p.std() if p.std() > 0 else 1))
+    moved, start = copy.deepcopy(model), weights(model)
+    symmetry = infer_symmetry(model, data(0)[0])
+    g = element(symmetry)
+    moved.load_state_dict(symmetry.act(g, model.state_dict()))
+    for m in (model, moved):
+        optimizer = NFNOpt(m.parameters(), total_steps=3, **options)
+        for step in range(3):
+            x, y = data(step)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(m(x).flatten(0, -2), y.flatten()).backward()
+            optimizer.step()
+    assert options or {n: s.axes for n, s in optimizer.symmetry.specs.items()} == {
+        n: s.axes for n, s in symmetry.specs.items()
+    }
+    assert distance(start, weights(model), symmetry) > 0.01, "hardly trained: nothing was tested"
+    return distance(weights(model), symmetry.act(symmetry.invert(g), weights(moved)), symmetry)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_told_nothing_a_transformed_network_trains_transformed(kind):
+    assert deviation(kind) < 1e-8
+    assert deviation(kind, symmetry="independent") > 1e-2
+
+
+def test_the_model_is_left_as_it_is(said):
+    model = nn.Sequential(cnn(), nn.Dropout(0.5))
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    optimizer = NFNOpt(model.parameters())
+    model(pictures(8, 0)[0].float()).square().mean().backward()
+    before = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()]
+    rng, registered, modes = torch.get_rng_state(), hooks(model), [m.training for m in model.modules()]
+    optimizer._bind()
+    assert optimizer.symmetry is not None and not said(logging.WARNING), "nothing was inferred"
+    assert torch.equal(torch.get_rng_state(), rng) and hooks(model) == registered
+    assert [m.training for m in model.modules()] == modes
+    torch.testing.assert_close(dict(model.state_dict()), dict(before[0]), rtol=0, atol=0)
+    torch.testing.assert_close([p.grad for p in model.parameters()], before[1], rtol=0, atol=0)
+
+
+def test_an_inference_is_no_forward_pass_for_an_optimizer_that_waits(said):
+    model = net()
+    optimizer = NFNOpt(list(model.parameters()), rule="adam")
+    model(batch()).sum().backward()
+    others = [NFNOpt(how(model), rule="adam") for how in (WAYS["list"], WAYS["parameters"])]
+    optimizer.step()
+    assert not any(o._watch.calls for o in others) and len(torch_modules._global_forward_pre_hooks) == 2
+    train(model, others[0])
+    assert others[0].symmetry == optimizer.symmetry and len(optimizer.symmetry.labels) == 1
+    assert not said(logging.WARNING)
+
+
+def test_what_cannot_be_exported_is_trained_all_the_same(said):
+    class Branch(Net):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+    model = Branch()
+    optimizer = NFNOpt(model.parameters(), rule="adam", lr=1e-2)
+    train(model, optimizer, steps=2)
+    assert "independent axes" in repr(optimizer) and optimizer.state[model.head.weight]["step"] == 2
+    assert len(said(logging.WARNING)) == 1 and "InferenceError" in said(logging.WARNING)[0]
