@@ -131,7 +131,7 @@ def _plan(key: _Identity, names: tuple[str, ...], device: str) -> _Plan:
         label_of.update(dict.fromkeys(range(start, start + count), name))
         start += count
     free = [n for n, s in symmetry.scales.items() if s.kind != "sign"]
-    touches = _incidences(layout, label_of)
+    touches = _incidences(layout, label_of, set(free))
 
     walk, known = [], {n for n in symmetry.scales if n not in free}
     waiting = list(free)
@@ -169,7 +169,7 @@ class _Touch:
         return self.labels - {label}
 
 
-def _incidences(layout: Layout, label_of: Mapping[int, str]) -> list[_Touch]:
+def _incidences(layout: Layout, label_of: Mapping[int, str], free: set[str]) -> list[_Touch]:
     touches = []
     for i, stack in enumerate(layout.stacks):
         for n in range(stack.shape[0]):
@@ -177,7 +177,7 @@ def _incidences(layout: Layout, label_of: Mapping[int, str]) -> list[_Touch]:
             for units in (stack.row_scales, stack.col_scales):
                 for k in range(units.index.shape[-1]):
                     exponent = units.exponent[n, 0, k].item() if units.index.shape[1] else 0.0
-                    if exponent:
+                    if exponent and label_of[int(units.index[n, 0, k])] in free:  # signs have no potential
                         found.append((label_of[int(units.index[n, 0, k])], exponent))
             labels = [label for label, _ in found]
             written = [label for label, e in found if e > 0]
