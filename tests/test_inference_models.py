@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from learned_opt import infer_symmetry
-from learned_opt.symmetry import Axis, Label, Leaf, Prod, Spec, Sum, Symmetry
+from learned_opt.frame import potentials
+from learned_opt.symmetry import Axis, Element, Label, Leaf, Prod, Spec, Sum, Symmetry, randomised
 
 EXACT = 1e-9  # relative, in float64
 CHANGED = 1e-6  # what a transformation outside the group must at least do
@@ -98,6 +99,22 @@ def test_what_holds_in_training_holds_in_evaluation(name: str) -> None:
     model, inputs = built(name)
     assert model.training
     assert change(inferred(name), model.eval(), inputs) < EXACT
+
+
+@pytest.mark.parametrize("name", names(CASES))
+def test_the_frame_follows_every_scale(name: str) -> None:
+    """What the optimizer makes of the scales: potentials that are multiplied by each unit's own."""
+    model, _ = built(name)
+    symmetry, g = inferred(name), torch.Generator().manual_seed(0)
+    weights = {n: randomised(p.detach().double(), g) for n, p in model.named_parameters()}
+    element = Element(symmetry.identity().perms, symmetry.sample(g).scales)
+    before, after = potentials(symmetry, weights), potentials(symmetry, symmetry.act(element, weights))
+    if before is None or after is None:
+        assert all(s.kind == "sign" for s in symmetry.scales.values())
+        return
+    factors = [torch.ones_like(d) if symmetry.scales[n].kind == "sign" else d.abs() for n, d in element.scales.items()]
+    moved = torch.cat([f.flatten() for f in factors]).log()
+    torch.testing.assert_close(after[:-1] - before[:-1], moved, rtol=0, atol=1e-8)
 
 
 def test_modes_of_modules_stay() -> None:
