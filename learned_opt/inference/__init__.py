@@ -22,7 +22,9 @@ from learned_opt.symmetry import Symmetry
 __all__ = ["InferenceError", "UnknownOperator", "infer_symmetry", "missed_labels", "register_rule"]
 
 logger = logging.getLogger(__name__)
-AUTO_LIMIT = 100_000_000  # weights; beyond, "auto" leaves out the check: it needs four float64 copies of them
+# beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes on the
+# CPU in float64 (a large training batch, seen by NFNOpt, would take minutes)
+AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 
 
@@ -43,7 +45,8 @@ def infer_symmetry(
         inputs: example inputs, as for ``model(*inputs, **kwargs)``. A batch of at least 2 (an axis of size 1 says
             nothing of what it is), token ids with repeats.
         verify: compute the function in float64 at random weights before and after random group elements; a label or
-            scale that changes it is fixed, with a warning. "auto": up to 100 million weights.
+            scale that changes it is fixed, with a warning. "auto": up to 100 million weights, and up to 5e10
+            multiplications with weights in a forward pass.
         outputs: picks from what the model returns the tensors that must not change; default: all, except a
             language model's ``past_key_values``.
         kwargs: example keyword inputs.
@@ -62,8 +65,13 @@ def infer_symmetry(
     symmetry = symmetry_of(network, _shapes(model), propagation)
     weights = sum(t.numel() for t in network.tensors.values())
     meta = any(t.device.type == "meta" for t in network.tensors.values())
-    if verify is True or (verify == "auto" and weights <= AUTO_LIMIT and not meta):
+    cheap = weights <= AUTO_WEIGHTS and network.operations() <= AUTO_OPERATIONS and not meta
+    if verify is True or (verify == "auto" and cheap):
         symmetry = _verified(network, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
+    elif verify == "auto":
+        logger.info(
+            "the symmetry of %s is not verified numerically: too large (verify=True does it)", type(model).__name__
+        )
     return symmetry
 
 

@@ -143,6 +143,22 @@ class Network:
         self.tensors = dict(sorted(self.tensors.items(), key=lambda item: order[item[0]]))
         self.overlapping = _overlapping(self.tensors)
 
+    def operations(self) -> float:
+        """Multiplications of linear maps and convolutions with weights in one forward pass (an estimate)."""
+        total = 0.0
+        for node in self.graph.graph.nodes:
+            held = [self.placeholders.get(a.name) for a in node.all_input_nodes if a.op == "placeholder"]
+            matrices = [self.tensors[n] for n in held if isinstance(n, str) and self.tensors[n].ndim > 1]
+            meta = node.meta.get("val")
+            if (
+                node.op == "call_function"
+                and matrices
+                and isinstance(meta, Tensor)
+                and "embedding" not in str(node.target)
+            ):
+                total += meta.numel() * max(m.numel() / m.shape[0] for m in matrices)
+        return total
+
 
 def _storage_key(t: Tensor) -> Any:
     return (t.data_ptr(), tuple(t.shape), t.stride()) if t.device.type != "meta" and t.data_ptr() else id(t)

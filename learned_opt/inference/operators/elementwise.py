@@ -89,9 +89,16 @@ def power(t: Engine, x: Any, exponent: Any) -> Value:
     return t.unary(x, e, parity)
 
 
-@register_rule("hardtanh", "clamp", "clip")
-def clamp(t: Engine, x: Value, low: Any = -1.0, high: Any = 1.0) -> Value:
+@register_rule("hardtanh")
+def hardtanh(t: Engine, x: Value, low: float = -1.0, high: float = 1.0) -> Value:
+    """A clamp with bounds by default."""
+    return clamp(t, x, low, high)
+
+
+@register_rule("clamp", "clip")
+def clamp(t: Engine, x: Value, low: Any = None, high: Any = None, **kwargs: Any) -> Value:
     """A clamp is odd if its bounds are; from 0 up it is a ReLU."""
+    low, high = kwargs.get("min", low), kwargs.get("max", high)
     if isinstance(low, Value) or isinstance(high, Value):
         raise UnknownOperator("clamp with tensors")
     if low == 0 and high is None:
@@ -152,6 +159,8 @@ def softmax(t: Engine, x: Value, dim: int = -1, *args: Any, **kwargs: Any) -> Va
 @register_rule("where")
 def where(t: Engine, condition: Value, a: Any, b: Any) -> Value:
     """A choice between two by a mask."""
+    if not isinstance(a, Value) and not isinstance(b, Value):
+        return t.unary(condition, None, None)
     return masked(t, t.add(a, b), condition)
 
 
@@ -182,7 +191,9 @@ def weight_norm(t: Engine, v: Value, g: Value, dim: int = 0) -> Value:
 
 @register_rule("linalg_vector_norm", "norm")
 def vector_norm(t: Engine, x: Value, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Value:
-    """A norm: homogeneous and even."""
+    """A norm: homogeneous and even. (That of order 0 counts.)"""
+    if not isinstance(order, str) and order == 0:
+        return t.reduce(x, dim, keepdim, 0, "even")
     return t.reduce(x, dim, keepdim, 1, "even")
 
 
@@ -213,7 +224,7 @@ def logsumexp(t: Engine, x: Value, dim: Any = None, keepdim: bool = False) -> Va
     return t.reduce(x, dim, keepdim, None, None)
 
 
-@register_rule("cumsum", "logcumsumexp", "cummax")
+@register_rule("cumsum")
 def cumulative(t: Engine, x: Value, dim: int, **kwargs: Any) -> Value:
     """Along an axis with an order, which is fixed; along the others linear."""
     dim %= len(x.axes)

@@ -28,6 +28,7 @@ def batch_norm(
             t.role(v, {0: role})  # type: ignore[dict-item]
             t.unify(c, v.axes[0], "a batch norm")
     c = normal(c)
+    t.note(Value((c,)))  # the statistics, without the other axes
     if training or mean is None:
         c = t.unscaled(c, sign=False)
     if mean is not None:  # in training it is not read, but will be in evaluation
