@@ -22,8 +22,8 @@ from learned_opt.symmetry import Symmetry
 __all__ = ["InferenceError", "UnknownOperator", "infer_symmetry", "missed_labels", "register_rule"]
 
 logger = logging.getLogger(__name__)
-# beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes on the
-# CPU in float64 (a large training batch, seen by NFNOpt, would take minutes)
+# beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes in
+# float64 on the CPU (a large training batch, seen by NFNOpt, would take minutes)
 AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 

@@ -41,6 +41,7 @@ _VIEWS = {
     "expand", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "narrow", "movedim", "contiguous",
     "to", "getitem", "view_as", "unfold", "mT", "numpy_T", "expand_as", "lift_fresh",
 }  # fmt: skip
+_MULTIPLICATIONS = ("linear", "conv", "mm", "addmm", "matmul")
 _BATCH_NORMS = ("batch_norm", "cudnn_batch_norm", "native_batch_norm", "_native_batch_norm_legit")
 
 
@@ -150,12 +151,7 @@ class Network:
             held = [self.placeholders.get(a.name) for a in node.all_input_nodes if a.op == "placeholder"]
             matrices = [self.tensors[n] for n in held if isinstance(n, str) and self.tensors[n].ndim > 1]
             meta = node.meta.get("val")
-            if (
-                node.op == "call_function"
-                and matrices
-                and isinstance(meta, Tensor)
-                and "embedding" not in str(node.target)
-            ):
+            if matrices and isinstance(meta, Tensor) and operator_name(node.target).startswith(_MULTIPLICATIONS):
                 total += meta.numel() * max(m.numel() / m.shape[0] for m in matrices)
         return total
 
