@@ -2,6 +2,7 @@
 and reshapes do to the labels and to the exponents of a value. Composition is what keeps the rules right.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -174,7 +175,8 @@ class Engine(Forest):
             power = 1 if degree is None else degree
             return each(axis, lambda u: replace(u, exponent=u.exponent.times(power, parity == "odd")))
 
-        return replace(x, axes=tuple(map(through, x.axes)))
+        stays = parity == "odd" or (degree is not None and degree > 0)  # f(0) = 0
+        return replace(x, axes=tuple(map(through, x.axes)), zero=x.zero and stays)
 
     def add(self, *terms: Any) -> Value:
         """Broadcast sum (also a choice between them): all must scale alike, and where one is spread, not at all."""
@@ -182,6 +184,9 @@ class Engine(Forest):
         self._bias_roles(xs)
         loud = [x for x in xs if not x.zero]
         shifted = any(x != 0 for x in terms if not isinstance(x, Value))
+        for x, y in itertools.combinations(xs, 2):
+            common = min(len(x.axes), len(y.axes))
+            self._aligned([(x.axes[d], y.axes[d]) for d in range(-common, 0)], x, y)
         axes: list[Tree] = []
         for d in range(-max(len(x.axes) for x in xs), 0):
             own = [x for x in xs if len(x.axes) >= -d and size_of(x.axes[d]) > 1]
@@ -212,6 +217,8 @@ class Engine(Forest):
             for z in (x, y):
                 self.role(z, dict.fromkeys(range(len(z.axes)), "gain"))
         axes: list[Tree] = []
+        common = min(len(x.axes), len(y.axes))
+        self._aligned([(x.axes[d], y.axes[d]) for d in range(-common, 0)], x, y)
         for d in range(-max(len(x.axes), len(y.axes)), 0):
             a, b = (z.axes[d] if len(z.axes) >= -d else ONE for z in (x, y))
             if size_of(a) > 1 and size_of(b) > 1:
@@ -240,7 +247,14 @@ class Engine(Forest):
             if len(wide) == 2:
                 axis = self.joined(wide[0], wide[1], "a contraction")
             at[i] = axis if i in out else self.unscaled(axis)
+        self._aligned([(x.axes[list(xi).index(i)], y.axes[list(yi).index(i)]) for i in at if i in xi and i in yi], x, y)
         return Value(tuple(at[i] for i in out), x.zero or y.zero, x.weight and y.weight)
+
+    def _aligned(self, pairs: Sequence[tuple[Tree, Tree]], x: Value, y: Value) -> None:
+        """Note the axes that two values share index by index. A label is over another only where both are so shared:
+        in ``x @ x.T`` head_dim meets that of another head."""
+        if all(_owned(z) or not z.weight for z in (x, y)):
+            self.note(Value(tuple(a for a, b in pairs if size_of(a) > 1 and size_of(b) > 1)))
 
     def reduce(
         self, x: Value, dims: Any = None, keep: bool = False, degree: Number | None = 1, parity: Parity = "odd"

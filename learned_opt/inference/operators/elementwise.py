@@ -160,7 +160,7 @@ def softmax(t: Engine, x: Value, dim: int = -1, *args: Any, **kwargs: Any) -> Va
 def where(t: Engine, condition: Value, a: Any, b: Any) -> Value:
     """A choice between two by a mask."""
     if not isinstance(a, Value) and not isinstance(b, Value):
-        return t.unary(condition, None, None)
+        return replace(t.unary(condition, None, None), zero=False)
     return masked(t, t.add(a, b), condition)
 
 
@@ -209,13 +209,25 @@ def amax(t: Engine, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     return t.reduce(x, dim, keepdim, 1, None)
 
 
-@register_rule("var", "std")
+@register_rule("var")
 def variance(t: Engine, x: Value, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Value:
-    """Variance (the standard deviation is of degree 1)."""
+    """Variance: even in all entries together, not in each by itself."""
+    return _spread(t, x, dim, 2, keepdim, args)
+
+
+@register_rule("std")
+def deviation(t: Engine, x: Value, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Value:
+    """Standard deviation: as the variance, but of degree 1."""
+    return _spread(t, x, dim, 1, keepdim, args)
+
+
+def _spread(t: Engine, x: Value, dim: Any, degree: int, keepdim: bool, args: Any) -> Value:
     if isinstance(dim, bool):
-        raise UnknownOperator("var(unbiased)")
-    keep = keepdim or (len(args) > 1 and bool(args[1]))
-    return t.reduce(x, dim, keep, 2, "even")
+        raise UnknownOperator("a variance over everything")
+    n = len(x.axes)
+    for d in range(n) if dim is None or dim == [] else dim if isinstance(dim, (list, tuple)) else [dim]:
+        t.unscaled(x.axes[d])
+    return t.reduce(x, dim, keepdim or (len(args) > 1 and bool(args[1])), degree, "even")
 
 
 @register_rule("logsumexp")

@@ -1,0 +1,96 @@
+"""Inference is sound: on traps that once fooled it, and on random graphs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inference_graphs import FUNCTIONS, JOINS, LAYERS, RandomNet
+from torch import Tensor, nn
+
+from learned_opt import Symmetry, infer_symmetry
+from learned_opt.inference import InferenceError
+from learned_opt.inference.graph import Network, export
+from learned_opt.inference.verify import Check
+
+EXACT = 1e-9
+
+
+class Between(nn.Module):
+    """A function of 12 hidden units between two linear layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(4, 12), nn.Linear(12, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)))
+
+
+def error(model: nn.Module, symmetry: Symmetry, *inputs: Tensor) -> float:
+    return Check(Network(model, export(model, inputs, {}))).sampled(symmetry, 4)
+
+
+def free(symmetry: Symmetry) -> list[str]:
+    return [n for n, g in symmetry.labels.items() if not g.fixed]
+
+
+def heads(h: Tensor) -> Tensor:
+    return h.view(-1, 4, 3)
+
+
+TRAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a clamp from below is not odd": lambda h: torch.clamp(h, min=-1.0),
+    "std is of degree 1 and not even in each entry": lambda h: h * h.std(-1, keepdim=True),
+    "a norm of order 0 does not scale": lambda h: h.relu() * torch.linalg.vector_norm(h, 0, -1, keepdim=True),
+    "a choice between numbers": lambda h: h * torch.where(h > 0, 1.0, 0.1),
+    "statistics of a batch norm lack the other axes": lambda h: F.batch_norm(
+        h.view(-1, 3, 4).transpose(1, 2), None, None, training=True
+    ).flatten(1),
+    "x x^T": lambda h: (heads(h) @ heads(h).mT @ heads(h)).flatten(1),
+    "attention without projections": lambda h: F.scaled_dot_product_attention(*(heads(h),) * 3).flatten(1),
+    "every head times every head": lambda h: (heads(h)[:, :, None] * heads(h)[:, None]).tanh().sum(1).flatten(1),
+    "group norm": lambda h: F.group_norm(h, 4),
+    "softmax over heads": lambda h: heads(h).softmax(1).flatten(1),
+    "maximum over heads": lambda h: (heads(h) - heads(h).amax(1, keepdim=True)).flatten(1),
+    "cosine of nothing is one": lambda h: h + torch.cos(h * 0.0).mean(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_traps(name: str) -> None:
+    model, x = Between(TRAPS[name]), torch.randn(3, 4)
+    symmetry = infer_symmetry(model, x, verify=False)
+    assert error(model, symmetry, x) <= EXACT
+    assert free(symmetry)
+
+
+STEP = st.tuples(st.sampled_from([*FUNCTIONS, *JOINS, *LAYERS]), st.integers(0, 1), st.integers(0, 3))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(STEP, min_size=1, max_size=4))
+def test_random_graphs(steps: list[tuple[str, int, int]]) -> None:
+    torch.manual_seed(0)
+    model, x = RandomNet(steps), torch.randn(3, 4)
+    assert error(model, infer_symmetry(model, x, verify=False), x) <= EXACT
+
+
+def test_unknown_operator_is_fixed_and_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), Between(lambda h: h.sort(-1)[0]))
+    model[2].first = nn.Linear(5, 12)
+    symmetry = infer_symmetry(model, torch.randn(2, 4), verify=False)
+    assert "sort" in symmetry.notes[0]
+    assert free(symmetry) == ["0"]
+
+
+def test_wrong_inputs_and_settings() -> None:
+    model = Between(torch.relu)
+    with pytest.raises(InferenceError, match=r"by\s+hand"):
+        infer_symmetry(model, torch.randn(2, 7))
+    with pytest.raises(InferenceError, match="control flow"):
+        infer_symmetry(Between(lambda h: h if h.sum() > 0 else -h), torch.randn(2, 4))
+    with pytest.raises(ValueError, match="sometimes"):
+        infer_symmetry(model, torch.randn(2, 4), verify="sometimes")  # type: ignore[arg-type]
