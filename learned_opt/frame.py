@@ -136,9 +136,11 @@ def _plan(key: _Identity, names: tuple[str, ...], device: str) -> _Plan:
     walk, known = [], {n for n in symmetry.scales if n not in free}
     waiting = list(free)
     while waiting:
-        # a label is reached when the blocks that write it have no other unknown label: all of them (a bias alone
-        # may be zero and says nothing of the weights), or, where none has all (a cycle), some
+        # a label is reached when the blocks that write it have no other unknown label: all of them, or, where none has
+        # all (a residual stream is a cycle), some; biases, which may be zero, count only where nothing else writes
         writers = {n: [t for t in touches if t.written == [n] and not t.repeated] for n in waiting}
+        weighty = {n: [t for t in use if layout.stacks[t.stack].kind != "vector"] for n, use in writers.items()}
+        writers = {n: weighty[n] or use for n, use in writers.items()}
         ready = {n: [t for t in writers[n] if t.others(n) <= known] for n in waiting}
         some = {n: use for n, use in ready.items() if use}
         reached = {n: use for n, use in some.items() if len(use) == len(writers[n])} or some

@@ -137,7 +137,7 @@ class Network:
                 value = named.get(target)
                 value = program.constants.get(spec.target) if value is None else value
                 held = value is not None and value.device.type != "meta" and node.name not in mutated
-                self.placeholders[node.name] = value.detach() if held else None
+                self.placeholders[node.name] = value.detach().clone() if held else None  # graphs may write into it
             else:
                 self.placeholders[node.name] = None
         order = {n: i for i, n in enumerate(named)}
