@@ -104,7 +104,9 @@ class Reference:
     def __call__(self, sweeps):
         free = [n for n, s in self.symmetry.scales.items() if s.kind != "sign"]
         labels = {key: [label for side in self.leaves(key) for label, _ in side] for key in self.w}
-        written = {key: [label for side in self.leaves(key) for label, e in side if e > 0] for key in self.w}
+        written = {
+            key: [label for side in self.leaves(key) for label, e in side if e > 0 and label in free] for key in self.w
+        }
         known, waiting = set(self.symmetry.scales) - set(free), list(free)
         while waiting:
             writers = {n: [k for k in self.w if written[k] == [n] and labels[k].count(n) == 1] for n in waiting}
