@@ -167,7 +167,7 @@ def test_many_sweeps_balance_every_unit(kind):
     reference.c = dict(zip(reference.units, log_c.exp()[:-1].tolist(), strict=True))
     start = Reference(symmetry, params)
     far = 0.0
-    for unit in reference.units:
+    for unit in [u for u in reference.units if symmetry.scales[u[0]].kind != "sign"]:
         into, out = reference.norms(unit, reference.w)
         assert into > 0 and out > 0
         assert into == pytest.approx(out, rel=1e-6), unit
