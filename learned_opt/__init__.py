@@ -1,6 +1,5 @@
 """A learned optimizer on equivariant neural functional networks: ``optimizer = NFNOpt(model.parameters())``."""
 
-from learned_opt.architectures import from_model
 from learned_opt.inference import InferenceError, infer_symmetry
 from learned_opt.optimizer import NFNOpt
 from learned_opt.rules import RULES, CheckpointError, UpdateRule, load_theta, make_rule, save_theta
@@ -14,7 +13,6 @@ __all__ = [
     "Symmetry",
     "SymmetryError",
     "UpdateRule",
-    "from_model",
     "independent",
     "infer_symmetry",
     "load_theta",

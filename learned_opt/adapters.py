@@ -27,7 +27,7 @@ def functional(
 
     ::
 
-        init, update = functional(make_rule("nfn"), from_model(model), total_steps=100)
+        init, update = functional(make_rule("nfn"), infer_symmetry(model, x), total_steps=100)
         state = init(params)
         params, state = update(params, grads, state)  # differentiable, runs under vmap
         params, state = update(params, grads, state, theta=theta)  # with another theta
@@ -102,7 +102,7 @@ def register_higher() -> None:
     ::
 
         register_higher()
-        optimizer = NFNOpt(model.named_parameters(), symmetry=from_model(model))
+        optimizer = NFNOpt(model.named_parameters(), symmetry=infer_symmetry(model, x))
         with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel,
         diffopt):
             diffopt.step(loss(fmodel))

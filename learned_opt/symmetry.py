@@ -424,7 +424,7 @@ class Symmetry:
             shown = "\n  ".join(wrong[:8]) + (f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise SymmetryError(
                 f"the symmetry does not fit {len(wrong)} of {len(tensors)} tensors:\n  {shown}\n"
-                "Pass symmetry=learned_opt.from_model(model) and model.named_parameters(), or leave symmetry out."
+                "Pass symmetry=infer_symmetry(model, x) and model.named_parameters(), or leave symmetry out."
             )
 
     def check(

@@ -28,6 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from learned_opt.inference import infer_symmetry
+from meta_train.symmetries import symmetry_of
+
 POINTS = 50  # evaluation points of a run of the task's own length
 EVAL_BATCHES = 8  # examples of an evaluation, in training batches
 CAP = 6  # Adam is run on to CAP times the steps; a speed-up is at most CAP
@@ -250,13 +253,11 @@ def cosine(factory: MakeOptimizer) -> MakeOptimizer:
     return decayed
 
 
-def learned(model: nn.Module, lr: None, steps: int, rule: Any = "nfn"):
-    """NFNOpt as shipped: told the symmetry and the number of steps, no learning rate."""
-    from learned_opt import NFNOpt, from_model
+def learned(model: nn.Module, lr: None, steps: int, rule: Any = "nfn", symmetry: Any = None):
+    """NFNOpt as shipped: told the number of steps and the symmetry (None: it infers it), no learning rate."""
+    from learned_opt import NFNOpt
 
-    symmetry = from_model(model)
-    params = model.named_parameters()
-    return NFNOpt(params, symmetry=symmetry, total_steps=steps, rule=rule), None
+    return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None
 
 
 class Entry(NamedTuple):
@@ -317,7 +318,8 @@ def rule_fingerprint(rule: nn.Module) -> str:
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
     _load(model, {n: torch.randn(p.shape, generator=generator) / 3 for n, p in _named(model)})
     inputs = torch.randn(16, 5, generator=generator)
-    optimizer, _ = learned(model, None, steps=4, rule=rule)
+    symmetry = infer_symmetry(model, inputs, verify=False)
+    optimizer, _ = learned(model, None, steps=4, rule=rule, symmetry=symmetry)
     for _ in range(3):
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
@@ -696,7 +698,8 @@ def work(job: Job, data: str | None, steps: int | None) -> tuple[Job, Curve]:
     torch.set_num_threads(1)
     try:
         task = task_named(job.suite, job.task, data, steps)
-        return job, run(task, partial(entry.factory, lr=job.lr), job.seed, job.steps)
+        told = {"symmetry": symmetry_of(task)} if entry.grid is None else {}
+        return job, run(task, partial(entry.factory, lr=job.lr, **told), job.seed, job.steps)
     finally:
         torch.set_num_threads(threads)
 

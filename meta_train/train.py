@@ -29,13 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 import tasks.suites
-from learned_opt.architectures import from_model
 from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint
 from meta_train.estimators import Carry
 from meta_train.recipes import Recipe
+from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
 from tasks.task import Task, TaskFamily
 
@@ -96,7 +96,7 @@ def make_unroll(recipe: Recipe, rule: UpdateRule, task: Task) -> Unroll:
     return Unroll(
         task=task,
         rule=rule,
-        symmetry=from_model(task.model),
+        symmetry=symmetry_of(task),
         horizon=recipe.horizon,
         end_weight=recipe.end_weight,
         transform=recipe.transform,

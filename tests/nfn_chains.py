@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from learned_opt import from_model
 from learned_opt.nfn import Chain
+from tests.inferred import infer
 
 
 def zoo_cnn(act=nn.ReLU, width=16, outputs=10):
@@ -39,10 +39,15 @@ NETWORKS = {
 ACTIVATIONS = {"positive": nn.ReLU, "sign": nn.Tanh, "sine": Sin, None: nn.GELU}
 
 
+def chain_of(model):
+    """The chain of a network."""
+    return Chain.from_symmetry(infer(model))
+
+
 def network(kind, scale):
     """Chain and symmetry of a network whose hidden units have a scale of this kind."""
     model = NETWORKS[kind](ACTIVATIONS[scale])
-    symmetry = from_model(model)
+    symmetry = infer(model)
     return Chain.from_symmetry(symmetry), symmetry
 
 
@@ -50,7 +55,7 @@ def plain(kind, scale):
     """As :func:`network`, every weight without its kernel."""
     chain, _ = network(kind, scale)
     model = mlp(list(chain.widths), ACTIVATIONS[scale])
-    return Chain.from_sequential(model), from_model(model)
+    return chain_of(model), infer(model)
 
 
 def random_features(chain, channels=2, batch=2, dtype=torch.float64):

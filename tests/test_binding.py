@@ -18,9 +18,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as torch_modules
 
-from learned_opt import NFNOpt, from_model
+from learned_opt import NFNOpt
 from learned_opt.capture import HOOKED, Watch, modules_behind
 from learned_opt.symmetry import Leaf, Spec, Symmetry, SymmetryError
+from tests.inferred import infer
 
 
 # ------------------------------------------------------------------------------- a stand-in for inference
@@ -589,8 +590,8 @@ def test_a_copy_knows_or_finds_out(copier, steps, asked, said):
 
 def test_a_given_symmetry_needs_no_forward_pass(asked):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    optimizer = NFNOpt(model, symmetry=from_model(model), rule="adam")
-    assert optimizer._watch is None and optimizer.symmetry == from_model(model)
+    optimizer = NFNOpt(model, symmetry=infer(model), rule="adam")
+    assert optimizer._watch is None and optimizer.symmetry == infer(model)
 
 
 # --------------------------------------------------------------------------------- with the real inference

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt import NFNOpt, from_model
+from learned_opt import NFNOpt
 from learned_opt.adapters import register_higher
 from learned_opt.rules import RULES
 from meta_train.unroll import Unroll
+from tests.inferred import infer
 
 STEPS = 5
 
@@ -45,7 +46,7 @@ def test_higher_and_the_unroll_have_one_meta_gradient(name):
     with torch.no_grad():
         for p in rule.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    symmetry = from_model(task.model)
+    symmetry = infer(task.model)
 
     theta = {n: p.detach().clone().requires_grad_() for n, p in rule.named_parameters()}
     unroll = Unroll(task, rule, symmetry, (STEPS, STEPS), clip=1e9, floor=0.0)

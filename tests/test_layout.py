@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt import from_model
 from learned_opt.layout import layout_of
 from learned_opt.nfn.embedding import Embedding, broadcast
 from learned_opt.symmetry import Element, Label, Leaf, Prod, Scale, Spec, Sum, Symmetry
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer
+from tests.inferred import infer
 
 
 def by_hand():
@@ -46,12 +46,10 @@ def unlabelled():
 NETWORKS = {
     "by hand": by_hand,
     "unlabelled": unlabelled,
-    "mlp": lambda: from_model(mlp([3, 4, 4, 2], "relu")),
-    "cnn": lambda: from_model(cnn((2, 4, 4), (3, 4), 2, "relu", norm=True)),
-    "depthwise": lambda: from_model(
-        nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 2, 1))
-    ),
-    "transformer": lambda: from_model(
+    "mlp": lambda: infer(mlp([3, 4, 4, 2], "relu")),
+    "cnn": lambda: infer(cnn((2, 4, 4), (3, 4), 2, "relu", norm=True)),
+    "depthwise": lambda: infer(nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 2, 1))),
+    "transformer": lambda: infer(
         Transformer(nn.Embedding(5, 4), 3, 5, width=4, heads=2, depth=1, hidden=6, causal=True)
     ),
 }

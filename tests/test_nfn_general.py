@@ -8,20 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from learned_opt import SymmetryError, from_model
+from learned_opt import SymmetryError
 from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, frame_of, merge_blocks, split_blocks
 from learned_opt.nfn.partitions import Dim, PartitionLinear, terms
 from learned_opt.symmetry import Element, Label, Leaf, Prod, Scale, Spec, Sum, Symmetry
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer
+from tests.inferred import infer
 
 BATCH, CHANNELS = 2, 3
 
 
 def symmetry_of(model):
     """The one place that knows where a model's symmetry comes from."""
-    return from_model(model)
+    return infer(model)
 
 
 def transformer():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt import SymmetryError, from_model
+from learned_opt import SymmetryError
 from learned_opt.nfn import (
     Chain,
     ChannelDropout,
@@ -34,7 +34,8 @@ from learned_opt.nfn import (
     unstack,
 )
 from learned_opt.symmetry import Label, Leaf, Spec, Symmetry
-from tests.nfn_chains import NETWORKS, act, error, mlp, network, random_features, zoo_cnn
+from tests.inferred import infer
+from tests.nfn_chains import NETWORKS, act, chain_of, error, mlp, network, random_features, zoo_cnn
 
 every_network = pytest.mark.parametrize("kind", NETWORKS)
 EXACT = 1e-12
@@ -222,7 +223,7 @@ def test_hnp_linear_is_its_formula(kind):
 # --------------------------------------------------------------------------------------- what backward keeps
 @pytest.mark.parametrize("make", [MonomialLinear, MonomialSignLinear])
 def test_monomial_layers_keep_only_their_inputs_for_backward(make):
-    chain = Chain.from_sequential(zoo_cnn(nn.Tanh, 4, 3))
+    chain = chain_of(zoo_cnn(nn.Tanh, 4, 3))
     first, second = make(chain, 1, 5), make(chain, 5, 5)
     with torch.no_grad():
         features = first(random_features(chain, 1, dtype=torch.float32))  # in the layout that layers write
@@ -252,14 +253,14 @@ def test_pools_are_invariant_to_what_they_claim(kind):
 
 def test_monomial_pool_survives_scales_up_to_ten_thousand_in_single_precision():
     model = zoo_cnn()
-    chain, symmetry = Chain.from_sequential(model), from_model(model)
+    chain, symmetry = chain_of(model), infer(model)
     features = random_features(chain, 5, dtype=torch.float32)
     pool, g = MonomialPool(chain, 5), symmetry.sample(scale_range=(1.0, 1e4))
     assert error(pool(act(symmetry, g, features)), pool(features)) < 1e-4
 
 
 def test_pool_sizes_of_the_zoo_cnn():
-    chain = Chain.from_sequential(zoo_cnn())
+    chain = chain_of(zoo_cnn())
     assert HNPPool(chain).outputs == 50
     assert StatNN(chain).outputs == 56
     assert FlatWeights(chain).outputs == 4970
@@ -345,7 +346,7 @@ def problem(scale):
 @pytest.mark.parametrize("scale", ["positive", "sign"])
 def test_gradients_transform_contragrediently(scale):
     model, params, gradient = problem(scale)
-    symmetry = from_model(model)
+    symmetry = infer(model)
     g = symmetry.sample()
     moved = gradient(symmetry.act(g, params))
     assert error(moved, symmetry.act(g, gradient(params), dual=True)) < EXACT
@@ -363,7 +364,7 @@ def test_gradients_of_a_relu_unit_balance():
 @pytest.mark.parametrize("make", [MonomialLinear, MAGEPLinear])
 def test_layers_take_real_gradients_with_the_flag_and_not_without(make):
     model, params, gradient = problem("positive")
-    symmetry = from_model(model)
+    symmetry = infer(model)
     chain = Chain.from_symmetry(symmetry)
     g = symmetry.sample()
 
@@ -422,12 +423,12 @@ def count(module):
     ],
 )
 def test_layers_have_the_official_number_of_parameters(make, wanted):
-    chain = Chain.from_sequential(zoo_cnn())
+    chain = chain_of(zoo_cnn())
     assert tuple(count(make(chain, n, m)) for n, m in ((1, 16), (16, 16), (16, 5))) == wanted
 
 
 def test_magep_layer_has_the_official_number_of_parameters():
-    assert count(MAGEPLinear(Chain.from_sequential(zoo_cnn()).without_kernels(), 16, 16)) == 226_464
+    assert count(MAGEPLinear(chain_of(zoo_cnn()).without_kernels(), 16, 16)) == 226_464
 
 
 ZOO = {"stat": 1_059_001, "np": 2_031_390, "hnp": 2_811_743, "monomial": 254_619, "magep": 998_121}
@@ -435,13 +436,13 @@ ZOO = {"stat": 1_059_001, "np": 2_031_390, "hnp": 2_811_743, "monomial": 254_619
 
 @pytest.mark.parametrize("act_of", [nn.ReLU, nn.Tanh])
 def test_zoo_models_have_the_official_number_of_parameters(act_of):
-    chain = Chain.from_sequential(zoo_cnn(act_of))
+    chain = chain_of(zoo_cnn(act_of))
     assert {k: count(InvariantNFN(chain, 1, k)) for k in ZOO} == ZOO
     assert count(InvariantNFN(chain, 1, "monomial", head_width=1000)) == 1_417_019
 
 
 def test_inr_models_have_the_official_number_of_parameters():
-    grey, colour = (Chain.from_sequential(mlp([2, 32, 32, o], nn.Tanh)) for o in (1, 3))
+    grey, colour = (chain_of(mlp([2, 32, 32, o], nn.Tanh)) for o in (1, 3))
     with torch.device("meta"):
         assert count(inr_classifier(grey, "hnp")) == 22_083_114
         assert count(inr_classifier(grey, "np")) == 15_118_634
@@ -531,14 +532,14 @@ def test_models_move_and_reload_like_any_module(name):
 @every_network
 def test_chain_from_state_dict_equals_the_one_from_the_symmetry(kind):
     model = NETWORKS[kind](nn.ReLU)
-    chain = Chain.from_sequential(model)
+    chain = chain_of(model)
     assert Chain.from_state_dict(model.state_dict(), "positive") == chain
     chain.validate(features_of([model.state_dict()]), 1)
 
 
 @pytest.mark.parametrize(("act_of", "scale"), [(nn.ReLU, "positive"), (nn.Tanh, "sign"), (nn.GELU, None)])
 def test_chain_knows_its_scale(act_of, scale):
-    assert Chain.from_sequential(mlp([2, 3, 4, 2], act_of)).scale == scale
+    assert chain_of(mlp([2, 3, 4, 2], act_of)).scale == scale
 
 
 def test_networks_that_are_no_chain_are_refused():
@@ -546,9 +547,9 @@ def test_networks_that_are_no_chain_are_refused():
     grouped = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
     for model in (norm, grouped, nn.Sequential(nn.Linear(2, 2))):
         with pytest.raises(SymmetryError):
-            Chain.from_sequential(model)
+            chain_of(model)
     with pytest.raises(SymmetryError, match="general"):
-        Chain.from_sequential(norm)
+        chain_of(norm)
     with pytest.raises(SymmetryError, match="chain"):
         Chain.from_state_dict({"a": torch.zeros(3, 2), "b": torch.zeros(4, 5)})
 
@@ -577,7 +578,7 @@ def test_bad_features_are_explained():
         features_of(states)
     with pytest.raises(ValueError, match="at least one"):
         features_of([])
-    chain = Chain.from_sequential(mlp([2, 3, 2]))
+    chain = chain_of(mlp([2, 3, 2]))
     layer = MonomialLinear(chain, 1, 1)
     with pytest.raises(SymmetryError, match="no features of 0.weight"):
         layer({})

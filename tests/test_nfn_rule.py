@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import linear
 
-from learned_opt import features, from_model
+from learned_opt import features
 from learned_opt.nfn.embedding import broadcast
 from learned_opt.rules import RULES
 from learned_opt.rules.nfn import N_ODD, N_TIME, NFN, time_features
@@ -16,6 +16,7 @@ from learned_opt.rules.nominal import Nominal, schedule
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer
+from tests.inferred import infer
 
 MODELS = {
     "mlp": lambda: mlp([4, 6, 6, 3], "relu"),
@@ -41,7 +42,7 @@ def make(kind, steps=3):
     state = Nominal().init(params)
     for t in range(steps):
         state = features.accumulate(noise_like(params, 10 + t), state)
-    return from_model(model), params, noise_like(params, 1), state
+    return infer(model), params, noise_like(params, 1), state
 
 
 def at_random(rule, seed=3, size=0.3):
@@ -143,7 +144,7 @@ def test_the_derivative_of_an_unroll_is_that_of_finite_differences(kind, zeros):
     """Through three steps, gradients taken anew in each, also from zero biases and one layer at zero."""
     torch.manual_seed(0)
     model = MODELS[kind]().double()
-    symmetry = from_model(model)
+    symmetry = infer(model)
     params = {n: p.detach().clone() for n, p in model.named_parameters()}
     if zeros:
         layer = [n for n, p in params.items() if p.ndim > 1][-1]

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from learned_opt.inference import infer_symmetry
 from learned_opt.optimizer import NFNOpt, apply_rule
 from learned_opt.rules import RULES
 from learned_opt.symmetry import SymmetryError, independent
@@ -697,10 +698,8 @@ def test_tensors_swapped_inside_the_groups_are_followed():
 
 def test_running_statistics_do_not_count_as_positions():
     """A symmetry describes them; an optimizer has none."""
-    from learned_opt import from_model
-
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-    symmetry = from_model(model)
+    symmetry = infer_symmetry(model, torch.randn(2, 1, 4, 4))
     assert "1.running_mean" in symmetry.specs
     optimizer = NFNOpt(model.parameters(), symmetry=symmetry, rule="adam")
     model(torch.randn(2, 1, 4, 4)).sum().backward()

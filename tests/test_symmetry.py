@@ -341,7 +341,7 @@ def test_validate_names_the_tensors_and_both_shapes() -> None:
     symmetry.validate(fitting)
     with pytest.raises(SymmetryError) as error:
         symmetry.validate({**fitting, "0.weight": torch.zeros(6, 5), "extra": torch.zeros(7)})
-    for part in ("0.weight", "(6, 5)", "(6, 4)", "extra", "(7,)", "2 of 5", "from_model"):
+    for part in ("0.weight", "(6, 5)", "(6, 4)", "extra", "(7,)", "2 of 5", "infer_symmetry"):
         assert part in str(error.value)
     with pytest.raises(SymmetryError, match="and 4 more"):
         symmetry.validate({f"w{i}": torch.zeros(1) for i in range(12)})

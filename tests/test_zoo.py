@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from learned_opt import from_model
 from tasks.zoo import augment, cnn, inr, training, transformer
 from tasks.zoo.__main__ import main
 from tasks.zoo.sources import Examples, image_examples, images, word_vectors
 from tasks.zoo.zoo import Zoo, ZooError
+from tests.inferred import infer
 
 TINY = cnn.Settings(images=200, steps=6, checkpoints=(2, 6), batch=16)
 
@@ -327,7 +327,7 @@ def test_augmentation_leaves_the_function(kind):
     zoo = Zoo(
         weights, torch.arange(4.0), {"n": [0, 1, 2, 3]}, {"train": torch.tensor([0, 2]), "test": torch.tensor([1, 3])}
     )
-    symmetry = from_model(model)
+    symmetry = infer(model)
     moved = augment.augment(zoo, symmetry, high=1e4)
     assert moved.splits["train"].tolist() == [0, 2, 4, 6] and moved.columns["copy"] == [0] * 4 + [1] * 4
     for k in range(4):
@@ -347,19 +347,25 @@ def test_augmentation_leaves_the_function(kind):
 
 def test_scales_of_augmentation_are_the_published_ones():
     g = torch.Generator().manual_seed(0)
-    relu = augment.sample(from_model(cnn.build("relu")), 500, g, high=100).scales["conv2"]
+
+    def factors(activation):
+        """Those of the units that conv2 writes."""
+        symmetry = infer(cnn.build(activation))
+        ((name, _),) = symmetry.specs["conv2.bias"].axes[0].scale
+        return augment.sample(symmetry, 500, g, high=100).scales[name]
+
+    relu, tanh = factors("relu"), factors("tanh")
     assert 1 <= relu.min() < 3 and 98 < relu.max() <= 100 and abs(relu.mean() - 50.5) < 2
-    tanh = augment.sample(from_model(cnn.build("tanh")), 500, g, high=100).scales["conv2"]
     assert set(tanh.unique().tolist()) == {-1.0, 1.0}
     with pytest.raises(ValueError, match="1 or more"):
-        augment.sample(from_model(cnn.build()), 1, g, high=0.5)
+        augment.sample(infer(cnn.build()), 1, g, high=0.5)
 
 
 def test_the_wrong_symmetry_changes_the_function():
     """The control: what is a symmetry of relu is none of tanh."""
     model, x = cnn.build("tanh").double(), torch.randn(3, 1, 20, 20, dtype=torch.float64)
     weights = random_weights(model, 2)
-    symmetry = from_model(cnn.build("relu"))
+    symmetry = infer(cnn.build("relu"))
     moved = augment.act(symmetry, augment.sample(symmetry, 2, torch.Generator().manual_seed(0), high=10), weights)
     one, two = (functional_call(model, {n: w[0] for n, w in ws.items()}, (x,)) for ws in (weights, moved))
     assert (one - two).abs().max() > 1e-2

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from learned_opt import infer_symmetry
 from learned_opt.nfn import Chain, Features, HNPLinear, MAGEPLinear, MonomialLinear, MonomialSignLinear, NPLinear
 
 BATCH, CHANNELS, REPEATS = 32, 16, 31
@@ -92,7 +93,7 @@ def main() -> None:
     torch.manual_seed(0)
     convolutions = [m for i in (1, 16, 16) for m in (nn.Conv2d(i, 16, 3, 2), nn.ReLU())]
     cnn = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    chain = Chain.from_sequential(cnn)
+    chain = Chain.from_symmetry(infer_symmetry(cnn, torch.randn(2, 1, 28, 28)))
     plain, signs = chain.without_kernels(), Chain(chain.layers, "sign")
     layers: dict[str, nn.Module] = {
         "NP, published form": UnfusedNP(chain, CHANNELS, CHANNELS),

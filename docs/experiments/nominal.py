@@ -8,13 +8,15 @@ are those of an evaluation in ``--runs`` (default ``runs/valid``; make it with
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from scipy.stats import trim_mean
 
 import learned_opt.rules.nominal as nominal
-from learned_opt import NFNOpt, from_model
+from learned_opt import NFNOpt
 from meta_train import evaluate
+from meta_train.symmetries import symmetry_of
 from tasks.suites import VALID
 
 # (multiple of the rate of 0.01, fan-in of RMS 0.2, power of the fan-in, frame, steps before decay or None: cosine)
@@ -57,16 +59,16 @@ def main() -> None:
         nominal.polar_step = polar_step
         nominal.ANYTIME = anytime or nominal.ANYTIME
 
-        def make(model, *, steps, rate=rate, frame=frame, anytime=anytime):
+        def make(model, *, steps, problem, rate=rate, frame=frame, anytime=anytime):
             horizon = None if anytime else steps
             rule = nominal.Nominal(frame=frame)
-            symmetry = from_model(model)
-            return NFNOpt(model.named_parameters(), symmetry=symmetry, lr=rate, total_steps=horizon, rule=rule), None
+            params, symmetry = model.named_parameters(), symmetry_of(problem)
+            return NFNOpt(params, symmetry=symmetry, lr=rate, total_steps=horizon, rule=rule), None
 
         speed_ups = {}
         for task in args.tasks.split(","):
             problem = VALID[task]()
-            curve = evaluate.run(problem, make, args.seed, problem.steps)
+            curve = evaluate.run(problem, partial(make, problem=problem), args.seed, problem.steps)
             plan = store.plan
             key = evaluate.job(plan, task, "adam", adam[task].lr, args.seed, evaluate.CAP * problem.steps).key
             speed_ups[task], _ = evaluate.speed_up(store.runs[key], curve)

@@ -6,8 +6,9 @@ rescaled by factors log-uniform in [1e-2, 1e2] (the function is the same); three
 
 import torch
 
-from learned_opt import NFNOpt, from_model
+from learned_opt import NFNOpt
 from meta_train import evaluate
+from meta_train.symmetries import symmetry_of
 from tasks.suites import VALID
 
 
@@ -22,7 +23,7 @@ class Rescaled:
 
     def init(self, generator: torch.Generator):
         """Initial weights, rescaled."""
-        symmetry = from_model(self.task.model)
+        symmetry = symmetry_of(self.task)
         g = symmetry.sample(torch.Generator().manual_seed(1), scale_range=(1e-2, 1e2), dtype=torch.float32)
         return symmetry.act(g, self.task.init(generator))
 
@@ -33,8 +34,7 @@ def main() -> None:
 
     def nfn(rule: str):
         def make(model, *, steps):
-            symmetry = from_model(model)
-            return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None
+            return NFNOpt(model.named_parameters(), symmetry=symmetry_of(task), total_steps=steps, rule=rule), None
 
         return make
 

@@ -8,9 +8,9 @@ import statistics
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from learned_opt import NFNOpt, from_model
+from learned_opt import NFNOpt, infer_symmetry
 from tasks.transformer import Transformer
 
 
@@ -21,9 +21,9 @@ def mlp(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+def optimizers(model: nn.Module, x: Tensor) -> dict[str, torch.optim.Optimizer]:
     """AdamW, Muon on the matrices alone, the nominal and the learned rule."""
-    named, symmetry = list(model.named_parameters()), from_model(model)
+    named, symmetry = list(model.named_parameters()), infer_symmetry(model, x, verify=False)
     matrices = [p for _, p in named if p.ndim == 2]
     return {
         "AdamW foreach": torch.optim.AdamW([p for _, p in named], foreach=True),
@@ -36,11 +36,11 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     }
 
 
-def measure(model: nn.Module, repeats: int = 9) -> None:
+def measure(model: nn.Module, x: Tensor, repeats: int = 9) -> None:
     """Print one row per optimizer."""
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    found = optimizers(model)
+    found = optimizers(model, x)
     times: dict[str, list[float]] = {name: [] for name in found}
     for repeat in range(repeats + 2):
         for name, optimizer in found.items():
@@ -60,7 +60,7 @@ def measure(model: nn.Module, repeats: int = 9) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    measure(mlp(32, 2))
-    measure(mlp(512, 3))
+    measure(mlp(32, 2), torch.randn(2, 784))
+    measure(mlp(512, 3), torch.randn(2, 784))
     shape = {"width": 256, "heads": 8, "depth": 4, "hidden": 1024}
-    measure(Transformer(nn.Embedding(1000, 256), 64, 1000, causal=True, **shape))
+    measure(Transformer(nn.Embedding(1000, 256), 64, 1000, causal=True, **shape), torch.arange(128).reshape(2, 64))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from learned_opt import from_model
+from learned_opt import infer_symmetry
 from tasks.transformer import Transformer
 
 
@@ -16,6 +16,6 @@ def gpt() -> tuple[Transformer, Tensor]:
 
 
 if __name__ == "__main__":
-    symmetry = from_model(gpt()[0])
+    symmetry = infer_symmetry(*gpt())
     print(symmetry)
     symmetry.draw(Path(__file__).resolve().parents[1] / "symmetry_gpt.svg")

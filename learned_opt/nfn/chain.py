@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from learned_opt.architectures import from_model
 from learned_opt.symmetry import Axis, Leaf, Prod, Spec, Symmetry, SymmetryError
 
 Features = dict[str, Tensor]
@@ -82,7 +81,7 @@ class Chain:
     """The weights of an MLP or CNN in order, and what kind of scale its hidden units have.
 
     ``scale`` is ``"positive"`` (ReLU), ``"sign"`` (tanh, sin) or None (permutations only). Build one with
-    :meth:`from_symmetry`, :meth:`from_sequential` or :meth:`from_state_dict`.
+    :meth:`from_symmetry` (``learned_opt.infer_symmetry`` gives one) or :meth:`from_state_dict`.
 
     Raises:
         SymmetryError: fewer than two weights, or one that does not read what the one before it writes.
@@ -133,11 +132,6 @@ class Chain:
         hidden = scales[:-1]
         common = [k for k in ("positive", "sign") if hidden and all(k in kinds for kinds in hidden)]
         return cls(tuple(layers), common[0] if common else None)  # type: ignore[arg-type]
-
-    @classmethod
-    def from_sequential(cls, model: nn.Module) -> "Chain":
-        """The chain of a model that :func:`learned_opt.from_model` knows."""
-        return cls.from_symmetry(from_model(model))
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], scale: ScaleKind | None = None) -> "Chain":

@@ -1,0 +1,33 @@
+"""The symmetry of a task's model, inferred once per task."""
+
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from learned_opt.inference import InferenceError, infer_symmetry
+from learned_opt.symmetry import Symmetry, independent
+from tasks.task import Task
+
+EXAMPLES = 2  # of a batch; one would leave open which axis is the batch's
+
+logger = logging.getLogger(__name__)
+_known: WeakKeyDictionary[nn.Module, Symmetry] = WeakKeyDictionary()
+
+
+def symmetry_of(task: Task) -> Symmetry:
+    """What :func:`learned_opt.infer_symmetry` finds for the task's model on two of its examples.
+
+    The numeric check is left out: it costs more than the rest, and the tests make it for the models of ``tasks``.
+    A model that cannot be exported gets independent axes, and the log says so.
+    """
+    if task.model not in _known:
+        x = task.batch(torch.Generator().manual_seed(0))[0][:EXAMPLES]
+        try:
+            symmetry = infer_symmetry(task.model, x, verify=False)
+        except InferenceError as error:
+            logger.warning("%s: every axis taken as independent, because %s", task.name, error)
+            symmetry = independent(dict(task.model.named_parameters()))
+        _known[task.model] = symmetry
+    return _known[task.model]
