@@ -83,6 +83,9 @@ class Reference:
         rows = [s for leaf in block.batch + block.rows for s in leaf.scale]
         return rows, [s for leaf in block.cols for s in leaf.scale]
 
+    def kind(self, key):
+        return self.symmetry.blocks[key[0]][key[1]].kind
+
     def squares(self, key):
         """W^2 of a block in the current frame."""
         s = torch.ones_like(self.w[key])
@@ -110,6 +113,8 @@ class Reference:
         known, waiting = set(self.symmetry.scales) - set(free), list(free)
         while waiting:
             writers = {n: [k for k in self.w if written[k] == [n] and labels[k].count(n) == 1] for n in waiting}
+            matrices = {n: [k for k in keys if self.kind(k) != "vector"] for n, keys in writers.items()}
+            writers = {n: matrices[n] or keys for n, keys in writers.items()}
             ready = {n: [k for k in keys if set(labels[k]) - {n} <= known] for n, keys in writers.items()}
             some = {n: keys for n, keys in ready.items() if keys}
             reached = {n: keys for n, keys in some.items() if keys == writers[n]} or some

@@ -1,4 +1,4 @@
-"""Time of inference beside ``torch.export`` alone, and of the numeric check: ``python docs/experiments/inference_time.py``.
+"""Time of inference beside that of ``torch.export``, and of the check: ``python docs/experiments/inference_time.py``.
 
 Every model is exported once before the clock starts (a process's first export imports a lot).
 """
@@ -32,11 +32,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
 }
 
 
-def seconds(f: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
+def seconds(f: Callable[..., object], *args: object, repeat: int = 3, **kwargs: object) -> float:
+    """Least wall time of some calls."""
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        f(*args, **kwargs)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def main() -> None:
@@ -46,9 +49,9 @@ def main() -> None:
     for name, (build, x) in MODELS.items():
         model = build().eval()
         torch.export.export(model, (x,), strict=False)
-        export = min(seconds(lambda: torch.export.export(model, (x,), strict=False)) for _ in range(3))
-        infer = min(seconds(lambda: infer_symmetry(model, x, verify=False)) for _ in range(3))
-        both = seconds(lambda: infer_symmetry(model, x, verify=True))
+        export = seconds(torch.export.export, model, (x,), strict=False)
+        infer = seconds(infer_symmetry, model, x, verify=False)
+        both = seconds(infer_symmetry, model, x, verify=True, repeat=1)
         print(f"{name:16s} {export:7.2f}s {infer:9.2f}s {infer / export:6.2f} {both:10.2f}s", flush=True)
 
 
