@@ -376,11 +376,15 @@ def test_a_fibre_without_its_base_is_refused() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: Prod((s, Leaf(1)))])
-def test_two_concatenations_in_one_product_are_refused(wrap) -> None:
+def test_two_concatenations_in_one_product(wrap) -> None:
+    """Pieces in product order, the first factor slowest, as the blocks are."""
     pair = Sum((Leaf(1), Leaf(2)))
     symmetry = Symmetry({"w": Spec((Prod((wrap(pair), pair)),), ("out",))})
-    with pytest.raises(SymmetryError, match="two concatenated factors"):
-        symmetry.pieces("w", torch.zeros(9))
+    w = torch.arange(9)
+    pieces = symmetry.pieces("w", w)
+    assert [p.flatten().tolist() for p in pieces] == [[0], [1, 2], [3, 6], [4, 5, 7, 8]]
+    assert [p.numel() for p in pieces] == [b.shape[1] for b in symmetry.blocks["w"]]
+    assert torch.equal(symmetry.assemble("w", pieces), w)
 
 
 # -------------------------------------------------------------------------------------- independent
