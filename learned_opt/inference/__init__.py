@@ -83,7 +83,8 @@ def missed_labels(
     Args and errors: as :func:`infer_symmetry`.
 
     Returns:
-        Labels of a symmetry that labels every axis; rows of tables that the inputs do not use are among them.
+        Labels of a symmetry that labels every axis; rows of tables that the inputs do not use are among them. Units on
+        the two sides of an unknown operator have two labels there, and are not found.
     """
     network, propagation = _propagated(model, inputs, kwargs, outputs)
     symmetry = symmetry_of(network, _shapes(model), propagation, declare_fixed=True)
