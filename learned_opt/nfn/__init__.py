@@ -1,15 +1,19 @@
 """Neural functional networks: equivariant layers on the weights of other networks, and the papers' models."""
 
 from learned_opt.nfn.baselines import FlatWeights, GraphPool, StatNN, statistics
+from learned_opt.nfn.builders import network_outputs
 from learned_opt.nfn.chain import Chain, ChainLayer, Features
 from learned_opt.nfn.encodings import ChannelDropout, FourierFeatures, IOSinusoidal, LearnedScale
 from learned_opt.nfn.features import features_of, map_features, split_channels, stack, unstack
+from learned_opt.nfn.fitting import WeightSpaceEditor, WeightSpacePredictor
 from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, frame_of
 from learned_opt.nfn.magep import MAGEPInvariant, MAGEPLinear
 from learned_opt.nfn.models import EquivariantNFN, InvariantNFN, inr_classifier
 from learned_opt.nfn.monomial import GradientGate, MonomialLinear, MonomialSignLinear
 from learned_opt.nfn.permutation import HNPLinear, NPLinear
 from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, NPPool, Pointwise, pointwise
+from learned_opt.nfn.scores import kendall_tau, r2
+from learned_opt.nfn.training import Fit
 from learned_opt.nfn.transformer import TransformerInvariant, TransformerLinear, TransformerNFN, TransformerReLU
 from learned_opt.nfn.transformer_space import TransformerFeatures, TransformerSpec, task_spec, zoo_spec
 
@@ -22,6 +26,7 @@ __all__ = [
     "ChannelDropout",
     "EquivariantNFN",
     "Features",
+    "Fit",
     "FlatWeights",
     "FourierFeatures",
     "Framed",
@@ -52,11 +57,16 @@ __all__ = [
     "TransformerNFN",
     "TransformerReLU",
     "TransformerSpec",
+    "WeightSpaceEditor",
+    "WeightSpacePredictor",
     "features_of",
     "frame_of",
     "inr_classifier",
+    "kendall_tau",
     "map_features",
+    "network_outputs",
     "pointwise",
+    "r2",
     "split_channels",
     "stack",
     "statistics",

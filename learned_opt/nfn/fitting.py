@@ -1,0 +1,510 @@
+"""From a list of state_dicts and targets to a fitted module: predict from weights, or edit weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save
+from torch import Generator, Tensor, nn
+
+from learned_opt.nfn.builders import make_editor, make_predictor
+from learned_opt.nfn.chain import Chain, Features
+from learned_opt.nfn.features import unstack
+from learned_opt.nfn.general import frame_of
+from learned_opt.nfn.models import InvariantNFN
+from learned_opt.nfn.scores import Loss, LossFunction, LossName
+from learned_opt.nfn.spaces import (
+    Data,
+    Space,
+    States,
+    check,
+    features,
+    join_data,
+    map_data,
+    space_from_data,
+    space_to_data,
+    stacked,
+)
+from learned_opt.nfn.training import Fit, MakeOptimizer, read_tensors, train
+from learned_opt.nfn.transformer_space import TransformerSpec
+from learned_opt.rules.checkpoint import CheckpointError, digest, write_atomically
+from learned_opt.symmetry import Symmetry, SymmetryError
+
+FORMAT = "learned-opt weight-space 1"
+CHUNK = 512  # networks that are prepared or evaluated at a time
+Weights = dict[str, Tensor]
+Augment = Callable[[Features, Generator], Features]
+Validation = float | tuple[States, Any] | None
+
+
+class _Fitted:
+    """A module over weight features, what it was made from, how it is fitted, and its file."""
+
+    module: nn.Module
+    chunk = CHUNK
+
+    def __init__(
+        self, space: Space | None, kind: str | None, module: nn.Module | None, seed: int, options: dict[str, Any]
+    ) -> None:
+        if isinstance(space, Symmetry) and module is None and kind != "general":
+            try:
+                space = Chain.from_symmetry(space)
+            except SymmetryError:
+                if kind is not None:
+                    raise
+        if space is None and module is None:
+            raise ValueError("pass a weight space (Chain, TransformerSpec, Symmetry), or module= over weight features")
+        if module is not None and (kind is not None or options):
+            raise ValueError(f"module= is given, so kind= and options ({sorted(options)}) have nothing to say")
+        self.space, self.kind, self.options, self.own = space, kind, options, module is not None
+        self.history: list[dict[str, float]] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.module = module if module is not None else self._make()
+
+    # -- what the two kinds say
+    def _make(self) -> nn.Module:
+        """The module for the space."""
+        raise NotImplementedError
+
+    def _about(self) -> dict[str, Any]:
+        """Settings of this kind, plain data."""
+        raise NotImplementedError
+
+    def _targets(self, targets: Tensor) -> Tensor:
+        """Targets as the loss needs them."""
+        raise NotImplementedError
+
+    def _fit_moments(self, table: Weights) -> None:
+        """Statistics of the training networks."""
+
+    def _prepare(self, x: Features) -> Data:
+        """Features as the module reads them; computed once unless minibatches are augmented."""
+        return x
+
+    def _loss(self, data: Data, targets: Tensor) -> Tensor:
+        """Loss of a minibatch."""
+        raise NotImplementedError
+
+    def _measures(self, data: Data, targets: Tensor) -> dict[str, float]:
+        """Measures on all rows."""
+        raise NotImplementedError
+
+    def _keep(self) -> tuple[str, bool]:
+        """The measure that chooses the best weights, and whether more of it is better."""
+        return "loss", False
+
+    # -- data
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        p = next(self.module.parameters())
+        return p.device, p.dtype
+
+    def _table(self, states: States) -> Weights:
+        table = stacked(states)
+        check(self.space, table)
+        return table
+
+    def _read_data(self, states: States, targets: Any) -> tuple[Weights, Tensor]:
+        table, targets = self._table(states), torch.as_tensor(targets)
+        count = len(next(iter(table.values())))
+        if targets.ndim == 0 or len(targets) != count:
+            raise ValueError(f"there are {count} networks, but targets of shape {tuple(targets.shape)}: one row each")
+        return table, self._targets(targets)
+
+    def _placed(self, targets: Tensor) -> Tensor:
+        device, dtype = self._place()
+        return targets.to(device, dtype) if targets.is_floating_point() else targets.to(device)
+
+    @torch.no_grad()
+    def _chunks(self, function: Callable[[Data], Data], data: Data, count: int) -> Data:
+        rows = (slice(i, i + self.chunk) for i in range(0, count, self.chunk))
+        return join_data([function(map_data(lambda x, r=r: x[r], data)) for r in rows])  # type: ignore[misc]
+
+    def _features(self, table: Weights) -> Features:
+        device, dtype = self._place()
+        return features({n: x.to(device) for n, x in table.items()}, dtype)
+
+    def _prepared(self, table: Weights) -> Data:
+        count = len(next(iter(table.values())))
+        return self._chunks(lambda part: self._prepare(self._features(part)), table, count)
+
+    # -- what users call
+    def fit(
+        self,
+        states: States,
+        targets: Any,
+        *,
+        validation: Validation = 0.2,
+        settings: Fit | None = None,
+        optimizer: MakeOptimizer | None = None,
+        augment: Augment | None = None,
+        device: str = "cpu",
+        folder: str | Path | None = None,
+        tensorboard: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Fit to networks and their targets; afterwards the module has the weights that were best on validation.
+
+        Best is the highest Kendall's tau (bce, mse) or accuracy, or the least loss of your own. On Ctrl-C the best
+        so far are put in place and the interruption is passed on.
+
+        Args:
+            states: state_dicts, modules, or stacked tensors ``{name: [networks, *shape]}``.
+            targets: one row per network, as the class says.
+            validation: a fraction of the networks, chosen by the seed, or ``(states, targets)``, or None (the last
+                weights are kept).
+            settings: see :class:`Fit`.
+            optimizer: makes the optimizer from the parameters; default AdamW.
+            augment: changes the features of every minibatch, given a generator.
+            device: ``cpu`` or ``cuda``.
+            folder: for checkpoints; a fit that was interrupted there goes on exactly.
+            tensorboard: folder of event files.
+            progress: show a bar; default: on a terminal.
+
+        Raises:
+            SymmetryError: a network does not fit the space or the other networks.
+            ValueError: targets of another length or range, values that are not finite, too few networks.
+            FloatingPointError: the loss was not finite from the beginning.
+            CheckpointError: the folder holds another fit's checkpoint, or a damaged one.
+        """
+        settings = settings or Fit()
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda', but this PyTorch sees no GPU. Use device='cpu'.")
+        table, wanted = self._read_data(states, targets)
+        held: tuple[Weights, Tensor] | None = None
+        if isinstance(validation, float | int):
+            (table, wanted), held = split(table, wanted, float(validation), settings.seed)
+        elif validation is not None:
+            held = self._read_data(*validation)
+        self.module.to(device)
+        self._fit_moments(table)
+        identity = {"data": digest({**table, "targets": wanted}), **self._about()}
+        wanted = self._placed(wanted)
+        data = self._prepared(table) if augment is None else self._features(table)
+
+        def loss(rows: Tensor, generator: Generator) -> Tensor:
+            batch = map_data(lambda x: x[rows], data)
+            return self._loss(batch if augment is None else self._prepare(augment(batch, generator)), wanted[rows])
+
+        measure = None
+        if held is not None:
+            held_data, held_targets = self._prepared(held[0]), self._placed(held[1])
+            measure = lambda: self._measures(held_data, held_targets)  # noqa: E731
+        keep, higher = self._keep()
+        self.history = train(
+            self.module,
+            loss,
+            len(wanted),
+            measure,
+            keep=keep,
+            higher=higher,
+            settings=settings,
+            optimizer=optimizer,
+            folder=None if folder is None else Path(folder),
+            identity=identity,
+            tensorboard=None if tensorboard is None else Path(tensorboard),
+            progress=progress,
+        )
+        return self
+
+    def score(self, states: States, targets: Any) -> dict[str, float]:
+        """Measures against targets as in :meth:`fit`: ``loss`` and what the class adds."""
+        table, wanted = self._read_data(states, targets)
+        self.module.eval()
+        return self._measures(self._prepared(table), self._placed(wanted))
+
+    # -- files
+    def save(self, path: str | Path) -> None:
+        """Write the fitted module and its settings as one safetensors file, atomically.
+
+        A module or loss of your own is not written: give it to ``load`` again.
+
+        Raises:
+            ValueError: options that are no plain data.
+        """
+        try:
+            header = {"class": type(self).__name__, "own": self.own, "space": space_to_data(self.space)}
+            about = json.dumps(header | {"kind": self.kind, "options": self.options} | self._about())
+        except TypeError as error:
+            raise ValueError(f"the options are no plain data ({error}); build the module yourself: module=") from error
+        tensors = {n: x.detach().cpu().clone().contiguous() for n, x in self.module.state_dict().items()}
+        write_atomically(path, save(tensors, {"format": FORMAT, "about": about, "sha256": digest(tensors)}))
+
+    @classmethod
+    def _read(cls, path: str | Path, module: nn.Module | None) -> tuple[dict[str, Any], Weights, dict[str, Any]]:
+        """Header, tensors, and the arguments that the constructor needs."""
+        path = Path(path)
+        header, tensors = read_tensors(path, FORMAT)
+        if header.get("sha256") != digest(tensors):
+            raise CheckpointError(path, "the tensors do not match the recorded sha256: it was altered.")
+        about = json.loads(header["about"])
+        if about["class"] != cls.__name__:
+            raise CheckpointError(path, f"it is a {about['class']}; use {about['class']}.load.")
+        if about["own"] != (module is not None):
+            why = "was fitted with a module of yours: pass module=" if about["own"] else "needs no module="
+            raise CheckpointError(path, f"it {why}.")
+        made = {"kind": about["kind"], **about["options"]} if module is None else {"module": module}
+        return about, tensors, {"space": space_from_data(about["space"]), **made}
+
+
+class WeightSpacePredictor(_Fitted):
+    """Predicts numbers or classes from the weights of networks of one architecture.
+
+    ::
+
+        predictor = WeightSpacePredictor(infer_symmetry(model, x))
+        predictor.fit(state_dicts, accuracies, settings=Fit(epochs=50))
+        predictor.predict(other_state_dicts)
+
+    Targets are ``[networks]`` or ``[networks, outputs]``, integer classes ``[networks]`` for cross_entropy.
+
+    Args:
+        space: a Chain (MLPs, CNNs), a TransformerSpec, or an inferred Symmetry (taken as a chain if it is one).
+        kind: for chains as in :class:`InvariantNFN` (default ``monomial``, or ``hnp`` without scales); ``general``
+            takes the general layers for a symmetry.
+        module: instead of space and kind, any module from features ``{name: [batch, 1, *shape]}`` to
+            ``[batch, outputs]``. With a TransformerSpec as space it reads ``TransformerFeatures``.
+        outputs: numbers per network, or classes.
+        loss: ``bce`` (a sigmoid is put behind the outputs: accuracies), ``mse``, ``cross_entropy``, or a function
+            ``(outputs, targets) -> scalar``.
+        standardise: divide every parameter tensor by its root mean square over the training networks (and where
+            nothing but permutations is asked for subtract its mean first). One number per tensor commutes with every
+            symmetry; the per-entry statistics of the NP experiments would not.
+        seed: of the initial weights.
+        options: for the module (``channels``, ``head_width`` and so on).
+
+    Attributes:
+        module: the fitted module.
+        history: measures by epoch of the last fit.
+
+    Raises:
+        SymmetryError: the kind does not suit the space.
+        ValueError: nothing to build from, or too much.
+    """
+
+    def __init__(
+        self,
+        space: Space | None = None,
+        *,
+        kind: str | None = None,
+        module: nn.Module | None = None,
+        outputs: int = 1,
+        loss: LossName | LossFunction = "bce",
+        standardise: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.outputs, self.loss, self.standardise = outputs, Loss.of(loss), standardise
+        self.moments: dict[str, tuple[float, float]] = {}
+        super().__init__(space, kind, module, seed, options)
+
+    def _make(self) -> nn.Module:
+        assert self.space is not None
+        return make_predictor(self.space, self.outputs, self.kind, self.options)
+
+    def _about(self) -> dict[str, Any]:
+        made = {"outputs": self.outputs, "loss": self.loss.name, "standardise": self.standardise}
+        return made | {"moments": self.moments}
+
+    def _targets(self, targets: Tensor) -> Tensor:
+        return self.loss.check(targets, self.outputs)
+
+    def _keep(self) -> tuple[str, bool]:
+        return self.loss.keep, self.loss.higher
+
+    def _fit_moments(self, table: Weights) -> None:
+        if not self.standardise:
+            return
+        shift = isinstance(self.space, Chain) and self.space.scale is None
+        for name, x in table.items():
+            mean = float(x.double().mean()) if shift else 0.0
+            rms = float((x.double() - mean).square().mean().sqrt())
+            self.moments[name] = (mean, rms if rms > 0 else 1.0)
+
+    @property
+    def _stage(self) -> nn.Module | None:
+        """A pool without parameters that comes first: its result is computed once."""
+        m = self.module
+        if isinstance(m, InvariantNFN) and not len(m.layers) and not list(m.pool.parameters()):
+            return m.pool
+        return None
+
+    def _prepare(self, x: Features) -> Data:
+        if self.moments:
+            x = {n: (t - self.moments[n][0]) / self.moments[n][1] for n, t in x.items()}
+        if isinstance(self.space, TransformerSpec):
+            return self.space.pack(x)
+        if isinstance(self.space, Symmetry) and not self.own:
+            frame = frame_of(self.space, {n: t[:, 0] for n, t in x.items()})
+            return {n: t / frame[n].unsqueeze(1) for n, t in x.items()}
+        return x if self._stage is None else self._stage(x)
+
+    def _forward(self, data: Data) -> Tensor:
+        if self._stage is None:
+            return self.module(data)  # type: ignore[no-any-return]
+        assert isinstance(self.module, InvariantNFN)
+        return self.module.head(data)  # type: ignore[no-any-return]
+
+    def _loss(self, data: Data, targets: Tensor) -> Tensor:
+        return self.loss.function(self._forward(data), targets)
+
+    def _measures(self, data: Data, targets: Tensor) -> dict[str, float]:
+        return self.loss.measures(self._chunks(self._forward, data, len(targets)), targets)
+
+    def outputs_of(self, states: States) -> Tensor:
+        """What the module returns, ``[networks, outputs]``, on the CPU: logits for bce and cross_entropy."""
+        table = self._table(states)
+        self.module.eval()
+        count = len(next(iter(table.values())))
+        return self._chunks(self._forward, self._prepared(table), count).cpu()  # type: ignore[no-any-return]
+
+    def predict(self, states: States) -> Tensor:
+        """``[networks]`` (or ``[networks, outputs]``): numbers (in [0, 1] for bce), or classes."""
+        return self.loss.predict(self.outputs_of(states))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, module: nn.Module | None = None, loss: LossFunction | None = None
+    ) -> "WeightSpacePredictor":
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            module: of the same kind, where it was fitted with a module of your own.
+            loss: where it was fitted with a loss of your own.
+
+        Raises:
+            CheckpointError: damaged, of another class, or a module or loss is missing.
+        """
+        about, tensors, arguments = cls._read(path, module)
+        if (about["loss"] == "custom") != (loss is not None):
+            raise CheckpointError(path, f"its loss is {about['loss']!r}: pass loss= for a custom one, and only then.")
+        found = cls(
+            **arguments,
+            outputs=about["outputs"],
+            standardise=about["standardise"],
+            loss=loss if loss is not None else about["loss"],
+        )
+        found.module.load_state_dict(tensors)
+        found.moments = {n: (a, b) for n, (a, b) in about["moments"].items()}
+        found.module.eval()
+        return found
+
+
+class WeightSpaceEditor(_Fitted):
+    """Changes the weights of networks of one architecture, as a loss on the edited weights asks.
+
+    ::
+
+        render = network_outputs(siren, coordinates)
+        editor = WeightSpaceEditor(chain, loss=lambda w, images: (render(w) - images).square().mean(), kind="hnp")
+        editor.fit(state_dicts, images)
+        edited = editor.edit(other_state_dicts)
+
+    Targets are ``[networks, ...]`` and passed to the loss row by row; the weights with the least loss are kept.
+
+    Args:
+        space: as for :class:`WeightSpacePredictor`.
+        loss: ``(weights {name: [batch, *shape]}, targets [batch, ...]) -> scalar``, a mean over the batch.
+        kind: for chains as in :class:`EquivariantNFN` (default ``exact``, or ``hnp`` without scales); ``general``.
+        module: instead of space and kind, any module from features with one channel to features with one channel.
+        seed: of the initial weights.
+        options: for the module.
+
+    Attributes:
+        module: the fitted module.
+        history: measures by epoch of the last fit.
+    """
+
+    chunk = 64  # rendering needs more room than weights
+
+    def __init__(
+        self,
+        space: Space | None = None,
+        *,
+        loss: Callable[[Weights, Tensor], Tensor],
+        kind: str | None = None,
+        module: nn.Module | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.loss = loss
+        super().__init__(space, kind, module, seed, options)
+
+    def _make(self) -> nn.Module:
+        assert self.space is not None
+        return make_editor(self.space, self.kind, self.options)
+
+    def _about(self) -> dict[str, Any]:
+        return {}
+
+    def _targets(self, targets: Tensor) -> Tensor:
+        return Loss.of(lambda a, b: a).check(targets, 1)
+
+    def _edited(self, x: Features) -> Weights:
+        return {n: y.squeeze(1) for n, y in self.module(x).items()}
+
+    def _loss(self, data: Data, targets: Tensor) -> Tensor:
+        return self.loss(self._edited(data), targets)
+
+    @torch.no_grad()
+    def _measures(self, data: Data, targets: Tensor) -> dict[str, float]:
+        total = 0.0
+        for i in range(0, len(targets), self.chunk):
+            rows = slice(i, i + self.chunk)
+            part = targets[rows]
+            total += float(self._loss({n: x[rows] for n, x in data.items()}, part)) * len(part)
+        return {"loss": total / len(targets)}
+
+    def edit_stacked(self, states: States) -> Weights:
+        """Edited weights as ``{name: [networks, *shape]}`` on the CPU."""
+        table = self._table(states)
+        self.module.eval()
+        count = len(next(iter(table.values())))
+        edited = self._chunks(lambda part: self._edited(self._features(part)), table, count)
+        return {n: x.cpu() for n, x in edited.items()}
+
+    def edit(self, states: States) -> list[Weights]:
+        """Edited state_dicts, one per network."""
+        return unstack({n: x.unsqueeze(1) for n, x in self.edit_stacked(states).items()})
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, loss: Callable[[Weights, Tensor], Tensor], module: nn.Module | None = None
+    ) -> "WeightSpaceEditor":
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            loss: as it was fitted with.
+            module: of the same kind, where it was fitted with a module of your own.
+
+        Raises:
+            CheckpointError: damaged, of another class, or the module is missing.
+        """
+        _, tensors, arguments = cls._read(path, module)
+        found = cls(**arguments, loss=loss)
+        found.module.load_state_dict(tensors)
+        found.module.eval()
+        return found
+
+
+def split(
+    table: Weights, targets: Tensor, fraction: float, seed: int
+) -> tuple[tuple[Weights, Tensor], tuple[Weights, Tensor]]:
+    """Training networks and, a random fraction, validation networks.
+
+    Raises:
+        ValueError: a fraction that leaves no network on one side.
+    """
+    count = len(targets)
+    held = round(fraction * count)
+    if not 0 < held < count:
+        raise ValueError(
+            f"validation={fraction} of {count} networks leaves none on one side; pass (states, targets), or None"
+        )
+    order = torch.randperm(count, generator=Generator().manual_seed(seed)).to(targets.device)
+    one, two = (({n: x[i] for n, x in table.items()}, targets[i]) for i in (order[held:], order[:held]))
+    return one, two
