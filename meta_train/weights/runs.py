@@ -1,0 +1,302 @@
+"""A grid of (method, dataset, seed) jobs -> measures -> a table and a picture.
+
+Every finished job is one line of ``runs.jsonl``. A job that is there is never done again, so an interrupted grid goes
+on where it stopped, and a larger one pays only for what is new.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from learned_opt.rules.checkpoint import write_atomically
+
+Measures = dict[str, float]
+Published = Mapping[tuple[str, str], float | str]  # (method, dataset) -> the paper's number
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The options that all experiments have.
+
+    Attributes:
+        out: folder of runs.jsonl, table.md, table.json and the picture; the same command goes on where it stopped.
+        seeds: runs of every method on every dataset.
+        methods: what to compare, by name; all if not given.
+        datasets: on what, by name; all if not given.
+        workers: processes, each with one thread.
+        device: cpu or cuda.
+    """
+
+    out: Path
+    seeds: int = 3
+    methods: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    workers: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def choose(self, methods: Sequence[str], datasets: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The chosen methods and datasets, of those there are, in the order of these.
+
+        Raises:
+            UnknownName: one that is not there.
+        """
+        return _chosen("method", self.methods, methods), _chosen("dataset", self.datasets, datasets)
+
+
+class UnknownName(ValueError):
+    """A name that stands for nothing; the message lists the valid ones."""
+
+
+def _chosen(what: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
+    names = [part for name in asked for part in name.split(",") if part]
+    wrong = [n for n in names if n not in known]
+    if wrong:
+        raise UnknownName(f"unknown {what} {', '.join(wrong)}; there are {', '.join(known)}")
+    return [n for n in known if n in names or not names]
+
+
+# ------------------------------------------------------------------------------------------ jobs
+@dataclass(frozen=True)
+class Job:
+    """One run. ``settings`` is plain data that the result depends on besides the names (epochs, zoo, ...)."""
+
+    method: str
+    dataset: str
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What tells jobs apart."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished job: its measures, and the processor time in seconds."""
+
+    job: Job
+    measures: Measures
+    seconds: float
+
+
+def read_runs(path: Path) -> dict[str, Run]:
+    """The finished jobs of a ``runs.jsonl``, by key; a line that a crash cut off is passed over."""
+    runs: dict[str, Run] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        measures = {n: math.nan if x is None else x for n, x in record["measures"].items()}
+        run = Run(Job(**record["job"]), measures, record["seconds"])
+        runs[run.job.key] = run
+    return runs
+
+
+def append_run(path: Path, run: Run) -> None:
+    """Add one line, after the end of a line that a crash cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measures = {n: x if math.isfinite(x) else None for n, x in run.measures.items()}
+    record = {"job": asdict(run.job), "measures": measures, "seconds": round(run.seconds, 2)}
+    with open(path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+
+def run_grid(
+    jobs: Sequence[Job],
+    work: Callable[[Job], Measures],
+    path: Path,
+    *,
+    workers: int = 1,
+    say: Callable[[str], None] = print,
+) -> list[Run]:
+    """Do all jobs that are not in ``path`` yet.
+
+    Args:
+        jobs: what there is to do, in order.
+        work: does one; with several workers a function of a module, or ``functools.partial`` of one.
+        path: the ``runs.jsonl``.
+        workers: processes with one thread each; 1 works in this process.
+        say: hears of every finished job.
+
+    Returns:
+        The runs of ``jobs``, in order.
+    """
+    done = read_runs(path)
+    missing = list({job.key: job for job in jobs if job.key not in done}.values())
+    say(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them done before")
+    for i, run in enumerate(_finish(missing, work, workers), 1):
+        append_run(path, run)
+        done[run.job.key] = run
+        told = "  ".join(f"{n} {x:.4g}" for n, x in run.measures.items())
+        job = run.job
+        say(f"{i}/{len(missing)}  {job.method}  {job.dataset}  seed {job.seed}  {told}  ({run.seconds:.1f} s)")
+    return [done[job.key] for job in jobs]
+
+
+def _finish(jobs: Sequence[Job], work: Callable[[Job], Measures], workers: int) -> Iterable[Run]:
+    if workers <= 1 or len(jobs) < 2:
+        for job in jobs:
+            yield _do(work, job)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        futures = [pool.submit(_do, work, job) for job in jobs]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _do(work: Callable[[Job], Measures], job: Job) -> Run:
+    began = time.process_time()
+    measures = work(job)
+    return Run(job, measures, time.process_time() - began)
+
+
+# ------------------------------------------------------------------------------------------ table and picture
+@dataclass(frozen=True)
+class Cell:
+    """Mean and standard error over seeds of one measure; ``error`` is None for a single run."""
+
+    mean: float
+    error: float | None
+    seeds: int
+    seconds: float
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], measure: str) -> "Cell":
+        """Of the runs of one method on one dataset."""
+        values = [run.measures[measure] for run in runs]
+        n, mean = len(values), sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+        return cls(mean, spread, n, sum(run.seconds for run in runs) / n)
+
+    def text(self, digits: int) -> str:
+        """``mean +- standard error``."""
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+def cells(runs: Iterable[Run], measure: str) -> dict[tuple[str, str], Cell]:
+    """(method, dataset) -> its cell."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.job.method, run.job.dataset), []).append(run)
+    return {key: Cell.of(group, measure) for key, group in groups.items()}
+
+
+def _order(found: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Methods and datasets in the order of their first appearance."""
+    keys = list(found)
+    return list(dict.fromkeys(m for m, _ in keys)), list(dict.fromkeys(d for _, d in keys))
+
+
+def markdown(found: Mapping[tuple[str, str], Cell], published: Published, *, digits: int = 3) -> str:
+    """One row per method, one column per dataset; published numbers in brackets."""
+    methods, datasets = _order(found)
+    lines = ["| | " + " | ".join(datasets) + " |", "|---" * (len(datasets) + 1) + "|"]
+    for m in methods:
+        row = []
+        for d in datasets:
+            told = found[m, d].text(digits) if (m, d) in found else "-"
+            row.append(told + (f" ({published[m, d]})" if (m, d) in published else ""))
+        lines.append(f"| {m} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def write_results(
+    out: Path,
+    runs: Sequence[Run],
+    measure: str,
+    *,
+    title: str,
+    note: str = "",
+    published: Published | None = None,
+    digits: int = 3,
+    about: Mapping[str, Any] | None = None,
+    name: str = "table",
+) -> str:
+    """Write ``table.md`` and ``table.json`` into ``out``; returns the Markdown.
+
+    Args:
+        out: the folder.
+        runs: finished runs.
+        measure: which of their measures.
+        title: heading of the table.
+        note: a paragraph under it (what the numbers are, and where the published ones come from).
+        published: numbers to put beside.
+        digits: after the point.
+        about: plain data for the JSON (settings, commit).
+        name: of the files.
+    """
+    published = published or {}
+    found = cells(runs, measure)
+    text = f"# {title}\n\n" + (f"{note}\n\n" if note else "") + markdown(found, published, digits=digits) + "\n"
+    rows = [
+        {"method": m, "dataset": d, "measure": measure, **asdict(cell), "published": published.get((m, d))}
+        for (m, d), cell in found.items()
+    ]
+    write_atomically(out / f"{name}.md", text.encode())
+    write_atomically(out / f"{name}.json", json.dumps({"about": dict(about or {}), "cells": rows}, indent=1).encode())
+    return text
+
+
+def draw(
+    path: Path,
+    found: Mapping[tuple[str, str], Cell],
+    published: Published | None = None,
+    *,
+    label: str,
+    lines: bool = False,
+    title: str = "",
+) -> None:
+    """Write a picture: a group of bars per dataset, or (``lines``) a line per method over the datasets in order.
+
+    Error bars are standard errors; published numbers are hollow marks in the method's colour.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    published = published or {}
+    methods, datasets = _order(found)
+    figure, axes = pyplot.subplots(figsize=(max(5.0, 1.3 * len(datasets) + 1.5), 3.6), layout="constrained")
+    width = 0.8 / len(methods)
+    for k, m in enumerate(methods):
+        shift = 0.0 if lines else (k - (len(methods) - 1) / 2) * width
+        at = [(i + shift, found[m, d]) for i, d in enumerate(datasets) if (m, d) in found]
+        x, y, error = [a for a, _ in at], [c.mean for _, c in at], [c.error or 0.0 for _, c in at]
+        if lines:
+            axes.errorbar(x, y, error, marker="o", capsize=2, label=m, color=f"C{k}")
+        else:
+            axes.bar(x, y, width, yerr=error, capsize=2, label=m, color=f"C{k}")
+        theirs = [(i + shift, published[m, d]) for i, d in enumerate(datasets) if (m, d) in published]
+        marks = [(a, float(v)) for a, v in theirs if not isinstance(v, str)]
+        if marks:
+            axes.plot(*zip(*marks, strict=True), "o", markerfacecolor="none", color=f"C{k}", markeredgecolor="k")
+    axes.set_xticks(range(len(datasets)), datasets)
+    axes.set_ylabel(label)
+    axes.set_title(title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, path)
