@@ -267,6 +267,22 @@ def test_transformers_trained_together_and_alone_are_the_same():
         torch.testing.assert_close(w, alone.weights[name], rtol=1e-2, atol=1e-3)
 
 
+def test_checkpoints_of_one_transformer_stay_together_when_split():
+    zoo = Zoo({"w": torch.zeros(30, 1)}, torch.zeros(30), {"run": [f"r{i % 10}" for i in range(30)]})
+    parts = transformer.split_by_run(zoo)
+    runs = {name: {zoo.columns["run"][i] for i in index.tolist()} for name, index in parts.splits.items()}
+    assert [len(runs[name]) for name in ("train", "val", "test")] == [7, 1, 2]
+    assert sum(map(len, runs.values())) == 10 and sum(map(len, parts.splits.values())) == 30
+
+
+def test_transformers_see_images_of_the_size_of_the_recipe(monkeypatch):
+    monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
+    examples = transformer.load_examples(transformer.Settings(size=8, examples=5), None)
+    assert examples.x.shape == (5, 4, 16)
+    with pytest.raises(ZooError, match="patches"):
+        transformer.Settings(size=18)
+
+
 def test_sines_fit_their_images():
     _, x, y = images(None)
     settings = inr.Settings(steps=100)

@@ -63,11 +63,11 @@ class Texts(Examples):
 def ag_news(folder: Path | str | None, train: int, length: int, width: int = 32, window: int = 4) -> Texts:
     """AG News (4 classes): lower-case words of title and description, the first `length` of each text.
 
-    The folder has only the 7,600 test rows: the first 6,800 of the file are for training (the first `train` of them
-    are used), the last 800 are held out. The zoo of the paper embeds words by word2vec reduced to 32 dimensions,
-    which is not free of downloads: here word vectors are a truncated SVD of the positive pointwise mutual information
-    of words at most `window` apart (Levy & Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization"),
-    counted on the 6,800 training rows alone, scaled to mean square 1. Words seen fewer than 3 times have no vector.
+    The folder has only the 7,600 test rows: the first `train` of the file (at most 6,800) are to train on, all others
+    to test on. The zoo of the paper embeds words by word2vec reduced to 32 dimensions, which is not free of downloads:
+    here word vectors are a truncated SVD of the positive pointwise mutual information of words at most `window` apart
+    (Levy & Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization"), counted on the training rows
+    alone, scaled to mean square 1. Words seen fewer than 3 times have no vector.
 
     Raises:
         FileNotFoundError: no data folder, or no ag_news/test.csv in it.
@@ -80,9 +80,9 @@ def ag_news(folder: Path | str | None, train: int, length: int, width: int = 32,
         rows = list(csv.reader(file))
     if not rows or any(len(row) != 3 for row in rows):
         raise ValueError(f"{path} has a row without class, title and description. Fetch it again.")
-    held = len(rows) * 6800 // 7600
+    train = min(train, len(rows) * 6800 // 7600)
     words = [re.findall(r"[a-z0-9']+", f"{title} {text}".lower()) for _, title, text in rows]
-    counts = Counter(w for text in words[:held] for w in text)
+    counts = Counter(w for text in words[:train] for w in text)
     known = sorted((w for w, n in counts.items() if n >= 3), key=lambda w: (-counts[w], w))
     index = {w: i for i, w in enumerate(known, start=1)}
     tokens = [[index[w] for w in text if w in index][:length] for text in words]
@@ -90,9 +90,10 @@ def ag_news(folder: Path | str | None, train: int, length: int, width: int = 32,
     for row, text in zip(x, tokens, strict=True):
         row[: len(text)] = torch.tensor(text, dtype=torch.int64)
     y = torch.tensor([int(row[0]) - 1 for row in rows])
-    embedding = word_vectors([[index[w] for w in t if w in index] for t in words[:held]], len(index) + 1, width, window)
-    train = min(train, held)
-    return Texts("ag_news", x[:train], y[:train], x[held:], y[held:], 4, embedding)
+    embedding = word_vectors(
+        [[index[w] for w in t if w in index] for t in words[:train]], len(index) + 1, width, window
+    )
+    return Texts("ag_news", x[:train], y[:train], x[train:], y[train:], 4, embedding)
 
 
 def word_vectors(texts: list[list[int]], vocabulary: int, width: int, window: int) -> Tensor:

@@ -8,8 +8,9 @@ hidden width 64, ReLU, no biases in attention, no residual connections, layer no
 
 import csv
 import math
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -53,11 +54,16 @@ class Settings:
 
     task: Literal["mnist", "ag_news"] = "mnist"  # mnist: scikit-learn's digits where the data folder has no MNIST
     examples: int = 5000  # to train on
-    length: int = 32  # words of a text
-    steps: int = 400
-    checkpoints: tuple[int, ...] = (100, 400)  # the column "ckpt_epoch"
-    batch: int = 64
+    size: int = 16  # side of an image: fewer tokens, so more steps for the same time; the published zoo has 28
+    length: int = 16  # words of a text
+    steps: int = 2000
+    checkpoints: tuple[int, ...] = (60, 250, 800, 2000)  # the column "ckpt_epoch"; accuracies from chance up
+    batch: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < PATCH or self.size % PATCH:
+            raise ZooError(f"images of side {self.size} do not divide into patches of {PATCH}. Use a multiple of it.")
 
 
 # ------------------------------------------------------------------------------------- one network
@@ -168,6 +174,13 @@ def patches_of(x: Tensor) -> Tensor:
     return functional.unfold(x, PATCH, stride=PATCH).mT
 
 
+def resized(x: Tensor, size: int) -> Tensor:
+    """Images [n, 1, h, w] -> [n, 1, size, size], bilinear, smoothed where they shrink."""
+    if x.shape[-2:] == (size, size):
+        return x
+    return functional.interpolate(x, (size, size), mode="bilinear", antialias=True)
+
+
 # ---------------------------------------------------------------------------------------- training
 def sample_config(seed: int, network: int, task: str) -> dict[str, Any]:
     """Hyper-parameters of one network, uniform on the published grid."""
@@ -198,7 +211,8 @@ def load_examples(settings: Settings, data: Path | None) -> Examples:
     if settings.task == "ag_news":
         return ag_news(data, settings.examples, settings.length, WIDTH)
     found = image_examples(data, settings.examples)
-    return Examples(found.name, patches_of(found.x), found.y, patches_of(found.test_x), found.test_y, found.classes)
+    x, test_x = (patches_of(resized(x, settings.size)) for x in (found.x, found.test_x))
+    return Examples(found.name, x, found.y, test_x, found.test_y, found.classes)
 
 
 def train_many(settings: Settings, examples: Examples, networks: Sequence[int], group: int = 8) -> Zoo:
@@ -271,16 +285,16 @@ def evaluate(weights: Weights, examples: Examples, batch: int = 100, most: int =
 
 
 def make(settings: Settings, out: Path, count: int, data: Path | None = None, chunk: int = 24) -> Zoo:
-    """Generate a zoo of `count` networks into `out`: chunks, and zoo.safetensors of the last checkpoints, split."""
+    """Generate a zoo of `count` networks into `out`: chunks, and zoo.safetensors of all checkpoints, split by run."""
     examples = load_examples(settings, data)
     about = {"kind": "transformer", **asdict(settings), "examples": len(examples.x), "dataset": examples.name}
     zoo = generate(out, count, chunk, about, lambda rows: train_many(settings, examples, rows))
     if isinstance(examples, Texts):
         with write_atomically(out / "embedding.pt") as file:
             torch.save({"weight": examples.embedding}, file)
-    final = published_protocol(zoo, epoch=str(max(settings.checkpoints)))
-    final.save(out / "zoo.safetensors")
-    return final
+    zoo = split_by_run(zoo)
+    zoo.save(out / "zoo.safetensors")
+    return zoo
 
 
 # ---------------------------------------------------------------------------------- published files
@@ -290,6 +304,16 @@ def published_protocol(zoo: Zoo, epoch: str = "75", cut_off: float = 0.0, seed: 
     if not epochs.any():
         raise ZooError(f"no checkpoint of epoch {epoch}; there are {sorted(set(map(str, zoo.columns['ckpt_epoch'])))}.")
     return zoo.select(epochs & (zoo.targets >= cut_off)).split(0.7, 0.15, seed)
+
+
+def split_by_run(zoo: Zoo, train: float = 0.7, val: float = 0.15, seed: int = 0) -> Zoo:
+    """The same networks, split at random such that all checkpoints of one run (column "run") are in one part."""
+    runs = sorted(set(zoo.columns["run"]))
+    random.Random(seed).shuffle(runs)
+    a, b = int(train * len(runs)), int(train * len(runs)) + int(val * len(runs))
+    parts = {"train": set(runs[:a]), "val": set(runs[a:b]), "test": set(runs[b:])}
+    rows = {name: [i for i, run in enumerate(zoo.columns["run"]) if run in part] for name, part in parts.items()}
+    return replace(zoo, splits={name: torch.tensor(index, dtype=torch.int64) for name, index in rows.items()})
 
 
 def save_published(zoo: Zoo, folder: Path) -> None:
