@@ -141,7 +141,7 @@ def throughput(recipe: str, /) -> None:
         recipe: name of a recipe, or path of a .py file that defines recipe().
     """
     found = recipe_named(recipe)
-    from meta_train.train import throughput
+    from meta_train.throughput import throughput
 
     result = throughput(found)
     if result is not None:

@@ -13,12 +13,17 @@ MAGIC = b"learned-opt meta-training 1\n"
 KEPT = 2
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an outer step is."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write ``state`` (nested dicts and lists of tensors and plain data)."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    path = folder / f"step-{step:08d}.ckpt"
+    path = path_of(folder, step)
     write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload)
     for old in list_all(folder)[:-KEPT]:
         old.unlink(missing_ok=True)

@@ -12,23 +12,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-import meta_train.train as module
 from learned_opt.rules import RULES
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
+from meta_train.outer import Run, chosen, estimate, families_of_workers, horizon_at, lr_at, outer_step
+from meta_train.processes import Processes
+from meta_train.progress import Interruption
 from meta_train.recipes import RECIPES, Recipe
-from meta_train.train import (
-    Run,
-    chosen,
-    estimate,
-    families_of_workers,
-    horizon_at,
-    lr_at,
-    outer_step,
-    throughput,
-    train,
-)
+from meta_train.throughput import throughput
+from meta_train.train import train
 from tests.test_unroll import LearnedSGD, Regression
 
 
@@ -158,6 +151,41 @@ run(RECIPE, Path(sys.argv[1]))
 """
 
 
+TOGETHER = """
+import sys
+from pathlib import Path
+from tests.test_train import PAIR, run
+run(PAIR, Path(sys.argv[1]))
+"""
+PAIR = replace(RECIPE, families={"wide": 1.0, "easy": 1.0}, workers=4, tasks_per_step=3)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    (tmp_path / "script.py").write_text(TOGETHER)
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path / "two")],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    run(PAIR, tmp_path / "one")
+    assert same_run(tmp_path / "one", tmp_path / "two")
+    assert load_theta(tmp_path / "two" / "theta.safetensors")[2]["processes"] == 2
+    run(replace(PAIR, outer_steps=8), tmp_path / "two")  # and one goes on where two stopped
+    assert log_of(tmp_path / "two")[-1]["step"] == 8
+
+
+def test_work_is_dealt_once_and_evenly():
+    cost = {0: 5.0, 1: 1.0, 2: 1.0, 3: 2.0, 4: 1.0}
+    dealt = [Processes(rank, 2).deal(range(5), cost) for rank in (0, 1)]
+    assert sorted(dealt[0] + dealt[1]) == list(range(5)) and dealt[0] == [0]
+
+
 def killed(out, number, where):
     """Run until a signal arrives in outer step 3."""
     root = Path(__file__).parent.parent
@@ -195,7 +223,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
-    interruption = module._Interruption()
+    interruption = Interruption()
     interruption._handle(signal.SIGINT, None)  # not inside work that may end: only noted
     assert interruption.signal == signal.SIGINT
     ended = []

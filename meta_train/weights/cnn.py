@@ -1,0 +1,134 @@
+"""Predicting the test accuracy of small CNNs from their weights, also after hidden units were rescaled or flipped.
+
+The generalisation experiments of Zhou et al. 2023 (NP, HNP), Tran et al. 2024 (Monomial-NFN) and Vo et al. 2024
+(MAGEP-NFN) on a Small CNN Zoo of our own. An augmented dataset holds every network and one copy of it, moved by a random
+element of its symmetry group, in every split: the function is the same, the weights are not.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from learned_opt import Symmetry, infer_symmetry
+from learned_opt.nfn import Chain, Fit, WeightSpacePredictor
+from meta_train.weights.runs import Grid, Job, Measures, Published, cells, draw, run_grid, write_results
+from tasks.zoo import augment
+from tasks.zoo import cnn as zoos
+from tasks.zoo.zoo import Zoo
+
+Flat = tyro.conf.arg(name="")  # the fields are options themselves
+SCALES = (1, 10, 100, 1000, 10000)
+# name -> activation, highest scale of the copies (None: no copies; for tanh a copy has random signs)
+DATASETS: dict[str, tuple[str, float | None]] = {
+    "relu": ("relu", None),
+    **{f"relu-{high}": ("relu", float(high)) for high in SCALES},
+    "tanh": ("tanh", None),
+    "tanh-signs": ("tanh", 1.0),
+}
+TITLES = {f"relu-{high}": f"ReLU, U[1, {high}]" for high in SCALES} | {
+    "relu": "ReLU",
+    "tanh": "tanh",
+    "tanh-signs": "tanh, signs",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A predictor: the layers, their size, and the learning rate (chosen on validation)."""
+
+    kind: str
+    lr: float
+    options: Mapping[str, Any]
+
+
+METHODS = {
+    "StatNN": Method("stat", 1e-3, {"head_width": 256}),
+    "NP": Method("np", 1e-3, {"channels": (8, 8, 5), "head_width": 200}),
+    "HNP": Method("hnp", 1e-3, {"channels": (8, 8, 5), "head_width": 200}),
+    "Monomial": Method("monomial", 1e-3, {"channels": (8, 8, 5), "head_width": 200}),
+    "MAGEP": Method("magep", 1e-3, {"channels": (16, 16), "head_width": 200}),
+    "graph": Method("graph", 1e-3, {}),
+    "MLP": Method("mlp", 1e-3, {"head_width": 200}),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on besides method, dataset and seed.
+
+    Attributes:
+        passes: networks that are seen in training, counted with repetition.
+        batch: of training.
+        checkpoints: all three of a network, or the last alone (as published); a network is in one split only.
+        count: networks of a zoo that has to be generated.
+    """
+
+    passes: int = 16_000
+    batch: int = 64
+    checkpoints: str = "all"
+    count: int = 1000
+
+
+# ------------------------------------------------------------------------------------------ data
+def whole_zoo(folder: Path, activation: str, count: int, data: Path | None = None) -> Zoo:
+    """All checkpoints of a zoo of CNNs, generated where it is not there yet."""
+    if not (folder / "zoo.safetensors").is_file():
+        settings = zoos.Settings(activation=activation, precision="bfloat16")  # type: ignore[arg-type]
+        zoos.make(settings, folder, count, data)
+    return Zoo.join([Zoo.load(path) for path in sorted((folder / "chunks").glob("*.safetensors"))])
+
+
+def by_network(zoo: Zoo, checkpoints: str) -> Zoo:
+    """The zoo split 40 / 10 / 50 % by networks; all checkpoints of a network are in one split."""
+    if checkpoints == "last":
+        steps = torch.tensor(zoo.columns["step"])
+        zoo = zoo.select(steps == steps.max())
+    networks = {name: i for i, name in enumerate(dict.fromkeys(zoo.columns["modeldir"]))}
+    numbers = torch.tensor([networks[name] for name in zoo.columns["modeldir"]])
+    order = torch.randperm(len(networks), generator=torch.Generator().manual_seed(0))
+    a, b = int(0.4 * len(networks)), int(0.5 * len(networks))
+    parts = {"train": order[:a], "val": order[a:b], "test": order[b:]}
+    return replace(zoo, splits={n: torch.isin(numbers, own).nonzero().flatten() for n, own in parts.items()})
+
+
+def symmetry_of(activation: str) -> Symmetry:
+    """The symmetry of one network of the zoo, as inferred."""
+    return infer_symmetry(zoos.build(activation), torch.zeros(2, 1, 28, 28))
+
+
+@lru_cache(maxsize=2)
+def dataset_of(folder: Path, name: str, checkpoints: str, count: int) -> tuple[Chain, Zoo]:
+    """The chain, and the zoo with its splits, augmented as the dataset's name says."""
+    activation, high = DATASETS[name]
+    symmetry = symmetry_of(activation)
+    zoo = by_network(whole_zoo(folder, activation, count), checkpoints)
+    if high is not None:
+        zoo = augment.augment(zoo, symmetry, high=high)
+    return Chain.from_symmetry(symmetry), zoo
+
+
+# ------------------------------------------------------------------------------------------ runs
+def run_job(job: Job, folders: Mapping[str, Path], device: str = "cpu") -> Measures:
+    """Fit one method on one dataset and measure it: Kendall's tau on the test networks, and on validation."""
+    method, settings = METHODS[job.method], job.settings
+    activation = DATASETS[job.dataset][0]
+    chain, zoo = dataset_of(folders[activation], job.dataset, settings["checkpoints"], settings["count"])
+    train, val, test = (_part(zoo, split) for split in ("train", "val", "test"))
+    epochs = max(1, round(settings["passes"] / len(train[1])))
+    predictor = WeightSpacePredictor(chain, kind=method.kind, seed=job.seed, **method.options)
+    fit = Fit(epochs=epochs, batch=settings["batch"], lr=method.lr, seed=job.seed)
+    predictor.fit(*train, validation=val, settings=fit, device=device, progress=False)
+    found = predictor.score(*test)
+    return {"tau": found["tau"], "val_tau": predictor.score(*val)["tau"], "r2": found["r2"], "epochs": float(epochs)}
+
+
+def _part(zoo: Zoo, split: str) -> tuple[dict[str, Tensor], Tensor]:
+    rows = zoo.splits[split]
+    return {n: x[rows] for n, x in zoo.weights.items()}, zoo.targets[rows]
