@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that ``--help`` is quick.
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +17,16 @@ DEMO_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; a missing optional package is one line that says what to install."""
+    """Run a command; what the user can mend is one line that says how."""
     try:
         _main(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, RuntimeError) as error:
+        from learned_opt.rules.checkpoint import CheckpointError
+        from meta_train.recipes import RecipeError
+
+        if not isinstance(error, (RecipeError, CheckpointError)):
+            raise
+        _fail(str(error))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
@@ -143,9 +151,7 @@ def throughput(recipe: str, /) -> None:
     found = recipe_named(recipe)
     from meta_train.throughput import throughput
 
-    result = throughput(found)
-    if result is not None:
-        print(result)
+    print(throughput(found, families=_tables(recipe).get("families")))
 
 
 def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> None:
@@ -178,7 +184,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> N
 def recipe_named(name: str) -> Any:
     """The recipe of that name, or the one that ``recipe()`` in a ``.py`` file returns."""
     if name.endswith(".py"):
-        return _recipe_from(Path(name))
+        return _defined(name)["recipe"]()
     from meta_train.recipes import RECIPES
 
     if name not in RECIPES:
@@ -189,13 +195,30 @@ def recipe_named(name: str) -> Any:
     return RECIPES[name]()
 
 
-def _recipe_from(path: Path) -> Any:
+def _tables(name: str) -> dict[str, Any]:
+    """The task families and validation tasks that a ``.py`` file adds to the library's."""
+    defined = _defined(name) if name.endswith(".py") else {}
+    from tasks.suites import TRAIN, VALID
+
+    tables: dict[str, Any] = {}
+    for variable, ours in {"families": TRAIN, "validation": VALID}.items():
+        mine = defined.get(variable, {})
+        if not (isinstance(mine, dict) and all(callable(v) for v in mine.values())):
+            _fail(f"{variable} in {name} must be a dict of functions by name (see docs/meta_training.md).")
+        if mine:
+            tables[variable] = {**ours, **mine}
+    return tables
+
+
+@lru_cache
+def _defined(name: str) -> dict[str, Any]:
+    path = Path(name)
     if not path.is_file():
         _fail(f"there is no file {path}.")
     defined = runpy.run_path(str(path))
     if "recipe" not in defined:
         _fail(f"{path} defines no recipe(): it must be a function that returns a Recipe.")
-    return defined["recipe"]()
+    return defined
 
 
 def _train_with_fields(found: Any) -> Callable:
@@ -217,7 +240,7 @@ def _train(name: str, recipe: Any, out: Path | None, resume: Literal["auto", "ne
     from meta_train.train import train
 
     out = Path("runs") / Path(name).stem if out is None else out
-    print(f"trained: {train(recipe, out, resume=resume)}")
+    train(recipe, out, resume=resume, **_tables(name))
 
 
 def _evaluate(optimizers: Sequence[str], out: Path, **options: Any) -> None:

@@ -9,6 +9,13 @@ from typing import Any, Literal
 
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
 
+SHIPPED_THETA = "shipped"
+"""As ``start`` of a recipe: the theta in the package."""
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be followed; the message says what to change."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -16,7 +23,7 @@ class Recipe:
 
     Attributes:
         rule: name in ``learned_opt.rules.RULES``; training starts from its freshly drawn theta.
-        start: path of a ``.safetensors`` theta of that rule to start from instead.
+        start: path of a ``.safetensors`` theta of that rule to start from instead, or "shipped" for the package's.
         trained: parts of theta (names of the rule's modules or parameters) that are trained; empty: all.
             Evolution strategies pay for every number that they perturb, so a rule whose hidden maps
             stay random learns more from the same work.
@@ -106,7 +113,7 @@ class Recipe:
         }
         for message, holds in checks.items():
             if not holds:
-                raise ValueError(f"Recipe: {message}. Pass another value.")
+                raise RecipeError(f"Recipe: {message}. Pass another value.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON): tuples as lists, the estimator with its ``kind``."""
@@ -175,6 +182,23 @@ def shipped() -> Recipe:
     )
 
 
+def finetune(*families: str) -> Recipe:
+    """From the shipped theta to one kind of task: few outer steps, small ones.
+
+    Args:
+        families: names of the task families; all equally often.
+    """
+    return replace(
+        shipped(),
+        start=SHIPPED_THETA,
+        families=dict.fromkeys(families or ("mlp",), 1.0),
+        workers=max(4, len(families)),
+        outer_steps=30,
+        lr=0.005,
+        ema=0.8,
+    )
+
+
 def demo() -> Recipe:
     """About a minute: a few outer steps on small MLPs and autoencoders, to see the loop at work."""
     return replace(
@@ -213,4 +237,5 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "pes": pes,
     "es": es,
     "shipped": shipped,
+    "finetune": finetune,
 }

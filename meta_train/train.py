@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 import tasks.suites
-from learned_opt.rules import RULES
+from learned_opt.rules import RULES, SHIPPED
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint
 from meta_train.outer import Estimated, Run, chosen, estimate, mean, outer_step, score, with_mean
 from meta_train.processes import Processes, processes
 from meta_train.progress import Interruption, Reporter
-from meta_train.recipes import Recipe
+from meta_train.recipes import SHIPPED_THETA, Recipe, RecipeError
 from tasks.task import Task, TaskFamily
 
 MAY_CHANGE = ("outer_steps", "minutes", "checkpoint_every", "validate_every", "validation")
@@ -56,7 +56,7 @@ def train(
         The path of ``theta.safetensors``.
 
     Raises:
-        ValueError: the recipe names a rule, family or task that does not exist, or the checkpoint
+        RecipeError: the recipe names a rule, family or task that does not exist, or the checkpoint
             in ``out`` is of another recipe.
         CheckpointError: no checkpoint in ``out`` is whole, or ``recipe.start`` cannot be used.
         FloatingPointError: theta became non-finite.
@@ -70,7 +70,7 @@ def train(
     _known("validation task", recipe.validation, validation)
     rule = fresh_rule(recipe, rules)
     if not dict(rule.named_parameters()):
-        raise ValueError(f"rule {recipe.rule!r} has no theta to train. Choose a learned rule.")
+        raise RecipeError(f"rule {recipe.rule!r} has no theta to train. Choose a learned rule.")
     _known("part of theta", recipe.trained, dict(rule.named_children()) | dict(rule.named_parameters()))
 
     with processes() as group, Reporter(out, recipe.outer_steps, group.rank == 0) as report, Interruption() as told:
@@ -164,7 +164,7 @@ def _joined(group: Processes, mine: _Work) -> _Work:
 def _known(kind: str, names: Any, table: Mapping[str, Any]) -> None:
     unknown = [n for n in names if n not in table]
     if unknown:
-        raise ValueError(f"unknown {kind} {', '.join(unknown)}. Choose from {', '.join(table)}.")
+        raise RecipeError(f"unknown {kind} {', '.join(unknown)}. Choose from {', '.join(table)}.")
 
 
 def fresh_rule(recipe: Recipe, rules: Mapping[str, Callable[[], UpdateRule]]) -> UpdateRule:
@@ -173,7 +173,8 @@ def fresh_rule(recipe: Recipe, rules: Mapping[str, Callable[[], UpdateRule]]) ->
         torch.manual_seed(recipe.seed)
         rule = rules[recipe.rule]()
     if recipe.start is not None:
-        name, theta, _ = load_theta(recipe.start)
+        shipped = recipe.start == SHIPPED_THETA
+        name, theta, _ = load_theta(SHIPPED / f"{recipe.rule}.safetensors" if shipped else recipe.start)
         if name != recipe.rule:
             raise CheckpointError(recipe.start, f"it is of rule {name!r}, not {recipe.rule!r}.")
         try:
@@ -217,7 +218,7 @@ def _found(recipe: Recipe, out: Path, resume: str, report: Reporter) -> tuple[Pa
     old, new = data["recipe"], recipe.to_dict()
     changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
     if changed:
-        raise ValueError(
+        raise RecipeError(
             f"{path} is of a recipe that differs in {', '.join(changed)}. Use another folder, or "
             "resume='never' to delete that run."
         )

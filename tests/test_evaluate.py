@@ -585,7 +585,7 @@ def test_fields_of_a_recipe_are_options_of_train(monkeypatch, tmp_path):
     from meta_train.recipes import RECIPES
 
     seen = []
-    monkeypatch.setattr("meta_train.train.train", lambda recipe, out, resume: seen.append((recipe, out, resume)))
+    monkeypatch.setattr("meta_train.train.train", lambda recipe, out, resume, **_: seen.append((recipe, out, resume)))
     main(["train", "tiny", "--outer-steps", "7", "--resume", "never", "--out", str(tmp_path)])
     recipe, out, resume = seen[0]
     assert (recipe.outer_steps, out, resume) == (7, tmp_path, "never")

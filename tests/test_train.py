@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from learned_opt.rules import RULES
+from learned_opt.rules import RULES, SHIPPED
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint
+from meta_train.__main__ import _defined, main
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
 from meta_train.outer import Run, chosen, estimate, families_of_workers, horizon_at, lr_at, outer_step
 from meta_train.processes import Processes
@@ -138,7 +139,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import meta_train.train as module
-from learned_opt.rules import RULES
+from learned_opt.rules import RULES, SHIPPED
 from tests.test_train import RECIPE, run
 number, function = int(sys.argv[2]), getattr(module, sys.argv[3])
 def deadly(*args):
@@ -373,6 +374,36 @@ def test_start_from_a_theta(tmp_path):
     save_theta(tmp_path / "a.safetensors", "other", theta, {})
     with pytest.raises(CheckpointError, match="of rule 'other'"):
         run(recipe, tmp_path / "c")
+
+
+def test_the_documented_recipe_fine_tunes_the_shipped_theta(tmp_path):
+    document = (Path(__file__).parent.parent / "docs" / "meta_training.md").read_text(encoding="utf-8")
+    mine = tmp_path / "my_recipe.py"
+    mine.write_text(document.split("```python\n")[1].split("```")[0])
+    quick = ["--outer-steps", "1", "--horizon", "3", "4", "--checkpoint-every", "1"]
+    validated = ["--validate-every", "1", "--validation", "sines-48", "--validation-steps", "5"]
+    main(
+        [
+            "train",
+            str(mine),
+            "--out",
+            str(tmp_path / "out"),
+            *quick,
+            *validated,
+            "estimator:es",
+            "--estimator.particles",
+            "4",
+        ]
+    )
+    name, theta, provenance = load_theta(tmp_path / "out" / "theta.safetensors")
+    shipped = load_theta(SHIPPED / f"{name}.safetensors")[1]
+    moved = {n.split(".")[0] for n in theta if not torch.equal(theta[n], shipped[n])}
+    assert moved and moved <= set(provenance["recipe"]["trained"])
+    assert [x["step"] for x in provenance["validation"]] == [0, 1]
+    mine.write_text(mine.read_text() + "\nfamilies = [1]\n")
+    _defined.cache_clear()
+    with pytest.raises(SystemExit, match="families in .* must be a dict"):
+        main(["train", str(mine), "--out", str(tmp_path / "out")])
 
 
 def test_throughput_counts_the_products():
