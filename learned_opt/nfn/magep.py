@@ -58,10 +58,15 @@ class Terms:
         for t in range(end - 1, 1, -1):
             self.right[t - 1] = self.right[t] @ self.weight[t]
         self.right[0] = self.left[end]
+        # Psi [W]^(L,t) for all s and t at once: networks and n_t are columns of one product per channel
+        middle = psi.transpose(0, 1).flatten(1, 2) @ torch.cat([x.mT.flatten(1, 2) for x in self.right.values()], 1).mT
+        sizes = [x.shape[1] * x.shape[3] for x in self.right.values()]
+        parts = zip(self.right, middle.split(sizes, 2), strict=True)
+        self.middle = {t: part.unflatten(2, (first.shape[1], -1)).unflatten(1, (chain.depth, -1)) for t, part in parts}
 
     def _between(self, s: int, t: int) -> tuple[Tensor, Tensor]:
         """``Psi [W]^(L,t)``: ``[d, B, n_0, n_t]`` for [WW] and ``[d, B, 1, n_t]`` for [bW]."""
-        middle = self.psi[s - 1].unsqueeze(1) @ self.right[t]
+        middle = self.middle[t][:, s - 1].transpose(1, 2)
         return middle[..., : self.n_in, :], middle[..., self.n_in :, :]
 
     def pair(self, s: int, t: int) -> tuple[Tensor, Tensor]:
