@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from learned_opt.nfn import zoo_spec
 from tasks.zoo import augment, cnn, inr, training, transformer
 from tasks.zoo.__main__ import main
 from tasks.zoo.sources import Examples, image_examples, images, word_vectors
@@ -359,6 +360,27 @@ def test_augmentation_leaves_the_function(kind):
         )
         for name, w in symmetry.act(one, zoo.state_dict(k)).items():
             torch.testing.assert_close(fast[name][k], w)
+
+
+def test_augmentation_of_transformers_mixes_within_heads():
+    model, x = transformer.Network(4).double(), torch.randn(3, 1, 12, 12, dtype=torch.float64)
+    zoo = Zoo(random_weights(model, 3), torch.arange(3.0))
+    spec = zoo_spec(zoo.state_dict(0))
+    moved = augment.augment(zoo, spec, high=50.0, copies=2)
+    assert len(moved) == 9 and moved.columns["copy"] == [0] * 3 + [1] * 3 + [2] * 3
+    name = "encoder.0.attention.queries.weight"
+    for k in range(3):
+        before = functional_call(model, moved.state_dict(k), (x,))
+        for copy in (k + 3, k + 6):
+            torch.testing.assert_close(functional_call(model, moved.state_dict(copy), (x,)), before)
+            assert (moved.weights[name][copy] - moved.weights[name][k]).abs().max() > 0.1
+        # the control: queries without their keys
+        wrong = moved.state_dict(k) | {name: moved.weights[name][k + 3]}
+        assert (functional_call(model, wrong, (x,)) - before).abs().max() > 1e-4
+    product = [moved.weights[name][k].T @ moved.weights[name.replace("queries", "keys")][k] for k in (0, 3)]
+    torch.testing.assert_close(product[0], product[1])  # summed over heads: what GL does not change
+    with pytest.raises(ValueError, match="1 or more"):
+        augment.augment(zoo, spec, high=0.5)
 
 
 def test_scales_of_augmentation_are_the_published_ones():

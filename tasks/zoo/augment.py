@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -33,6 +33,26 @@ class Group(Protocol):
 
     def validate(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises ValueError where it does not fit."""
+
+
+@runtime_checkable
+class Heads(Protocol):
+    """A weight space with attention heads, whose group is more than permutations and scales: invertible matrices.
+
+    learned_opt.nfn.TransformerSpec is one.
+    """
+
+    def pack(self, features: Mapping[str, Tensor]) -> Any:
+        """{name: [networks, 1, *shape]} -> what `act` moves."""
+
+    def unpack(self, features: Any) -> dict[str, Tensor]:
+        """Inverse of `pack`."""
+
+    def sample(self, generator: Generator, *, condition: float) -> Any:
+        """One random element; its matrices' singular values are in condition ** [-1/2, 1/2]."""
+
+    def act(self, g: Any, features: Any) -> Any:
+        """g . features, alike in every network."""
 
 
 def sample(
@@ -79,10 +99,29 @@ def act(symmetry: Group, elements: Any, weights: Mapping[str, Tensor]) -> dict[s
     return torch.func.vmap(one)(dict(elements.perms), dict(elements.scales), dict(weights))
 
 
-def augment(zoo: Zoo, symmetry: Group, *, high: float = 1.0, copies: int = 1, seed: int = 0) -> Zoo:
+def move(
+    space: Group | Heads, weights: Mapping[str, Tensor], generator: Generator, *, high: float
+) -> dict[str, Tensor]:
+    """Every network of weights [networks, *shape] moved by a random element of its own; see `augment`."""
+    count = len(next(iter(weights.values())))
+    if not isinstance(space, Heads):
+        return act(space, sample(space, count, generator, high=high), weights)
+    if high < 1:
+        raise ValueError(f"a condition number is at least 1, and high is {high}. Pass 1 or more.")
+
+    def one(i: int) -> dict[str, Tensor]:
+        features = space.pack({name: x[i, None, None] for name, x in weights.items()})
+        return space.unpack(space.act(space.sample(generator, condition=high), features))
+
+    moved = [one(i) for i in range(count)]
+    return {name: torch.cat([m[name].squeeze(1) for m in moved]) for name in weights}
+
+
+def augment(zoo: Zoo, symmetry: Group | Heads, *, high: float = 1.0, copies: int = 1, seed: int = 0) -> Zoo:
     """Every network and `copies` moved copies of it, each in the split of its original (published: one copy).
 
-    The column "copy" says which: 0 is the original.
+    The column "copy" says which: 0 is the original. For a transformer's spec, which has GL(d_k) and GL(d_v) in every
+    head, `high` is the largest condition number of these matrices.
 
     Raises:
         ZooError: there are no networks.
@@ -93,7 +132,7 @@ def augment(zoo: Zoo, symmetry: Group, *, high: float = 1.0, copies: int = 1, se
     generator = Generator().manual_seed(seed)
     parts = [_numbered(zoo, 0)]
     for copy in range(1, copies + 1):
-        moved = act(symmetry, sample(symmetry, len(zoo), generator, high=high), zoo.weights)
+        moved = move(symmetry, zoo.weights, generator, high=high)
         parts.append(_numbered(replace(zoo, weights=moved), copy))
     splits = {
         name: torch.cat([index + copy * len(zoo) for copy in range(copies + 1)]) for name, index in zoo.splits.items()
