@@ -2,7 +2,7 @@
 
 An axis is text: ``heads:4*qk:8^a | heads*vo:8`` is a concatenation (``|``) of products (``*``) of leaves. A leaf is a
 label with an optional size (needed once, where no tensor has it as a whole axis) and its scales: ``^a`` written, ``/a``
-read. ``.`` is a fixed axis, a number a fixed factor, and axes that are not mentioned are fixed.
+read. ``.`` is a fixed axis, a number a fixed factor (which may scale, too), and axes that are not mentioned are fixed.
 """
 
 import re
@@ -134,7 +134,8 @@ def _parse(text: str, size: int, sizes: dict[str, int]) -> Axis:
         assert match, f"{token!r} in {text!r} is not a leaf"
         label, _, scales = match.groups()
         signs = re.findall(r"([\^/])([\w.]+)", scales)
-        return Leaf(sizes[label], label, tuple((s, 1 if sign == "^" else -1) for sign, s in signs))
+        scale = tuple((s, 1 if sign == "^" else -1) for sign, s in signs)
+        return Leaf(int(label), None, scale) if label.isdigit() else Leaf(sizes[label], label, scale)
 
     def product() -> Axis:
         return joined("*", leaf, Prod)

@@ -30,7 +30,8 @@ class Between(nn.Module):
 
 
 def error(model: nn.Module, symmetry: Symmetry, *inputs: Tensor) -> float:
-    return Check(Network(model, export(model, inputs, {}))).sampled(symmetry, 4)
+    check = Check(Network(model, export(model, inputs, {})))
+    return check.sampled(symmetry, 4) if check.possible else 0.0
 
 
 def free(symmetry: Symmetry) -> list[str]:
@@ -67,15 +68,34 @@ def test_traps(name: str) -> None:
     assert free(symmetry)
 
 
-STEP = st.tuples(st.sampled_from([*FUNCTIONS, *JOINS, *LAYERS]), st.integers(0, 1), st.integers(0, 3))
+Steps = list[tuple[str, int, int]]
+FOUND: dict[str, Steps] = {  # by longer searches, made small by hand
+    "heads beside heads in a contraction": [
+        *(("across heads", 0, 0), ("addmm", 0, 0), ("log of sum", 0, 0), ("lead", 0, 3)),
+    ],
+    "axes that fit but for a factor of 1": [("transposed conv", 0, 0), ("select head", 0, 0)],
+    "a form with a coefficient of zero": [("weight norm", 0, 0), ("one above the other", 0, 0)],
+    "a buffer that is written, in decomposed form": [("written", 0, 0), ("gather", 0, 0), ("rms norm", 1, 0)],
+    "a tile of fewer dimensions": [("tile", 0, 0)],
+}
+STEP = st.tuples(st.sampled_from([*FUNCTIONS, *JOINS, *LAYERS, "output"]), st.integers(0, 1), st.integers(0, 3))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@pytest.mark.parametrize("name", FOUND)
+def test_graphs_that_once_fooled_it(name: str) -> None:
+    assert random_graph_error(FOUND[name]) <= EXACT
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(STEP, min_size=1, max_size=4))
-def test_random_graphs(steps: list[tuple[str, int, int]]) -> None:
+def test_random_graphs(steps: Steps) -> None:
+    assert random_graph_error(steps) <= EXACT
+
+
+def random_graph_error(steps: Steps) -> float:
     torch.manual_seed(0)
     model, x = RandomNet(steps), torch.randn(3, 4)
-    assert error(model, infer_symmetry(model, x, verify=False), x) <= EXACT
+    return error(model, infer_symmetry(model, x, verify=False), x)
 
 
 def test_unknown_operator_is_fixed_and_named() -> None:

@@ -235,7 +235,12 @@ class Forest:
             unit, tree = (a, b) if isinstance(a, Unit) else (b, a)
             assert isinstance(unit, Unit)
             if any(u.atom is unit.atom for u in units(tree)):
-                return self._misfit(a, b, why)
+                if not isinstance(tree, Product):
+                    return self._misfit(a, b, why)
+                for u in units(tree):  # all others are of size 1
+                    if u.atom is not unit.atom:
+                        self._refine(u.atom, ONE)
+                return True
             self._refine(unit.atom, each(tree, lambda u: Unit(u.atom)))
             return True
         if isinstance(a, Concatenation) or isinstance(b, Concatenation):

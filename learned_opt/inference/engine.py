@@ -107,30 +107,35 @@ class Engine(Forest):
 
         return each(axis, bare)
 
+    def _matched(self, a: Tree, b: Tree, why: str) -> list[tuple[Unit, Unit]]:
+        """Make two axes one; their units, pairwise. Axes that do not fit in some place are fixed as a whole (and no
+        unit is given): the rest could not be paired."""
+        self.unify(a, b, why)
+        pairs = list(itertools.zip_longest(units(normal(a)), units(normal(b))))
+        if all(u and v and u.atom is v.atom for u, v in pairs):
+            return pairs
+        self._misfit(a, b, why)
+        return []
+
     def agree(self, a: Tree, b: Tree, why: str) -> None:
         """Make two axes one, and require that they scale alike."""
-        self.unify(a, b, why)
-        for u, v in zip(units(normal(a)), units(normal(b)), strict=False):
-            if u.atom is v.atom:  # else they did not fit, and are fixed
-                self._require(replace(u, exponent=u.exponent - v.exponent), True, True)
+        for u, v in self._matched(a, b, why):
+            self._require(replace(u, exponent=u.exponent - v.exponent), True, True)
 
     def joined(self, a: Tree, b: Tree, why: str, *, minus: bool = False) -> Tree:
         """Make two axes one; the exponents add (or subtract)."""
-        self.unify(a, b, why)
+        pairs = self._matched(a, b, why)
         self.met.append(a)
-        a, others = normal(a), list(units(normal(b)))
-        if len(others) != sum(1 for _ in units(a)):
-            return each(a, lambda u: replace(u, exponent=NONE))  # misfits, hence fixed
-        at = iter(others)
+        if not pairs:
+            return each(normal(a), lambda u: replace(u, exponent=NONE))
+        at = iter(pairs)
 
-        def add(u: Unit) -> Unit:
-            v = next(at)
-            if v.atom is not u.atom:
-                return replace(u, exponent=NONE)
-            total = u.exponent - v.exponent if minus else u.exponent + v.exponent
-            return Unit(u.atom, total, u.origin | v.origin)
+        def total(_: Unit) -> Unit:
+            u, v = next(at)
+            exponent = u.exponent - v.exponent if minus else u.exponent + v.exponent
+            return Unit(u.atom, exponent, u.origin | v.origin)
 
-        return each(a, add)
+        return each(normal(a), total)
 
     def contract(self, a: Tree, b: Tree, why: str) -> None:
         """Sum over two axes made one: what scales the one must unscale the other."""
@@ -247,6 +252,7 @@ class Engine(Forest):
             if len(wide) == 2:
                 axis = self.joined(wide[0], wide[1], "a contraction")
             at[i] = axis if i in out else self.unscaled(axis)
+        self.note(Value(tuple(at.values())))  # before the sum: what is summed over stands beside what is written
         self._aligned([(x.axes[list(xi).index(i)], y.axes[list(yi).index(i)]) for i in at if i in xi and i in yi], x, y)
         return Value(tuple(at[i] for i in out), x.zero or y.zero, x.weight and y.weight)
 

@@ -6,6 +6,7 @@ in their decomposed form. In-place operators are read as functions whose result 
 """
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,7 +83,8 @@ def export(
     """
     wrapped = _Selected(model, outputs or without_cache)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export")  # LSTM, GRU: restored
             return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -121,7 +123,8 @@ class Network:
             first.setdefault(_storage_key(tensor), name)
         specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
         changed = _statistics(self.graph, specs)
-        mutated = _mutated(self.graph)
+        written = set(program.graph_signature.buffers_to_mutate.values())  # where the graph is functional
+        mutated = _mutated(self.graph) | {n for n, s in specs.items() if s.target in written}
         self.tensors: dict[str, Tensor] = {}
         self.placeholders: dict[str, str | Tensor | None] = {}
         for node in self.graph.graph.nodes:
@@ -331,9 +334,12 @@ class Propagation(Engine):
         kwargs = map_arg(node.kwargs, lambda a: self._symbolic(a, env))
         try:
             result = self._apply(name[:-1] if is_in_place(name) else name, args, kwargs)
-        except UnknownOperator as reason:
+        except Exception as error:  # of a rule that does not cover these arguments, and does not say so
+            reason = "" if isinstance(error, UnknownOperator) else f"{type(error).__name__}: "
+            if reason:
+                logger.warning("the rule of %s failed", node.target, exc_info=error)
             if moved:
-                self.unknown[f"{node.target}" if str(reason) == name else f"{node.target}: {reason}"] += 1
+                self.unknown[f"{node.target}" if str(error) == name else f"{node.target}: {reason}{error}"] += 1
             result = self._give_up(name, args, kwargs, moved)
         return self._fit(name, result, args, kwargs, moved)
 

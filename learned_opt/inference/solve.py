@@ -257,7 +257,7 @@ def _nullspace(forms: list[dict[Variable, Number]], variables: Sequence[Variable
     order = {v: i for i, v in enumerate(variables)}
     pivots: dict[Variable, dict[Variable, Fraction]] = {}  # pivot = - sum of the rest; the last variable is the pivot
     for form in forms:
-        row = {v: Fraction(c) for v, c in form.items() if v in order}
+        row = {v: Fraction(c) for v, c in form.items() if c and v in order}
         while row:
             pivot = max(row, key=order.__getitem__)
             if pivot not in pivots:

@@ -159,11 +159,8 @@ class Check:
     def error(self, symmetry: Symmetry, element: Element) -> float:
         """``max |f(g W) - f(W)| / max |f(W)|`` over the outputs."""
         moved = self.function(symmetry.act(element, self.weights))
-        errors = [
-            float((a - b).abs().max() / b.abs().max())
-            for a, b in zip(moved, self.reference, strict=True)
-            if b.numel() and float(b.abs().max()) > 0
-        ]
+        pairs = zip(moved, self.reference, strict=True)
+        errors = [float((a - b).abs().max() / (b.abs().max() or 1)) for a, b in pairs if b.numel()]
         return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
     def sampled(self, symmetry: Symmetry, samples: int) -> float:

@@ -72,6 +72,7 @@ def expand(t: Engine, x: Value, *args: Any, **kwargs: Any) -> Value:
 def repeat(t: Engine, x: Value, counts: Sequence[int]) -> Value:
     """Copies one after the other: a new outer factor of the axis."""
     old = [*[ONE] * (len(counts) - len(x.axes)), *x.axes]
+    counts = [*[1] * (len(old) - len(counts)), *counts]  # of tile
     axes = []
     for a, k in zip(old, counts, strict=True):
         copies = [a] * k
