@@ -139,7 +139,7 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
         print(report(folder))
     except UnknownName as error:
         _fail(str(error))
-    print(f"written: {folder / 'report.md'}, {folder / 'curves.png'}, {folder / 'speedups.png'}")
+    print("written: " + ", ".join(str(folder / n) for n in ("report.md", "curves.png", "speedups.png", "profile.png")))
 
 
 def throughput(recipe: str, /) -> None:

@@ -24,7 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 
 
 def report(folder: Path) -> str:
-    """Write ``report.md``, ``curves.png``, ``speedups.png`` into ``folder``; return the Markdown.
+    """Write ``report.md``, ``curves.png``, ``speedups.png``, ``profile.png`` into ``folder``; return the Markdown.
 
     The last plan in ``runs.jsonl`` decides what is shown; of an unfinished one, what is there.
 
@@ -48,6 +48,7 @@ def report(folder: Path) -> str:
     _write(folder / "report.md", lambda temporary: temporary.write_text(text))
     draw_curves(store.plan, found, folder / "curves.png")
     draw_speed_ups(store.plan, found, folder / "speedups.png")
+    draw_profile(store.plan, found, folder / "profile.png")
     return text
 
 
@@ -306,6 +307,34 @@ def draw_speed_ups(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
     axis.set_xlabel("speed-up over LR-tuned Adam (bar: IQM and 95 % interval, dots: tasks)")
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
+    _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
+
+
+def draw_profile(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
+    """Performance profiles (Dolan and More 2002; Dahl et al. 2023, AlgoPerf, section 4.2), a line an optimizer: the
+    fraction of tasks whose speed-up (left), ratio of best held-out losses (right), median of seeds, is at least x."""
+    figure = _figure(11, 4.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    adam = {(o.task, o.seed): o.curve.best_held_out for o in _of(found, REFERENCE)}
+
+    def held_out(o: Outcome) -> float:
+        return adam[o.task, o.seed] / max(o.curve.best_held_out, 1e-30)
+
+    for axis, measure in ((left, lambda o: o.speed_up), (right, held_out)):
+        for k, (label, colour) in enumerate(_colours(plan).items()):
+            medians = np.sort([np.median(s) for s in _strata(_of(found, label), measure)])
+            if len(medians):
+                share = 1 - np.arange(len(medians) + 1) / len(medians)
+                steps, style = [0, *medians, medians[-1]], "-" if k < len(COLOURS) else "--"
+                axis.step(steps, [1, *share], where="pre", color=colour, linestyle=style, label=label)
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.grid(alpha=0.25)
+    left.set_xlim(0, CAP)
+    left.set_ylabel("fraction of tasks")
+    left.set_xlabel(f"speed-up over LR-tuned Adam at least (cap {CAP})")
+    right.set_xlim(0.5, 2)
+    right.set_xlabel("best held-out loss: LR-tuned Adam's over its own, at least")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 

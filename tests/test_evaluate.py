@@ -488,7 +488,7 @@ def test_report_writes_table_and_pictures(tmp_path):
     measure(tmp_path, ["sgdm", "adamw-cosine"], tasks=["quadratic", "regression"])
     text = rp.report(tmp_path)
     assert (tmp_path / "report.md").read_text() == text
-    for name in ("curves.png", "speedups.png"):
+    for name in ("curves.png", "speedups.png", "profile.png"):
         data = (tmp_path / name).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 5000
     rows = [line for line in text.splitlines() if line.startswith("| ")]
