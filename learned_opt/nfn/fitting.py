@@ -19,8 +19,8 @@ from learned_opt.nfn.spaces import (
     Data,
     Space,
     States,
-    check,
     features,
+    fitting,
     join_data,
     map_data,
     space_from_data,
@@ -102,9 +102,7 @@ class _Fitted:
         return p.device, p.dtype
 
     def _table(self, states: States) -> Weights:
-        table = stacked(states)
-        check(self.space, table)
-        return table
+        return fitting(self.space, stacked(states))
 
     def _read_data(self, states: States, targets: Any) -> tuple[Weights, Tensor]:
         table, targets = self._table(states), torch.as_tensor(targets)

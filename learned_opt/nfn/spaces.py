@@ -61,24 +61,29 @@ def _stack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {n: torch.stack([state[n].detach() for state in states]) for n in first}
 
 
-def check(space: Space | None, table: Mapping[str, Tensor]) -> None:
-    """Raise :class:`SymmetryError` unless the tensors are those of the space."""
+def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the space describes; others are left out if they are alike in all networks (frozen tables).
+
+    Raises:
+        SymmetryError: a tensor is missing or has another shape, or the space knows nothing of one that varies.
+    """
     if space is None:
-        return
+        return dict(table)
     one = {n: x[:1].unsqueeze(1) for n, x in table.items()}
-    if isinstance(space, Symmetry):
-        _check(space, one)
-        return
-    if isinstance(space, Chain):
-        space.validate(one)
-        known = set(space.names)
-    else:
+    if isinstance(space, TransformerSpec):
         known = set(space.unpack(space.pack(one)))
-    if more := sorted(table.keys() - known):
+    else:
+        known = set(space.specs if isinstance(space, Symmetry) else space.names)
+    if more := sorted(n for n, x in table.items() if n not in known and bool((x != x[:1]).any())):
         raise SymmetryError(
             f"the weight space knows nothing of {', '.join(more[:5])}. Make it from one of these state_dicts, or leave "
             "these tensors out."
         )
+    if isinstance(space, Symmetry):
+        _check(space, {n: x for n, x in one.items() if n in known})
+    elif isinstance(space, Chain):
+        space.validate(one)
+    return {n: x for n, x in table.items() if n in known}
 
 
 def features(table: Mapping[str, Tensor], dtype: torch.dtype) -> Features:

@@ -206,10 +206,17 @@ def _order(found: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(m for m, _ in keys)), list(dict.fromkeys(d for _, d in keys))
 
 
-def markdown(found: Mapping[tuple[str, str], Cell], published: Published, *, digits: int = 3) -> str:
-    """One row per method, one column per dataset; published numbers in brackets."""
+def markdown(
+    found: Mapping[tuple[str, str], Cell],
+    published: Published,
+    *,
+    digits: int = 3,
+    titles: Mapping[str, str] | None = None,
+) -> str:
+    """One row per method, one column per dataset (by its title); published numbers in brackets."""
     methods, datasets = _order(found)
-    lines = ["| | " + " | ".join(datasets) + " |", "|---" * (len(datasets) + 1) + "|"]
+    heads = [(titles or {}).get(d, d) for d in datasets]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(datasets) + 1) + "|"]
     for m in methods:
         row = []
         for d in datasets:
@@ -228,6 +235,7 @@ def write_results(
     note: str = "",
     published: Published | None = None,
     digits: int = 3,
+    titles: Mapping[str, str] | None = None,
     about: Mapping[str, Any] | None = None,
     name: str = "table",
 ) -> str:
@@ -241,12 +249,18 @@ def write_results(
         note: a paragraph under it (what the numbers are, and where the published ones come from).
         published: numbers to put beside.
         digits: after the point.
+        titles: how datasets are called in the heading, where not by their names.
         about: plain data for the JSON (settings, commit).
         name: of the files.
     """
     published = published or {}
     found = cells(runs, measure)
-    text = f"# {title}\n\n" + (f"{note}\n\n" if note else "") + markdown(found, published, digits=digits) + "\n"
+    text = (
+        f"# {title}\n\n"
+        + (f"{note}\n\n" if note else "")
+        + markdown(found, published, digits=digits, titles=titles)
+        + "\n"
+    )
     rows = [
         {"method": m, "dataset": d, "measure": measure, **asdict(cell), "published": published.get((m, d))}
         for (m, d), cell in found.items()
@@ -264,6 +278,7 @@ def draw(
     label: str,
     lines: bool = False,
     title: str = "",
+    titles: Mapping[str, str] | None = None,
 ) -> None:
     """Write a picture: a group of bars per dataset, or (``lines``) a line per method over the datasets in order.
 
@@ -290,7 +305,7 @@ def draw(
         marks = [(a, float(v)) for a, v in theirs if not isinstance(v, str)]
         if marks:
             axes.plot(*zip(*marks, strict=True), "o", markerfacecolor="none", color=f"C{k}", markeredgecolor="k")
-    axes.set_xticks(range(len(datasets)), datasets)
+    axes.set_xticks(range(len(datasets)), [(titles or {}).get(d, d).replace(", ", "\n") for d in datasets])
     axes.set_ylabel(label)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)

@@ -1,0 +1,219 @@
+"""Grids of weight-space runs: what is done is not done again, and what is told is what was measured."""
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meta_train.weights import __main__ as command
+from meta_train.weights import cnn
+from meta_train.weights.runs import (
+    Cell,
+    Grid,
+    Job,
+    Run,
+    UnknownName,
+    append_run,
+    cells,
+    draw,
+    markdown,
+    read_runs,
+    run_grid,
+    write_results,
+)
+from tasks.zoo import cnn as zoos
+from tasks.zoo.zoo import Zoo, to_columns
+
+
+def jobs(seeds=3):
+    return [Job(m, d, s, {"epochs": 2}) for s in range(seeds) for d in ("a", "b") for m in ("one", "two")]
+
+
+def count(job, path=None):
+    """A job that says that it was done."""
+    if path is not None:
+        with open(path, "a") as file:
+            file.write(job.key + "\n")
+    return {"tau": {"one": 0.5, "two": 0.7}[job.method] + 0.01 * job.seed, "bad": math.nan}
+
+
+def quiet(_):
+    pass
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_finished_jobs_are_never_repeated(tmp_path, workers):
+    path, log = tmp_path / "runs.jsonl", tmp_path / "log"
+    work = partial(count, path=str(log))
+    first = run_grid(jobs(1), work, path, workers=workers, say=quiet)
+    assert [run.job for run in first] == jobs(1)
+    whole = run_grid(jobs(), work, path, workers=workers, say=quiet)
+    assert [run.job for run in whole] == jobs()
+    assert sorted(log.read_text().splitlines()) == sorted(job.key for job in jobs())
+    assert [run.measures["tau"] for run in whole] == [count(job)["tau"] for job in jobs()]
+    assert all(math.isnan(run.measures["bad"]) for run in read_runs(path).values())
+    other = [replace(job, settings={"epochs": 3}) for job in jobs(1)]  # other settings are other jobs
+    run_grid(other, work, path, say=quiet)
+    assert len(read_runs(path)) == len(jobs()) + len(other)
+
+
+SCRIPT = """
+    import os, signal, sys
+    from pathlib import Path
+    from meta_train.weights.runs import Job, run_grid
+    from tests.test_weight_runs import jobs
+
+    def work(job):
+        if job == jobs()[5]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"tau": 1.0}
+
+    run_grid(jobs(), work, Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(path)]
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, stdout=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(read_runs(path)) == 5
+    path.write_bytes(path.read_bytes()[:-10])  # and the last line was cut off
+    assert len(read_runs(path)) == 4
+    done = []
+
+    def work(job):
+        done.append(job)
+        return {"tau": 2.0}
+
+    runs = run_grid(jobs(), work, path, say=quiet)
+    assert done == jobs()[4:]
+    assert [run.measures["tau"] for run in runs] == [1.0] * 4 + [2.0] * 8
+    assert len(read_runs(path)) == 12
+
+
+def test_the_table_holds_means_and_standard_errors(tmp_path):
+    runs = [Run(job, count(job), 1.0 + job.seed) for job in jobs()]
+    found = cells(runs, "tau")
+    taus = [0.5, 0.51, 0.52]
+    cell = found["one", "a"]
+    assert cell.mean == pytest.approx(statistics.mean(taus)) and cell.seconds == 2.0
+    assert cell.error == pytest.approx(statistics.stdev(taus) / math.sqrt(3))
+    text = markdown(found, {("two", "b"): 0.9}, digits=2, titles={"a": "A"})
+    assert text.splitlines() == [
+        "| | A | b |",
+        "|---|---|---|",
+        "| one | 0.51 ± 0.01 | 0.51 ± 0.01 |",
+        "| two | 0.71 ± 0.01 | 0.71 ± 0.01 (0.9) |",
+    ]
+    assert cells(runs[:1], "tau")["one", "a"] == Cell(0.5, None, 1, 1.0)
+    assert markdown(cells(runs[:1] + runs[3:4], "tau"), {}) == (
+        "| | a | b |\n|---|---|---|\n| one | 0.500 | - |\n| two | - | 0.700 |"
+    )
+    write_results(tmp_path, runs, "tau", title="T", published={("two", "b"): 0.9}, about={"x": 1})
+    told = json.loads((tmp_path / "table.json").read_text())
+    assert told["about"] == {"x": 1} and len(told["cells"]) == 4
+    assert [c["published"] for c in told["cells"] if (c["method"], c["dataset"]) == ("two", "b")] == [0.9]
+    for lines in (False, True):
+        draw(tmp_path / "p.png", found, {("two", "b"): 0.9, ("one", "a"): "no"}, label="tau", lines=lines)
+        assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["p.png", "table.json", "table.md"]
+
+
+def test_a_line_after_a_cut_one_is_its_own(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"job": {"meth')
+    append_run(path, Run(jobs()[0], {"tau": 1.0}, 0.0))
+    assert [run.measures for run in read_runs(path).values()] == [{"tau": 1.0}]
+
+
+def test_names_are_chosen_or_refused():
+    grid = Grid(Path("x"), methods=("two,one",), datasets=("b",))
+    assert grid.choose(["one", "two", "three"], ["a", "b"]) == (["one", "two"], ["b"])
+    assert Grid(Path("x")).choose(["one"], ["a", "b"]) == (["one"], ["a", "b"])
+    with pytest.raises(UnknownName, match="unknown method four; there are one, two"):
+        Grid(Path("x"), methods=("four",)).choose(["one", "two"], [])
+
+
+# ------------------------------------------------------------------------------------------ the experiment on CNNs
+def tiny_zoo(folder, activation, count=20):
+    """A zoo with two checkpoints a network; its accuracies follow the output bias."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {n: p.shape for n, p in zoos.build(activation).named_parameters()}
+    weights = {n: torch.randn(2 * count, *s, generator=generator) / 3 for n, s in shapes.items()}
+    rows = [{"modeldir": f"m/{i // 2}", "step": 10 * (i % 2 + 1)} for i in range(2 * count)]
+    zoo = Zoo(weights, weights["dense.bias"][:, 0].sigmoid(), to_columns(rows))
+    for k in range(2):
+        zoo.select(torch.arange(count) + k * count).save(folder / "chunks" / f"{k}.safetensors")
+    zoo.save(folder / "zoo.safetensors")
+    return zoo
+
+
+def test_no_network_is_in_two_splits(tmp_path):
+    zoo = cnn.by_network(tiny_zoo(tmp_path, "relu"), "all")
+    names = {s: {zoo.columns["modeldir"][i] for i in rows.tolist()} for s, rows in zoo.splits.items()}
+    assert {s: len(n) for s, n in names.items()} == {"train": 8, "val": 2, "test": 10}
+    assert len(set.union(*names.values())) == 20
+    assert sum(len(rows) for rows in zoo.splits.values()) == len(zoo)
+    last = cnn.by_network(zoo, "last")
+    assert set(last.columns["step"]) == {20} and len(last) == 20
+    assert {s: {last.columns["modeldir"][i] for i in rows.tolist()} for s, rows in last.splits.items()} == names
+
+
+def test_augmented_networks_are_the_same_functions_in_the_same_split(tmp_path):
+    for activation, name in (("relu", "relu-100"), ("tanh", "tanh-signs")):
+        tiny_zoo(tmp_path / activation, activation)
+        _, plain = cnn.dataset_of(tmp_path / activation, activation, "all", 20)
+        _, zoo = cnn.dataset_of(tmp_path / activation, name, "all", 20)
+        x = torch.randn(3, 1, 28, 28)
+        for split, rows in zoo.splits.items():
+            half = len(rows) // 2
+            assert torch.equal(rows[:half], plain.splits[split])
+            moved = zoos.forward({n: w[rows[half:]] for n, w in zoo.weights.items()}, x, activation)
+            own = zoos.forward({n: w[rows[:half]] for n, w in zoo.weights.items()}, x, activation)
+            torch.testing.assert_close(moved, own, rtol=1e-3, atol=1e-3)
+            assert torch.equal(zoo.targets[rows[half:]], zoo.targets[rows[:half]])
+            assert (
+                zoo.weights["conv2.weight"][rows[half:]] - zoo.weights["conv2.weight"][rows[:half]]
+            ).abs().max() > 0.1
+        cnn.dataset_of.cache_clear()
+
+
+def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
+    tiny_zoo(tmp_path / "zoo", "relu")
+    options = (
+        f"cnn --out {tmp_path / 'out'} --zoo-relu {tmp_path / 'zoo'} --passes 40 --methods StatNN Monomial".split()
+    )
+    command.main([*options, "--datasets", "relu", "relu-10000", "--seeds", "1"])
+    assert (tmp_path / "out" / "picture.png").exists()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| StatNN |" in table and "| Monomial |" in table and "0.922" in table
+    capsys.readouterr()
+    command.main([*options, "--datasets", "relu", "--seeds", "2"])
+    assert "4 jobs, 2 of them done before" in capsys.readouterr().out
+    cnn.dataset_of.cache_clear()
+
+
+def test_bad_input_of_the_command_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="unknown method HPN; there are StatNN"):
+        command.main(f"cnn --out {tmp_path} --methods HPN".split())
+    with pytest.raises(SystemExit, match="usage"):
+        command.main(["cnns"])
+    assert not list(tmp_path.iterdir())
+    tiny_zoo(tmp_path / "zoo", "relu")
+    chunk = tmp_path / "zoo" / "chunks" / "1.safetensors"
+    assert load_file(chunk)
+    chunk.write_bytes(chunk.read_bytes()[:-50])
+    with pytest.raises(SystemExit, match="truncated or damaged"):
+        command.main(f"cnn --out {tmp_path / 'o'} --zoo-relu {tmp_path / 'zoo'} --datasets relu".split())
