@@ -148,7 +148,7 @@ def _integers(generator: Generator, count: int, high: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _View(ABC):
+class View(ABC):
     """Other data, seen through `_see`."""
 
     data: Data
@@ -172,7 +172,7 @@ class _View(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Noisy(_View):
+class Noisy(View):
     """Adds Gaussian noise to the training x; std 1 is that of the (standardised) data."""
 
     std: float
@@ -186,7 +186,7 @@ class Noisy(_View):
 
 
 @dataclass(frozen=True, eq=False)
-class Flat(_View):
+class Flat(View):
     """x as one vector."""
 
     @property
@@ -198,7 +198,7 @@ class Flat(_View):
 
 
 @dataclass(frozen=True, eq=False)
-class Patches(_View):
+class Patches(View):
     """Images [c, height, width] as sequences of square patches [tokens, c * size * size].
 
     Raises:
@@ -224,7 +224,7 @@ class Patches(_View):
 
 
 @dataclass(frozen=True, eq=False)
-class Reconstruct(_View):
+class Reconstruct(View):
     """The target is x itself. Noise outside, `Noisy(Reconstruct(data), std)`, is to be removed."""
 
     @property
@@ -392,6 +392,19 @@ def _cached_images(name: str, data: Path, shift: int, download: bool) -> Crops:
     idx = _read_idx_folder(data / name.lower())
     train, held = idx or _read_torchvision(name, data, download)
     return _images(*train, *held, shift)
+
+
+@functools.cache
+def handwriting(data: Path | None, shift: int = 1) -> Crops:
+    """Digits [1, 28, 28]: MNIST if the folder has it in IDX format, else scikit-learn's 8 x 8 ones, enlarged."""
+    if data is not None and has_idx("MNIST", data):
+        return images("MNIST", data, shift=shift)
+    small = digits(shift=0)
+
+    def enlarged(x: Tensor) -> Tensor:
+        return functional.interpolate(x * 15.0, (28, 28), mode="bilinear").to(torch.uint8)  # bytes of 0..16 to 0..240
+
+    return _images(enlarged(small.canvas), small.y, enlarged(small.held_x), small.held_y, shift)
 
 
 def has_idx(name: str, data: Path | str) -> bool:

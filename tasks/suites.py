@@ -1,6 +1,7 @@
 """The suites: TRAIN to meta-train on, VALID to choose and stop by, HELD_OUT to measure once.
 
-The tasks of VALID and HELD_OUT have shapes that no family of TRAIN samples.
+The tasks of VALID and HELD_OUT have shapes that no family of TRAIN samples, and most of HELD_OUT are of kinds that it
+does not have.
 """
 
 import os
@@ -8,8 +9,20 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tasks import conv, data, mlp, transformer
-from tasks.data import Noisy, digits, photos, tabular, text
+from tasks import (
+    conv,
+    documents,
+    fields,
+    generative,
+    graph,
+    mlp,
+    policy,
+    recurrent,
+    residual,
+    sequence,
+    transformer,
+)
+from tasks.data import Noisy, digits, handwriting, photos, text
 from tasks.task import Task, TaskFamily
 
 TRAIN: dict[str, TaskFamily] = {
@@ -18,6 +31,10 @@ TRAIN: dict[str, TaskFamily] = {
     "cnn": conv.sample_classifier,
     "char": transformer.sample_language_model,
     "vit": transformer.sample_vit,
+    "mlp-inputs": mlp.sample_inputs,
+    "residual-mlp": residual.sample_mlp,
+    "resnet": residual.sample_resnet,
+    "rnn": recurrent.sample,
 }
 
 
@@ -141,72 +158,38 @@ VALID: dict[str, Callable[[], Task]] = {
 """
 
 
-def _wine_tanh() -> Task:
-    return mlp.classifier("wine-tanh", Noisy(tabular("wine"), 0.5), [50, 50], "tanh", batch_size=32, steps=300)
+# ------------------------------------------------------------------------------------- held out
+
+Folder = Path | str | None
 
 
-def _breast_cancer_relu() -> Task:
-    return mlp.classifier(
-        "breast-cancer-relu",
-        Noisy(tabular("breast_cancer"), 0.5),
-        [100, 20],
-        "relu",
-        batch_size=64,
-        steps=400,
-    )
+def _mlp_wide() -> Task:
+    """Ten times the widest layer of TRAIN."""
+    return mlp.classifier("mlp-wide", Noisy(photos(8, (2, 5)), 0.2), [1280, 100], "relu", batch_size=128, steps=600)
 
 
-def _mlp_wide_relu() -> Task:
-    return mlp.classifier(
-        "mlp-wide-relu",
-        Noisy(photos(16, (2, 5)), 0.2),
-        [256, 128],
-        "relu",
-        batch_size=128,
-        steps=1000,
-    )
+def _mlp_deep() -> Task:
+    """Ten hidden layers, at an initial scale that keeps the variance through tanh."""
+    return mlp.classifier("mlp-deep", Noisy(digits(), 0.5), 10 * [72], "tanh", batch_size=128, steps=1000, scale=1.7)
 
 
-def _mlp_deep_gelu() -> Task:
-    return mlp.classifier(
-        "mlp-deep-gelu",
-        Noisy(digits(), 0.5),
-        [100, 100, 100, 50, 50],
-        "gelu",
+def _residual_mlp_deep() -> Task:
+    """30 layers: 14 blocks of two, the first and the last."""
+    return residual.mlp_classifier(
+        "residual-mlp-deep",
+        Noisy(photos(8, (2, 5)), 0.2),
+        width=56,
+        hidden=56,
+        depth=14,
+        activation="relu",
         batch_size=128,
         steps=800,
     )
 
 
-def _autoencoder_digits() -> Task:
-    return mlp.autoencoder(
-        "autoencoder-digits",
-        digits(),
-        [144, 72, 12, 72, 144],
-        "tanh",
-        noise=0.2,
-        batch_size=128,
-        steps=1000,
-    )
-
-
-def _cnn_deep_bn() -> Task:
-    return conv.classifier(
-        "cnn-deep-bn",
-        Noisy(photos(16, (2, 5)), 0.2),
-        [18, 18, 36, 36],
-        "relu",
-        norm=True,
-        pools=2,
-        head="average",
-        batch_size=32,
-        steps=800,
-    )
-
-
-def _char_larger() -> Task:
-    return transformer.language_model(
-        "char-larger", text(48), width=60, heads=4, depth=3, hidden=240, batch_size=12, steps=1000
+def _resnet_photos() -> Task:
+    return residual.image_classifier(
+        "resnet-photos", Noisy(photos(16, (2, 5)), 0.2), channels=[10, 20, 40], blocks=1, batch_size=32, steps=600
     )
 
 
@@ -224,40 +207,126 @@ def _vit_photos() -> Task:
     )
 
 
-HELD_OUT: dict[str, Callable[[], Task]] = {
-    "wine-tanh": _wine_tanh,
-    "breast-cancer-relu": _breast_cancer_relu,
-    "mlp-wide-relu": _mlp_wide_relu,
-    "mlp-deep-gelu": _mlp_deep_gelu,
-    "autoencoder-digits": _autoencoder_digits,
-    "cnn-deep-bn": _cnn_deep_bn,
-    "char-larger": _char_larger,
-    "vit-photos": _vit_photos,
+def _char_transformer() -> Task:
+    return transformer.language_model(
+        "char-transformer", text(48), width=60, heads=4, depth=3, hidden=240, batch_size=12, steps=1000
+    )
+
+
+def _autoencoder() -> Task:
+    return mlp.autoencoder(
+        "autoencoder-digits", digits(), [144, 72, 12, 72, 144], "tanh", noise=0.2, batch_size=128, steps=1000
+    )
+
+
+def _lstm() -> Task:
+    return recurrent.language_model("lstm-char", text(32), kind="lstm", embed=36, width=108, batch_size=16, steps=800)
+
+
+def _siren() -> Task:
+    return fields.picture("siren-picture", fields.pixels(96), width=80, depth=3, batch_size=1024, steps=800)
+
+
+def _burgers() -> Task:
+    return fields.burgers("pinn-burgers", width=36, depth=4, batch_size=256, steps=1500)
+
+
+def _n_body() -> Task:
+    return graph.n_body("clifford-n-body", width=11, rounds=2, batch_size=32, steps=600)
+
+
+def _mamba() -> Task:
+    return sequence.mamba(
+        "mamba-char", text(40), width=44, inner=88, state=6, rank=3, depth=2, batch_size=12, steps=800
+    )
+
+
+def _pendulum() -> Task:
+    return policy.pendulum("policy-pendulum", width=40, depth=2, length=40, batch_size=64, steps=600)
+
+
+def _mlp_handwriting(folder: Folder = None) -> Task:
+    return mlp.classifier(
+        "mlp-handwriting", Noisy(handwriting(data_dir(folder)), 0.2), [200, 100], "gelu", batch_size=128, steps=800
+    )
+
+
+def _cnn_handwriting(folder: Folder = None) -> Task:
+    return conv.classifier(
+        "cnn-handwriting",
+        Noisy(handwriting(data_dir(folder)), 0.2),
+        [9, 18, 36],
+        "relu",
+        pools=3,
+        batch_size=32,
+        steps=800,
+    )
+
+
+def _word(folder: Folder = None) -> Task:
+    words = documents.word_windows(documents.corpus(data_dir(folder)), length=24, size=1500)
+    return transformer.language_model(
+        "word-transformer", words, width=60, heads=6, depth=2, hidden=180, activation="relu", batch_size=16, steps=800
+    )
+
+
+def _vae(folder: Folder = None) -> Task:
+    return generative.image_vae(
+        "vae-handwriting",
+        handwriting(data_dir(folder)),
+        hidden=140,
+        code=10,
+        activation="relu",
+        batch_size=64,
+        steps=1000,
+    )
+
+
+def _topics(folder: Folder = None) -> Task:
+    bags = documents.bags(documents.corpus(data_dir(folder)), size=1200, skip=60)
+    return generative.topic_model("topic-model", bags, hidden=90, topics=20, batch_size=128, steps=1000)
+
+
+def _robust(folder: Folder = None) -> Task:
+    openings = documents.openings(documents.corpus(data_dir(folder)), length=24, size=1500)
+    noisy = documents.Contaminated(openings, 1502, 0.2)
+    return sequence.robust_classifier(
+        "robust-attention", noisy, 1502, width=52, heads=4, depth=2, hidden=104, batch_size=32, steps=600
+    )
+
+
+_WITH_DATA: dict[str, Callable[[Folder], Task]] = {
+    "mlp-handwriting": _mlp_handwriting,
+    "cnn-handwriting": _cnn_handwriting,
+    "word-transformer": _word,
+    "vae-handwriting": _vae,
+    "topic-model": _topics,
+    "robust-attention": _robust,
 }
-"""Needs no file. See `held_out` for the tasks on data in a folder."""
+
+HELD_OUT: dict[str, Callable[[], Task]] = {
+    "mlp-wide": _mlp_wide,
+    "mlp-deep": _mlp_deep,
+    "residual-mlp-deep": _residual_mlp_deep,
+    "resnet-photos": _resnet_photos,
+    "vit-photos": _vit_photos,
+    "char-transformer": _char_transformer,
+    "autoencoder-digits": _autoencoder,
+    "lstm-char": _lstm,
+    "siren-picture": _siren,
+    "pinn-burgers": _burgers,
+    "clifford-n-body": _n_body,
+    "mamba-char": _mamba,
+    "policy-pendulum": _pendulum,
+    **{name: partial(make, None) for name, make in _WITH_DATA.items()},
+}
+"""Those of `_WITH_DATA` use MNIST and AG News where the folder LEARNED_OPT_DATA has them; see docs/tasks.md."""
 
 
-def mnist_mlp(folder: Path | str | None = None, *, download: bool = False) -> Task:
-    """A ReLU MLP on MNIST from the data folder; raises as `require_data_dir` and `data.images`."""
-    source = data.images("MNIST", require_data_dir(folder), download=download)
-    return mlp.classifier("mnist-mlp", Noisy(source, 0.2), [120, 60], "relu", batch_size=128, steps=1000)
-
-
-def mnist_cnn(folder: Path | str | None = None, *, download: bool = False) -> Task:
-    """A CNN of three convolutions on MNIST from the data folder; raises as `mnist_mlp`."""
-    source = data.images("MNIST", require_data_dir(folder), download=download)
-    return conv.classifier("mnist-cnn", Noisy(source, 0.2), [8, 16, 32], "relu", pools=3, batch_size=32, steps=800)
-
-
-def held_out(folder: Path | str | None = None) -> dict[str, Callable[[], Task]]:
-    """HELD_OUT, and the MNIST tasks if the data folder has MNIST in IDX format."""
+def held_out(folder: Folder = None) -> dict[str, Callable[[], Task]]:
+    """HELD_OUT with its data from another folder than LEARNED_OPT_DATA; raises as `data_dir`."""
     found = data_dir(folder)
-    if found is None or not data.has_idx("MNIST", found):
-        return dict(HELD_OUT)
-    return HELD_OUT | {
-        "mnist-mlp": partial(mnist_mlp, found),
-        "mnist-cnn": partial(mnist_cnn, found),
-    }
+    return HELD_OUT | {name: partial(make, found) for name, make in _WITH_DATA.items()}
 
 
 def data_dir(folder: Path | str | None = None) -> Path | None:

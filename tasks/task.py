@@ -1,4 +1,4 @@
-"""What a task is, and the concrete one: a supervised problem made of a model, data and a loss."""
+"""What a task is, and the concrete ones: `Problem`, of a model, a batch function and a loss; `Supervised`, on data."""
 
 import functools
 import math
@@ -53,12 +53,97 @@ TaskFamily = Callable[[Generator], Task]
 """A distribution of tasks: samples architecture, widths, batch size, initial scale, horizon."""
 
 
-class Supervised:
+class Problem:
+    """A task that is a model, a batch function and a loss: all that a user has to write.
+
+    Args:
+        name: shown in logs and tables.
+        build: returns the model with fresh initial weights, drawn from the global random state as modules do (the
+            state is seeded from the task's generator before, and restored afterwards).
+        sample: (generator, count) -> examples, a tuple of tensors with a leading axis of `count`. The first of them is
+            what the model is called with, for its symmetry.
+        loss: (model, *examples) -> scalar; `model` is a function, the module with the weights of the moment.
+        batch_size: examples of one batch.
+        steps: the horizon of use.
+        held_out: () -> the fixed held-out examples (<= 1024). Default: a sample of its own, which is right for data
+            that is generated afresh and wrong for a finite set that `sample` draws from.
+        ceiling: the loss of a constant guess; default: the loss of the initial weights of seed 0.
+        eval_size: examples of `train_eval`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        sample: Callable[[Generator, int], Batch],
+        loss: Callable[..., Tensor],
+        *,
+        batch_size: int,
+        steps: int,
+        held_out: Callable[[], Batch] | None = None,
+        ceiling: float | None = None,
+        eval_size: int = 1024,
+    ) -> None:
+        self.name, self.batch_size, self.steps = name, batch_size, steps
+        self._build, self._sample, self._loss = build, sample, loss
+        self._held_out = held_out or (lambda: self._fixed(1))
+        self._ceiling, self._eval_size = ceiling, eval_size
+        self.model = self._built(0)
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        return f"{type(self).__name__}({self.name!r}, {size} parameters, {self.steps} x {self.batch_size})"
+
+    def _built(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._build()
+
+    def _fixed(self, seed: int) -> Batch:
+        return self._sample(Generator().manual_seed(seed), self._eval_size)
+
+    @functools.cached_property
+    def ceiling(self) -> float:
+        if self._ceiling is not None:
+            return self._ceiling
+        with torch.no_grad():
+            return float(self.loss(self.init(Generator().manual_seed(0)), self.train_eval()))
+
+    def init(self, generator: Generator) -> Weights:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return {name: p.detach() for name, p in self._built(seed).named_parameters()}
+
+    def batch(self, generator: Generator) -> Batch:
+        return self._sample(generator, self.batch_size)
+
+    def batches(self, generator: Generator, n: int) -> Batch:
+        examples = self._sample(generator, n * self.batch_size)
+        return tuple(part.unflatten(0, (n, self.batch_size)) for part in examples)
+
+    def held_out(self) -> Batch:
+        return self._held
+
+    @functools.cached_property
+    def _held(self) -> Batch:
+        return self._held_out()
+
+    def train_eval(self) -> Batch:
+        return self._train_eval
+
+    @functools.cached_property
+    def _train_eval(self) -> Batch:
+        return self._fixed(0)
+
+    def loss(self, params: Weights, batch: Batch) -> Tensor:
+        return self._loss(lambda *x: functional_call(self.model, params, x), *batch)
+
+
+class Supervised(Problem):
     """Fit y = model(x) to a `Data`; classification unless the data is a reconstruction.
 
     Args:
         name: shown in logs and tables.
-        build: returns the model; called once, with the global random state restored afterwards.
+        build: returns the model; its initial weights are drawn by `tasks.init.initializers`, whatever it begins with.
         data: see `tasks.data`.
         batch_size: examples of one batch.
         steps: the horizon of use.
@@ -81,48 +166,30 @@ class Supervised:
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         eval_size: int = 1024,
     ) -> None:
-        with torch.random.fork_rng(devices=[]):
-            self.model = build()
-        self.name, self.data, self.batch_size, self.steps = name, data, batch_size, steps
-        self._loss, self._eval_size = loss or cross_entropy, eval_size
+        self.data, self._compare = data, loss or cross_entropy
+        super().__init__(
+            name,
+            build,
+            data.sample,
+            lambda model, x, y: self._compare(model(x), y),
+            batch_size=batch_size,
+            steps=steps,
+            held_out=data.held_out,
+            eval_size=eval_size,
+        )
         self._initializers = initializers(self.model, scale, embed_std)
         # The template is the same each time, too.
         self.model.load_state_dict(self.init(Generator().manual_seed(0)))
 
-    def __repr__(self) -> str:
-        size = sum(p.numel() for p in self.model.parameters())
-        return f"Supervised({self.name!r}, {size} parameters, {self.steps} x {self.batch_size})"
-
     @functools.cached_property
     def ceiling(self) -> float:
-        if self._loss is cross_entropy:
+        if self._compare is cross_entropy:
             return math.log(self.data.classes)
         _, y = self.train_eval()
         return float(y.var(0, correction=0).mean())  # of the best constant guess
 
     def init(self, generator: Generator) -> Weights:
         return {name: draw(generator) for name, draw in self._initializers.items()}
-
-    def batch(self, generator: Generator) -> Batch:
-        return self.data.sample(generator, self.batch_size)
-
-    def batches(self, generator: Generator, n: int) -> Batch:
-        examples = self.data.sample(generator, n * self.batch_size)
-        return tuple(part.unflatten(0, (n, self.batch_size)) for part in examples)
-
-    def held_out(self) -> Batch:
-        return self.data.held_out()
-
-    def train_eval(self) -> Batch:
-        return self._train_eval
-
-    @functools.cached_property
-    def _train_eval(self) -> Batch:
-        return self.data.sample(Generator().manual_seed(0), self._eval_size)
-
-    def loss(self, params: Weights, batch: Batch) -> Tensor:
-        x, y = batch
-        return self._loss(functional_call(self.model, params, (x,)), y)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ MAKERS = {
     for seed in range(FAMILY_DRAWS)
 }
 MAKERS |= {f"valid:{name}": make for name, make in suites.VALID.items()}
-MAKERS |= {f"held_out:{name}": make for name, make in suites.HELD_OUT.items()}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -190,7 +189,7 @@ def test_no_matrix_of_valid_or_held_out_has_a_shape_that_train_samples():
 
 def test_suites_have_the_promised_kinds_and_sizes():
     valid = [make() for make in suites.VALID.values()]
-    assert len(suites.VALID) >= 9 and len(suites.HELD_OUT) >= 6
+    assert len(suites.VALID) >= 9 and len(suites.HELD_OUT) >= 16
     assert not set(suites.VALID) & set(suites.HELD_OUT)
     assert all(400 <= task.steps <= 800 for task in valid)
     for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Embedding, nn.Tanh, nn.GELU, Sin):
@@ -202,7 +201,7 @@ def test_suites_have_the_promised_kinds_and_sizes():
 
 @pytest.mark.parametrize("name", sorted(suites.TRAIN))
 @given(seed=st.integers(0, 2**40))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_a_family_is_a_function_of_its_generator(name, seed):
     one, two = (suites.TRAIN[name](seeded(seed)) for _ in range(2))
     assert repr(one) == repr(two)
@@ -434,25 +433,23 @@ def test_mnist_with_its_training_files(tmp_path):
     assert torch.equal(source.held_x[:, 0], written["t10k"][0])
 
 
-def test_mnist_tasks_join_the_held_out_suite_when_the_folder_has_them(tmp_path, monkeypatch):
-    monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
-    assert suites.held_out() == suites.HELD_OUT
-    assert suites.held_out(tmp_path) == suites.HELD_OUT
-    write_mnist(tmp_path, ".gz")
-    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path))
-    added = {n: make for n, make in suites.held_out().items() if n not in suites.HELD_OUT}
-    assert set(added) == {"mnist-mlp", "mnist-cnn"}
-    for name, make in added.items():
-        task = make()
-        assert task.name == name
-        assert task.loss(task.init(seeded(0)), task.batch(seeded(0))).isfinite()
+def test_handwriting_is_mnist_where_the_folder_has_it(tmp_path):
+    small = data.handwriting(tmp_path)
+    assert small.canvas.shape == (1500, 1, 30, 30) and small.held_x.shape == (297, 1, 28, 28)
+    assert 200 < small.canvas.max() <= 240 and small.canvas.dtype == torch.uint8
+    folder = tmp_path / "data"
+    x, _ = write_mnist(folder, ".gz")["t10k"]
+    assert torch.equal(data.handwriting(folder).held_x, data.images("MNIST", folder).held_x)
+    tasks = suites.held_out(folder)
+    there, here = (make["mlp-handwriting"]() for make in (tasks, suites.held_out(tmp_path)))
+    assert not torch.equal(there.held_out()[0][:5], here.held_out()[0][:5])
 
 
 def test_folder_errors_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
     assert suites.data_dir() is None
     with pytest.raises(FileNotFoundError, match="LEARNED_OPT_DATA"):
-        suites.mnist_mlp()
+        suites.require_data_dir()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         suites.data_dir(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="CIFAR10"):
