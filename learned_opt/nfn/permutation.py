@@ -14,12 +14,12 @@ from learned_opt.nfn.mix import Mix, uniform_
 
 def _over_rows(weight: Tensor) -> Tensor:
     """Mean over the units written: ``[C, B, n_out, n_in] -> [C, B, n_in]``."""
-    return weight.mean(-2)
+    return weight.sum(-2) / weight.shape[-2]  # backward of mean() divides a tensor of the size of the weight
 
 
 def _over_cols(weight: Tensor) -> Tensor:
     """Mean over the units read: ``[C, B, n_out, n_in] -> [C, B, n_out]``."""
-    return weight.mean(-1)
+    return weight.sum(-1) / weight.shape[-1]
 
 
 class _Layer(nn.Module):
@@ -150,7 +150,7 @@ class HNPLinear(nn.Module):
         by_input, by_output = first.unflatten(0, (-1, self.chain.n_in)), last.unflatten(0, (-1, self.chain.n_out))
         cols = [by_input.mean(1), *(_over_cols(w) for w in weights[1:end])]
         rows = [*(_over_rows(w) for w in weights[1:end]), by_output.mean(1)]  # of weight i + 1
-        network = self._network(by_input, weights[1:end], by_output, biases)
+        network = self._network(by_input, cols[1:], by_output, biases)
         out: Features = {}
 
         def put(i: int, y: Tensor, z: Tensor | None) -> None:
@@ -162,7 +162,7 @@ class HNPLinear(nn.Module):
         unit = _cat([first, rows[0], biases[0], *([last] if end == 1 else [])])
         put(0, self.first(unit, network), None if self.first_bias is None else self.first_bias(unit, network))
         for i, layer in enumerate(self.hidden, 1):
-            read = [_over_rows(weights[i]), cols[i - 1], biases[i - 1], *([first] if i == 1 else [])]
+            read = [rows[i - 1], cols[i - 1], biases[i - 1], *([first] if i == 1 else [])]
             written = [cols[i], biases[i], rows[i], *([last] if i == end - 1 else [])]
             put(i, *layer(weights[i], _cat(written), _cat(read), network))
         unit = _cat([last, cols[end - 1], *([first] if end == 1 else [])])
@@ -173,7 +173,7 @@ class HNPLinear(nn.Module):
     def _network(first: Tensor, hidden: list[Tensor], last: Tensor, biases: list[Tensor | None]) -> Tensor:
         """Everything that no hidden permutation moves: ``[network rows, B]``."""
         inputs, outputs = first.mean(-1), last.mean(-1)  # [C f, n_0, B], [C f, n_L, B]
-        parts = [inputs.mean(1), *(w.mean((-1, -2)) for w in hidden), outputs.mean(1)]
+        parts = [inputs.mean(1), *(c.mean(-1) for c in hidden), outputs.mean(1)]
         parts += [b.mean(-1) for b in biases if b is not None]
         parts += [inputs.flatten(0, 1), outputs.flatten(0, 1)]
         if biases[-1] is not None:
