@@ -154,9 +154,9 @@ def tiny_zoo(folder, activation, count=20):
     weights = {n: torch.randn(2 * count, *s, generator=generator) / 3 for n, s in shapes.items()}
     rows = [{"modeldir": f"m/{i // 2}", "step": 10 * (i % 2 + 1)} for i in range(2 * count)]
     zoo = Zoo(weights, weights["dense.bias"][:, 0].sigmoid(), to_columns(rows))
-    for k in range(2):
-        zoo.select(torch.arange(count) + k * count).save(folder / "chunks" / f"{k}.safetensors")
-    zoo.save(folder / "zoo.safetensors")
+    half = count // 2
+    for k in (0, half):
+        zoo.select(torch.arange(count) + 2 * k).save(folder / "chunks" / f"{k:06d}-{k + half:06d}.safetensors")
     return zoo
 
 
@@ -193,7 +193,7 @@ def test_augmented_networks_are_the_same_functions_in_the_same_split(tmp_path):
 def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     tiny_zoo(tmp_path / "zoo", "relu")
     options = (
-        f"cnn --out {tmp_path / 'out'} --zoo-relu {tmp_path / 'zoo'} --passes 40 --methods StatNN Monomial".split()
+        f"cnn --out {tmp_path / 'out'} --zoo-relu {tmp_path / 'zoo'} --passes 40 --count 20 --methods StatNN Monomial".split()
     )
     command.main([*options, "--datasets", "relu", "relu-10000", "--seeds", "1"])
     assert (tmp_path / "out" / "picture.png").exists()
@@ -212,8 +212,8 @@ def test_bad_input_of_the_command_is_one_line(tmp_path):
         command.main(["cnns"])
     assert not list(tmp_path.iterdir())
     tiny_zoo(tmp_path / "zoo", "relu")
-    chunk = tmp_path / "zoo" / "chunks" / "1.safetensors"
+    chunk = tmp_path / "zoo" / "chunks" / "000010-000020.safetensors"
     assert load_file(chunk)
     chunk.write_bytes(chunk.read_bytes()[:-50])
     with pytest.raises(SystemExit, match="truncated or damaged"):
-        command.main(f"cnn --out {tmp_path / 'o'} --zoo-relu {tmp_path / 'zoo'} --datasets relu".split())
+        command.main(f"cnn --out {tmp_path / 'o'} --zoo-relu {tmp_path / 'zoo'} --count 20 --datasets relu".split())

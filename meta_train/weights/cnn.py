@@ -81,11 +81,13 @@ DEFAULTS = Settings()
 
 # ------------------------------------------------------------------------------------------ data
 def whole_zoo(folder: Path, activation: str, count: int, data: Path | None = None) -> Zoo:
-    """All checkpoints of a zoo of CNNs, generated where it is not there yet."""
-    if not (folder / "zoo.safetensors").is_file():
+    """All checkpoints of a zoo of CNNs, whose generation is begun or gone on with where it is not finished."""
+    chunks = sorted((folder / "chunks").glob("*.safetensors"))
+    if not chunks or int(chunks[-1].stem.rpartition("-")[2]) < count:  # named by their networks, first-last
         settings = zoos.Settings(activation=activation, precision="bfloat16")  # type: ignore[arg-type]
         zoos.make(settings, folder, count, data)
-    return Zoo.join([Zoo.load(path) for path in sorted((folder / "chunks").glob("*.safetensors"))])
+        chunks = sorted((folder / "chunks").glob("*.safetensors"))
+    return Zoo.join([Zoo.load(path) for path in chunks])
 
 
 def by_network(zoo: Zoo, checkpoints: str) -> Zoo:
