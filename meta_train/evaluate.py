@@ -7,7 +7,6 @@ an interrupted evaluation goes on where it stopped and a second one pays only fo
 """
 
 import copy
-import hashlib
 import importlib
 import json
 import math
@@ -15,20 +14,25 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch import Tensor
 
-from learned_opt.inference import infer_symmetry
+from meta_train.optimizers import (
+    MakeOptimizer,
+    UnknownName,
+    digest,
+    load_weights,
+    optimizer_named,
+)
 from meta_train.symmetries import symmetry_of
 
 POINTS = 50  # evaluation points of a run of the task's own length
@@ -37,12 +41,6 @@ CAP = 6  # Adam is run on to CAP times the steps; a speed-up is at most CAP
 DIVERGED = 3.0  # a final train loss above DIVERGED x ceiling counts as divergence
 HORIZONS = (1.0, 0.8, 0.67, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
 REFERENCE = "adam"  # the optimizer that the speed-up is measured against
-
-MakeOptimizer = Callable[..., tuple[torch.optim.Optimizer, LRScheduler | None]]
-
-
-class UnknownName(ValueError):
-    """A name that stands for nothing; the message lists the valid ones, or says what to do."""
 
 
 # ----------------------------------------------------------------------------------------- one run
@@ -106,7 +104,7 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
     """
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(task.model).train()
-    _load(model, task.init(generator))
+    load_weights(model, task.init(generator))
     optimizer, scheduler = make_optimizer(model, steps=steps)
     params = dict(model.named_parameters())
     evals = evaluation_batches(task)
@@ -115,6 +113,7 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
     train, held_out = [], []
     seconds, cpu_seconds, ran, finite = 0.0, 0.0, 0, True
     for previous, now in zip([0, *at], at, strict=False):
+        _switch(optimizer, "train")
         start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(previous, now):
             batch = task.batch(generator)
@@ -130,6 +129,7 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
             ran += 1
         seconds += time.perf_counter() - start
         cpu_seconds += time.process_time() - cpu_start
+        _switch(optimizer, "eval")
         if finite:
             with torch.no_grad():
                 measured = [float(task.loss(params, batch)) for batch in evals]
@@ -142,6 +142,11 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
     train, held_out = train + missing, held_out + missing
     diverged = _bad(train[-1], task.ceiling)
     return Curve(at, train, held_out, seconds, cpu_seconds, ran, diverged)
+
+
+def _switch(optimizer: torch.optim.Optimizer, mode: str) -> None:
+    """Schedule-Free optimizers keep other weights in training than those that are to be measured."""
+    getattr(optimizer, mode, lambda: None)()
 
 
 def evaluation_batches(task: Any) -> list[tuple[Tensor, ...]]:
@@ -174,172 +179,6 @@ def evaluation_steps(steps: int, horizon: int) -> list[int]:
 
 def _bad(loss: float, ceiling: float) -> bool:
     return not loss <= DIVERGED * ceiling
-
-
-@torch.no_grad()
-def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    params = dict(model.named_parameters())
-    if params.keys() != weights.keys():
-        raise ValueError(
-            f"task.init gave weights {sorted(weights)}, but task.model has {sorted(params)}. "
-            "A task's init must name every parameter of its model."
-        )
-    for name, param in params.items():
-        param.copy_(weights[name])
-
-
-# ---------------------------------------------------------------------------------- the optimizers
-
-
-def sgdm(model: nn.Module, lr: float, steps: int):
-    """SGD with momentum 0.9 at a constant rate."""
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9), None
-
-
-def adam(model: nn.Module, lr: float, steps: int):
-    """Adam with PyTorch's defaults at a constant rate."""
-    return torch.optim.Adam(model.parameters(), lr), None
-
-
-def adamw(model: nn.Module, lr: float, steps: int):
-    """AdamW with PyTorch's defaults (weight decay 0.01) at a constant rate."""
-    return torch.optim.AdamW(model.parameters(), lr), None
-
-
-def muon(model: nn.Module, lr: float, steps: int):
-    """Muon on the hidden matrices, AdamW at the same rate (the updates' RMS match) on all else."""
-    hidden = hidden_matrices(model)
-    matrices = [p for name, p in model.named_parameters() if name in hidden]
-    others = [p for name, p in model.named_parameters() if name not in hidden]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr)]
-    if matrices:
-        parts.append(torch.optim.Muon(matrices, lr, weight_decay=0.01, nesterov=True, adjust_lr_fn="match_rms_adamw"))
-    return Joined(parts), None
-
-
-def hidden_matrices(model: nn.Module) -> set[str]:
-    """Names of the 2-D weights that are neither the first nor the last layer, nor embeddings.
-
-    Layers are the weights with two or more axes in the order in which the model registers them; a
-    bare parameter of a transformer (positions) is no layer.
-    """
-    layers = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and name.rpartition(".")[2] == "weight"]
-    embeddings = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    return {name for name, p in layers[1:-1] if p.ndim == 2 and name not in embeddings}
-
-
-class Joined(torch.optim.Optimizer):
-    """Several optimizers, each for its own parameters, that step (and are scheduled) as one."""
-
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        super().__init__([p for o in parts for g in o.param_groups for p in g["params"]], {})
-        self.parts = parts
-        self.param_groups = [group for part in parts for group in part.param_groups]
-
-    def step(self, closure=None):
-        if closure is not None:
-            raise ValueError("Joined optimizers take no closure: call backward() before step().")
-        for part in self.parts:
-            part.step()
-
-
-def cosine(factory: MakeOptimizer) -> MakeOptimizer:
-    """The same optimizer with its rate decayed to zero along a half cosine over the run."""
-
-    def decayed(model: nn.Module, lr: float, steps: int):
-        optimizer, _ = factory(model, lr, steps)
-        return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
-
-    return decayed
-
-
-def learned(model: nn.Module, lr: None, steps: int, rule: Any = "nfn", symmetry: Any = None):
-    """NFNOpt as shipped: told the number of steps and the symmetry (None: it infers it), no learning rate."""
-    from learned_opt import NFNOpt
-
-    return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None
-
-
-class Entry(NamedTuple):
-    """How to make an optimizer, and the learning rates to choose from (None: nothing to tune)."""
-
-    factory: Callable[..., tuple[torch.optim.Optimizer, LRScheduler | None]]
-    grid: tuple[float, ...] | None
-
-
-def half_decades(low: float, high: float) -> tuple[float, ...]:
-    """Learning rates a factor sqrt(10) apart, from 10**low to 10**high."""
-    return tuple(float(f"{10 ** (k / 2):.3g}") for k in range(round(2 * low), round(2 * high) + 1))
-
-
-OPTIMIZERS: dict[str, Entry] = {
-    "adam": Entry(adam, half_decades(-4, -1)),
-    "adamw-cosine": Entry(cosine(adamw), half_decades(-4, -1)),
-    "sgdm": Entry(sgdm, half_decades(-3, 0.5)),
-    "sgdm-cosine": Entry(cosine(sgdm), half_decades(-3, 0.5)),
-    "muon": Entry(muon, half_decades(-4, -1)),
-    "muon-cosine": Entry(cosine(muon), half_decades(-4, -1)),
-    "nfn": Entry(learned, None),
-}
-
-
-@lru_cache(maxsize=64)
-def optimizer_named(name: str) -> tuple[Entry, str]:
-    """The entry of a name, and for a learned one the hash of what it does ("" for the others).
-
-    ``nfn:RULE`` is NFNOpt with that rule: a name in ``learned_opt.rules.RULES`` or a checkpoint.
-    """
-    if name in OPTIMIZERS and OPTIMIZERS[name].factory is not learned:
-        return OPTIMIZERS[name], ""
-    kind, _, rule = name.partition(":")
-    if kind != "nfn" or (":" in name and not rule):
-        raise UnknownName(
-            f"unknown optimizer {name!r}. Valid names: {', '.join(OPTIMIZERS)}, "
-            "nfn:RULE (a rule's name or the path of a .safetensors file); LABEL=NAME renames one."
-        )
-    from learned_opt.rules import RULES, make_rule
-
-    rule = rule or "nfn"
-    if rule not in RULES and not Path(rule).is_file():
-        raise UnknownName(
-            f"unknown rule {rule!r}. Valid rules: {', '.join(RULES)}, or the path of an existing .safetensors file."
-        )
-    try:
-        module = make_rule(rule)
-    except ValueError as error:  # a damaged file, or one for another version of the rule
-        raise UnknownName(f"optimizer {name!r}: {error}") from error
-    return Entry(partial(learned, rule=module), None), rule_fingerprint(module)
-
-
-def rule_fingerprint(rule: nn.Module) -> str:
-    """Hash of theta and of what the rule does to a small network, so that a change of either (new
-    weights, or new code around the same weights) is a new optimizer."""
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
-    _load(model, {n: torch.randn(p.shape, generator=generator) / 3 for n, p in _named(model)})
-    inputs = torch.randn(16, 5, generator=generator)
-    symmetry = infer_symmetry(model, inputs, verify=False)
-    optimizer, _ = learned(model, None, steps=4, rule=rule, symmetry=symmetry)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(inputs).square().mean().backward()
-        optimizer.step()
-    # Rounded, so that another order of summation on another machine is the same optimizer.
-    moved = [f"{name} {float(p.detach().norm()):.3e}" for name, p in _named(model)]
-    return _digest(moved, dict(rule.state_dict()))
-
-
-def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(model.named_parameters())
-
-
-def _digest(text: Iterable[Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256("\n".join(map(str, text)).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 # --------------------------------------------------------------------------------------- the tasks
@@ -385,7 +224,7 @@ def task_fingerprint(task: Any) -> str:
     batches = {"batch": task.batch(generator), "train": task.train_eval(), "held": task.held_out()}
     for name, batch in batches.items():
         tensors |= {f"{name}.{k}": tensor for k, tensor in enumerate(batch)}
-    return _digest((task.model, task.steps, task.ceiling), tensors)
+    return digest((task.model, task.steps, task.ceiling), tensors)
 
 
 # ---------------------------------------------------------------------------- plan, jobs and store

@@ -19,6 +19,7 @@ from torch import nn
 from torch.func import functional_call
 
 from meta_train import evaluate as ev
+from meta_train import optimizers as op
 from meta_train import report as rp
 from meta_train.__main__ import main
 from meta_train.evaluate import CAP, Curve, Job, Store, UnknownName, evaluate
@@ -213,7 +214,7 @@ def test_same_weights_and_data_for_every_optimizer_and_length():
 
     for name, steps in (("adam", 30), ("sgdm", 30), ("muon-cosine", 30), ("adam", 60)):
         log = []
-        entry, _ = ev.optimizer_named(name)
+        entry, _ = op.optimizer_named(name)
         task = Recorded()
         c = ev.run(task, lambda m, steps, e=entry: e.factory(m, 1e-3, steps), 3, steps)
         seen[name, steps] = (c.train[0], log[:30])
@@ -223,7 +224,7 @@ def test_same_weights_and_data_for_every_optimizer_and_length():
 def test_a_run_leaves_the_task_as_it_was_and_depends_on_the_seed():
     task = Regression()
     before = copy.deepcopy(task.model.state_dict())
-    curves = [ev.run(task, lambda m, steps: ev.adam(m, 1e-2, steps), s, 20) for s in (0, 0, 1)]
+    curves = [ev.run(task, lambda m, steps: op.adam(m, 1e-2, steps), s, 20) for s in (0, 0, 1)]
     assert curves[0].train == curves[1].train != curves[2].train
     for name, value in task.model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -231,7 +232,7 @@ def test_a_run_leaves_the_task_as_it_was_and_depends_on_the_seed():
 
 def test_a_run_matches_a_loop_written_by_hand():
     task = Quadratic()
-    c = ev.run(task, lambda m, steps: ev.sgdm(m, 0.1, steps), 5, 40)
+    c = ev.run(task, lambda m, steps: op.sgdm(m, 0.1, steps), 5, 40)
     w = task.init(torch.Generator().manual_seed(5))["weight"].clone().requires_grad_()
     optimizer = torch.optim.SGD([w], 0.1, momentum=0.9)
     for _ in range(40):
@@ -245,7 +246,7 @@ def test_a_run_matches_a_loop_written_by_hand():
 
 def test_the_beginning_of_a_long_run_is_the_short_run():
     task = Regression()
-    short, long = (ev.run(task, lambda m, steps: ev.adam(m, 1e-2, steps), 0, steps) for steps in (30, 180))
+    short, long = (ev.run(task, lambda m, steps: op.adam(m, 1e-2, steps), 0, steps) for steps in (30, 180))
     beginning = long.until(30, task.ceiling)
     assert (beginning.at, beginning.train) == (short.at, short.train)
     assert beginning.held_out == short.held_out
@@ -273,7 +274,7 @@ def test_evaluation_batches_are_cut_evenly_and_never_below_256_examples():
 
 
 def test_divergence_is_marked_and_stops_the_run():
-    c = ev.run(Quadratic(steps=1000), lambda m, steps: ev.sgdm(m, 100.0, steps), 0, 1000)
+    c = ev.run(Quadratic(steps=1000), lambda m, steps: op.sgdm(m, 100.0, steps), 0, 1000)
     assert c.diverged
     assert c.ran < 1000
     assert c.final_train == math.inf
@@ -282,7 +283,7 @@ def test_divergence_is_marked_and_stops_the_run():
 
 
 def test_a_finite_but_large_final_loss_is_divergence_too():
-    c = ev.run(Quadratic(), lambda m, steps: ev.sgdm(m, 4.2, steps), 0, 10)
+    c = ev.run(Quadratic(), lambda m, steps: op.sgdm(m, 4.2, steps), 0, 10)
     assert math.isfinite(c.final_train) and c.final_train > 30
     assert c.diverged and c.ran == 10
 
@@ -291,20 +292,53 @@ def test_weights_that_do_not_fit_the_model_are_refused():
     task = Quadratic()
     task.init = lambda generator: {"w": torch.zeros(1, 3)}
     with pytest.raises(ValueError, match="must name every parameter"):
-        ev.run(task, lambda m, steps: ev.adam(m, 0.1, steps), 0, 5)
+        ev.run(task, lambda m, steps: op.adam(m, 0.1, steps), 0, 5)
 
 
 # -------------------------------------------------------------------------------------- optimizers
 
 
 def test_every_baseline_lowers_the_loss_and_has_a_grid_of_half_decades():
-    for name, (factory, grid) in ev.OPTIMIZERS.items():
+    for name, (factory, grid, package) in op.OPTIMIZERS.items():
         if grid is None:
             continue
         assert len(grid) >= 7
         assert np.diff(np.log10(grid)) == pytest.approx(0.5, abs=0.01)
-        c = ev.run(Regression(), lambda m, steps, f=factory: f(m, 1e-2, steps), 0, 30)
+        if package is not None:
+            pytest.importorskip(package)
+        lr = 1.0 if name.startswith("prodigy") else 1e-2
+        c = ev.run(Regression(), lambda m, steps, f=factory, lr=lr: f(m, lr, steps), 0, 30)
         assert c.final_train < c.train[0], name
+        if name.endswith("-cosine"):
+            assert op.OPTIMIZERS[name.removesuffix("-cosine")].grid == grid
+
+
+def test_schedule_free_is_measured_at_its_averages():
+    """And trains on from where it was: measuring changes nothing."""
+    schedulefree = pytest.importorskip("schedulefree")
+    task = Regression()
+    c = ev.run(task, lambda m, steps: op.schedule_free(m, 0.03, steps), 0, 20)
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: w.requires_grad_() for n, w in task.init(generator).items()}
+    optimizer = schedulefree.AdamWScheduleFree(weights.values(), lr=0.03)
+    optimizer.train()
+    for _ in range(20):
+        optimizer.zero_grad()
+        task.loss(weights, task.batch(generator)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        during = float(task.loss(weights, ev.evaluation_batches(task)[0]))
+        optimizer.eval()
+        averaged = float(task.loss(weights, ev.evaluation_batches(task)[0]))
+    assert c.final_train == pytest.approx(averaged, rel=1e-4) != pytest.approx(during, rel=1e-4)
+
+
+def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(op.importlib.util, "find_spec", lambda name: None)
+    op.optimizer_named.cache_clear()
+    with pytest.raises(UnknownName, match=r"learned-opt\[benchmark\]"):
+        evaluate(["soap"], tmp_path, tasks=["mlp-digits-sin"])
+    op.optimizer_named.cache_clear()
 
 
 def test_muon_takes_hidden_matrices_only():
@@ -318,17 +352,17 @@ def test_muon_takes_hidden_matrices_only():
             self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
             self.head = nn.Linear(4, 5)
 
-    assert ev.hidden_matrices(Block()) == {"fc1.weight", "fc2.weight"}
-    assert ev.hidden_matrices(Regression().model) == {"2.weight"}
-    assert ev.hidden_matrices(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))) == set()
-    joined, _ = ev.muon(Regression().model, 1e-2, 10)
+    assert op.hidden_matrices(Block()) == {"fc1.weight", "fc2.weight"}
+    assert op.hidden_matrices(Regression().model) == {"2.weight"}
+    assert op.hidden_matrices(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))) == set()
+    joined, _ = op.muon(Regression().model, 1e-2, 10)
     assert [type(part).__name__ for part in joined.parts] == ["AdamW", "Muon"]
     assert [p.shape for p in joined.param_groups[1]["params"]] == [(8, 8)]
 
 
 def test_cosine_reaches_zero_in_every_part():
     model = Regression().model
-    optimizer, scheduler = ev.OPTIMIZERS["muon-cosine"].factory(model, 1e-2, 10)
+    optimizer, scheduler = op.OPTIMIZERS["muon-cosine"].factory(model, 1e-2, 10)
     for _ in range(10):
         model(torch.ones(1, 4)).sum().backward()
         optimizer.step()
@@ -342,7 +376,7 @@ def test_tuning_picks_the_right_rate_on_a_quadratic(tmp_path):
     found = measure(tmp_path, ["sgdm"], grids={**GRIDS, "sgdm": rates})
     losses = {}
     for lr in rates:
-        curves = [ev.run(Quadratic(), lambda m, steps, lr=lr: ev.sgdm(m, lr, steps), s, 40) for s in (0, 1)]
+        curves = [ev.run(Quadratic(), lambda m, steps, lr=lr: op.sgdm(m, lr, steps), s, 40) for s in (0, 1)]
         losses[lr] = sum(c.final_train for c in curves)
     assert min(losses, key=losses.get) == 1e-1
     assert {o.lr for o in found if o.optimizer == "sgdm"} == {1e-1}
@@ -353,15 +387,15 @@ def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
     from learned_opt.rules import make_rule, save_theta
 
     rule = make_rule("nfn")
-    assert ev.rule_fingerprint(rule) == ev.rule_fingerprint(make_rule("nfn"))
-    assert ev.rule_fingerprint(rule) != ev.rule_fingerprint(make_rule("nominal"))
+    assert op.rule_fingerprint(rule) == op.rule_fingerprint(make_rule("nfn"))
+    assert op.rule_fingerprint(rule) != op.rule_fingerprint(make_rule("nominal"))
     save_theta(tmp_path / "same.safetensors", "nfn", rule.state_dict(), {})
     with torch.no_grad():
         next(rule.parameters()).add_(0.1)
     save_theta(tmp_path / "other.safetensors", "nfn", rule.state_dict(), {})
-    _, same = ev.optimizer_named(f"nfn:{tmp_path / 'same.safetensors'}")
-    _, other = ev.optimizer_named(f"nfn:{tmp_path / 'other.safetensors'}")
-    assert same == ev.optimizer_named("nfn")[1] != other
+    _, same = op.optimizer_named(f"nfn:{tmp_path / 'same.safetensors'}")
+    _, other = op.optimizer_named(f"nfn:{tmp_path / 'other.safetensors'}")
+    assert same == op.optimizer_named("nfn")[1] != other
 
 
 def test_learned_optimizers_are_evaluated_untuned_under_their_labels(tmp_path):
@@ -458,7 +492,7 @@ def test_horizon_speed_up(tmp_path):
     reaches = [
         r
         for r in ev.HORIZONS
-        if ev.run(Quadratic(), lambda m, steps: ev.sgdm(m, 0.1, steps), 0, round(40 * r)).final_train <= target
+        if ev.run(Quadratic(), lambda m, steps: op.sgdm(m, 0.1, steps), 0, round(40 * r)).final_train <= target
     ]
     assert value == pytest.approx(1 / min(reaches))
     assert value > 1

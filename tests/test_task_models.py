@@ -2,6 +2,10 @@
 
 import csv
 import math
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 from torch.testing import assert_close
 
+from meta_train import evaluate, optimizers
 from tasks import data, documents, fields, generative, graph, policy, recurrent, residual, sequence, transformer
 from tasks.mlp import Gated
 from tasks.task import Problem
@@ -457,3 +462,17 @@ def test_a_problem_is_a_model_a_batch_function_and_a_loss():
         "sum", lambda: nn.Linear(3, 1), sample, loss, batch_size=8, steps=1, ceiling=3.0, held_out=lambda: (1,)
     )
     assert kept.ceiling == 3.0 and kept.held_out() == (1,)
+
+
+def test_the_documentation_of_tasks_runs(monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+    mine, recipe = (types.ModuleType(name) for name in ("my_tasks", "my_recipe"))
+    monkeypatch.setitem(sys.modules, "my_tasks", mine)
+    for module, code in zip((mine, recipe), re.findall(r"```python\n(.*?)```", page, re.DOTALL), strict=True):
+        exec(code, vars(module))
+    task = mine.SUITE["sine"]()
+    curve = evaluate.run(task, lambda model, steps: optimizers.adam(model, 0.01, steps), 0, 150)
+    assert curve.final_held_out < 0.7 * curve.held_out[0]
+    family = recipe.families["sine"]
+    assert family(seeded(0)).batch(seeded(0))[0].shape == (64, 1)
+    assert recipe.recipe().families.keys() == recipe.families.keys()

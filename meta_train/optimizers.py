@@ -1,0 +1,235 @@
+"""The optimizers that are compared: how to make each, and the learning rates to choose from.
+
+A factory is ``(model, lr, steps) -> (optimizer, scheduler or None)``. Settings are the defaults of the packages; those
+that are not torch's come from their authors (Prodigy, Schedule-Free) or from pytorch-optimizer (Lion, SOAP), all in the
+extra ``benchmark``.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from learned_opt.inference import infer_symmetry
+
+Made = tuple[torch.optim.Optimizer, LRScheduler | None]
+MakeOptimizer = Callable[..., Made]
+
+
+class UnknownName(ValueError):
+    """A name that stands for nothing; the message lists the valid ones, or says what to do."""
+
+
+# ---------------------------------------------------------------------------------------- factories
+
+
+def of_torch(make: Callable[..., torch.optim.Optimizer], **settings: Any) -> MakeOptimizer:
+    """``make(parameters, lr, **settings)`` at a constant rate."""
+
+    def factory(model: nn.Module, lr: float, steps: int) -> Made:
+        return make(model.parameters(), lr, **settings), None
+
+    return factory
+
+
+sgdm = of_torch(torch.optim.SGD, momentum=0.9)
+adam = of_torch(torch.optim.Adam)
+adamw = of_torch(torch.optim.AdamW)  # weight decay 0.01
+nadam = of_torch(torch.optim.NAdam)
+rmsprop = of_torch(torch.optim.RMSprop)
+
+
+def muon(model: nn.Module, lr: float, steps: int):
+    """Muon on the hidden matrices, AdamW at the same rate (the updates' RMS match) on all else."""
+    hidden = hidden_matrices(model)
+    matrices = [p for name, p in model.named_parameters() if name in hidden]
+    others = [p for name, p in model.named_parameters() if name not in hidden]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr)]
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, lr, weight_decay=0.01, nesterov=True, adjust_lr_fn="match_rms_adamw"))
+    return Joined(parts), None
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the 2-D weights that are neither the first nor the last layer, nor embeddings.
+
+    Layers are the weights with two or more axes in the order in which the model registers them; a
+    bare parameter of a transformer (positions) is no layer.
+    """
+    layers = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and name.rpartition(".")[2] == "weight"]
+    embeddings = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return {name for name, p in layers[1:-1] if p.ndim == 2 and name not in embeddings}
+
+
+class Joined(torch.optim.Optimizer):
+    """Several optimizers, each for its own parameters, that step (and are scheduled) as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([p for o in parts for g in o.param_groups for p in g["params"]], {})
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def step(self, closure=None):
+        if closure is not None:
+            raise ValueError("Joined optimizers take no closure: call backward() before step().")
+        for part in self.parts:
+            part.step()
+
+
+def of_package(package: str, name: str, **settings: Any) -> MakeOptimizer:
+    """As :func:`of_torch`, for a class of a package that is imported when it is needed."""
+
+    def factory(model: nn.Module, lr: float, steps: int) -> Made:
+        make = getattr(importlib.import_module(package), name)
+        return make(model.parameters(), lr=lr, **settings), None
+
+    return factory
+
+
+lion = of_package("pytorch_optimizer", "Lion", weight_decay=0.01)
+soap = of_package("pytorch_optimizer", "SOAP")
+schedule_free = of_package("schedulefree", "AdamWScheduleFree")
+prodigy = of_package("prodigyopt", "Prodigy")
+
+
+def cosine(factory: MakeOptimizer) -> MakeOptimizer:
+    """The same optimizer with its rate decayed to zero along a half cosine over the run."""
+
+    def decayed(model: nn.Module, lr: float, steps: int):
+        optimizer, _ = factory(model, lr, steps)
+        return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
+
+    return decayed
+
+
+def learned(model: nn.Module, lr: None, steps: int, rule: Any = "nfn", symmetry: Any = None):
+    """NFNOpt as shipped: told the number of steps and the symmetry (None: it infers it), no learning rate."""
+    from learned_opt import NFNOpt
+
+    return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+class Entry(NamedTuple):
+    """How to make an optimizer, the learning rates to choose from (None: nothing to tune), and its package."""
+
+    factory: MakeOptimizer
+    grid: tuple[float, ...] | None
+    needs: str | None = None
+
+
+def half_decades(low: float, high: float) -> tuple[float, ...]:
+    """Learning rates a factor sqrt(10) apart, from 10**low to 10**high."""
+    return tuple(float(f"{10 ** (k / 2):.3g}") for k in range(round(2 * low), round(2 * high) + 1))
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "adam": Entry(adam, half_decades(-4, -1)),
+    "adam-cosine": Entry(cosine(adam), half_decades(-4, -1)),
+    "adamw": Entry(adamw, half_decades(-4, -1)),
+    "adamw-cosine": Entry(cosine(adamw), half_decades(-4, -1)),
+    "nadam": Entry(nadam, half_decades(-4, -1)),
+    "nadam-cosine": Entry(cosine(nadam), half_decades(-4, -1)),
+    "rmsprop": Entry(rmsprop, half_decades(-4.5, -1.5)),
+    "rmsprop-cosine": Entry(cosine(rmsprop), half_decades(-4.5, -1.5)),
+    "sgdm": Entry(sgdm, half_decades(-3, 0.5)),
+    "sgdm-cosine": Entry(cosine(sgdm), half_decades(-3, 0.5)),
+    "muon": Entry(muon, half_decades(-4, -1)),
+    "muon-cosine": Entry(cosine(muon), half_decades(-4, -1)),
+    "lion": Entry(lion, half_decades(-5, -2), "pytorch_optimizer"),
+    "lion-cosine": Entry(cosine(lion), half_decades(-5, -2), "pytorch_optimizer"),
+    "soap": Entry(soap, half_decades(-4, -1), "pytorch_optimizer"),
+    "soap-cosine": Entry(cosine(soap), half_decades(-4, -1), "pytorch_optimizer"),
+    "schedule-free": Entry(schedule_free, half_decades(-3.5, -0.5), "schedulefree"),  # has no schedule, by design
+    # Prodigy estimates its own rate and multiplies it by lr: 1 is its default.
+    "prodigy": Entry(prodigy, half_decades(-1.5, 1.5), "prodigyopt"),
+    "prodigy-cosine": Entry(cosine(prodigy), half_decades(-1.5, 1.5), "prodigyopt"),
+    "nfn": Entry(learned, None),
+}
+
+
+@lru_cache(maxsize=64)
+def optimizer_named(name: str) -> tuple[Entry, str]:
+    """The entry of a name, and for a learned one the hash of what it does ("" for the others).
+
+    ``nfn:RULE`` is NFNOpt with that rule: a name in ``learned_opt.rules.RULES`` or a checkpoint.
+    """
+    if name in OPTIMIZERS and OPTIMIZERS[name].factory is not learned:
+        entry = OPTIMIZERS[name]
+        if entry.needs and importlib.util.find_spec(entry.needs) is None:
+            raise UnknownName(
+                f"optimizer {name!r} needs the package {entry.needs}, which is not installed. "
+                "Run `pip install 'learned-opt[benchmark]'`, or leave it out."
+            )
+        return entry, ""
+    kind, _, rule = name.partition(":")
+    if kind != "nfn" or (":" in name and not rule):
+        raise UnknownName(
+            f"unknown optimizer {name!r}. Valid names: {', '.join(OPTIMIZERS)}, "
+            "nfn:RULE (a rule's name or the path of a .safetensors file); LABEL=NAME renames one."
+        )
+    from learned_opt.rules import RULES, make_rule
+
+    rule = rule or "nfn"
+    if rule not in RULES and not Path(rule).is_file():
+        raise UnknownName(
+            f"unknown rule {rule!r}. Valid rules: {', '.join(RULES)}, or the path of an existing .safetensors file."
+        )
+    try:
+        module = make_rule(rule)
+    except ValueError as error:  # a damaged file, or one for another version of the rule
+        raise UnknownName(f"optimizer {name!r}: {error}") from error
+    return Entry(partial(learned, rule=module), None), rule_fingerprint(module)
+
+
+def rule_fingerprint(rule: nn.Module) -> str:
+    """Hash of theta and of what the rule does to a small network, so that a change of either (new
+    weights, or new code around the same weights) is a new optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+    load_weights(model, {n: torch.randn(p.shape, generator=generator) / 3 for n, p in _named(model)})
+    inputs = torch.randn(16, 5, generator=generator)
+    symmetry = infer_symmetry(model, inputs, verify=False)
+    optimizer, _ = learned(model, None, steps=4, rule=rule, symmetry=symmetry)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    # Rounded, so that another order of summation on another machine is the same optimizer.
+    moved = [f"{name} {float(p.detach().norm()):.3e}" for name, p in _named(model)]
+    return digest(moved, dict(rule.state_dict()))
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(model.named_parameters())
+
+
+def digest(text: Iterable[Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hash of what is printed of some things, and of tensors by name."""
+    digest = hashlib.sha256("\n".join(map(str, text)).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy into the parameters of a model; raises ValueError unless the names are the same."""
+    params = dict(model.named_parameters())
+    if params.keys() != weights.keys():
+        raise ValueError(
+            f"task.init gave weights {sorted(weights)}, but task.model has {sorted(params)}. "
+            "A task's init must name every parameter of its model."
+        )
+    for name, param in params.items():
+        param.copy_(weights[name])
