@@ -206,7 +206,7 @@ def _show(
     from learned_opt.symmetry import SymmetryError
 
     try:
-        symmetry = infer_symmetry(model, *args, verify=verify, **kwargs)
+        symmetry = infer_symmetry(model, *args, verify=verify, keywords=kwargs)
     except SymmetryError as error:
         _fail(str(error))
     print(symmetry)

@@ -151,7 +151,7 @@ def inferred(calls: list[Call], entries: list[Entry]) -> Binding:
     symmetry, names = Symmetry({}), dict[int, str]()
     for i, call in enumerate(calls):
         with call.in_its_modes(), torch.inference_mode(False), torch.enable_grad():
-            found = infer_symmetry(call.module, *call.args, **call.kwargs)
+            found = infer_symmetry(call.module, *call.args, keywords=call.kwargs)
         prefix = f"{i}/" if len(calls) > 1 else ""
         known: dict[int, str] = {}
         for name, p in call.module.named_parameters(remove_duplicate=False):

@@ -13,6 +13,9 @@ A read tensor's squares are weighted by fan_in / fan_out, so that fan-in-scaled 
 are and a standard network is optimised as without a frame.
 
 The frame is a function of the current weights alone. It needs no state, hence none to store, resume or corrupt.
+
+A unit whose written weights are all zero (a zero-initialised gain and bias) keeps potential 1: what reads it could tell
+its scale only together with the scales of what that writes, which the walk needs first. Such a unit is constant.
 """
 
 from collections.abc import Mapping

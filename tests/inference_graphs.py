@@ -217,7 +217,7 @@ class Held(nn.Module):
     def __init__(self, written: bool) -> None:
         super().__init__()
         self.written = written
-        self.register_buffer("seen", torch.zeros(12) if written else torch.rand(4).repeat_interleave(3))
+        self.register_buffer("seen", torch.rand(4).repeat_interleave(3))
 
     def forward(self, h: Tensor) -> Tensor:
         if self.written:

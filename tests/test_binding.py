@@ -48,8 +48,8 @@ def asked(monkeypatch):
     """``infer_symmetry`` replaced by one that knows linear layers: who asks what of it is the test's subject."""
     calls = Asked()
 
-    def infer_symmetry(model, *args, **kwargs):
-        calls.append((model, args, kwargs, [m.training for m in model.modules()]))
+    def infer_symmetry(model, *args, keywords):
+        calls.append((model, args, keywords, [m.training for m in model.modules()]))
         if calls.error is not None:
             raise calls.error
         specs = {

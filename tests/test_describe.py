@@ -7,6 +7,7 @@ import math
 import re
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -319,9 +320,9 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         monkeypatch.delitem(sys.modules, name, raising=False)
     calls: list[tuple] = []
 
-    def noted(model: nn.Module, *inputs: Tensor, verify: object = "auto", **kwargs: Tensor) -> Symmetry:
-        calls.append((model, inputs, verify, kwargs))
-        return infer_symmetry(model, *inputs, verify=False, **kwargs)
+    def noted(model: nn.Module, *inputs: Tensor, verify: object, keywords: Mapping[str, Tensor]) -> Symmetry:
+        calls.append((model, inputs, verify, keywords))
+        return infer_symmetry(model, *inputs, verify=False, keywords=keywords)
 
     monkeypatch.setattr(learned_opt.inference, "infer_symmetry", noted)
     yield calls

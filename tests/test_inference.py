@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from inference_graphs import FUNCTIONS, JOINS, LAYERS, RandomNet
 from torch import Tensor, nn
 
-from learned_opt import Symmetry, infer_symmetry
+from learned_opt import NFNOpt, Symmetry, infer_symmetry
 from learned_opt.inference import InferenceError
 from learned_opt.inference.graph import Network, export
 from learned_opt.inference.verify import Check
@@ -112,5 +112,22 @@ def test_wrong_inputs_and_settings() -> None:
         infer_symmetry(model, torch.randn(2, 7))
     with pytest.raises(InferenceError, match="control flow"):
         infer_symmetry(Between(lambda h: h if h.sum() > 0 else -h), torch.randn(2, 4))
+    with pytest.raises(ValueError, match="keywords={'outputs'"):
+        infer_symmetry(model, torch.randn(2, 4), outputs=torch.randn(2, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sometimes"):
         infer_symmetry(model, torch.randn(2, 4), verify="sometimes")  # type: ignore[arg-type]
+
+
+def test_inputs_may_be_called_as_arguments_of_the_inference() -> None:
+    class Named(Between):
+        def forward(self, model: Tensor, *, outputs: Tensor, verify: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(model * mask) * outputs + verify
+
+    inputs = {"outputs": torch.randn(2, 3), "verify": torch.randn(2, 3)}
+    model, x = Named(torch.tanh), torch.randn(2, 4)
+    symmetry = infer_symmetry(model, model=x, mask=torch.ones(2, 4), keywords=inputs)
+    assert free(symmetry) == free(infer_symmetry(model, x, mask=x, keywords=inputs)) == ["first"]
+    optimizer = NFNOpt(model.parameters(), rule="adam")
+    model(x, mask=x, **inputs).sum().backward()
+    optimizer.step()
+    assert optimizer.symmetry is not None and free(optimizer.symmetry) == ["first"]

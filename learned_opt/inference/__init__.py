@@ -7,7 +7,7 @@ on the axes of ``axes``), solves for the scales (``solve``) and checks the resul
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -25,14 +25,17 @@ logger = logging.getLogger(__name__)
 # beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes in
 # float64 on the CPU (a large training batch, seen by NFNOpt, would take minutes)
 AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
+_CLASH = "An input of the model that is called so goes into keywords={{'{}': ...}}."
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 
 
 def infer_symmetry(
     model: nn.Module,
+    /,
     *inputs: Any,
     verify: bool | Literal["auto"] = "auto",
     outputs: Callable[[Any], Any] | None = None,
+    keywords: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Symmetry:
     """How the axes of a model's tensors move together: which permutations, scales and signs leave its function alone.
@@ -49,19 +52,20 @@ def infer_symmetry(
             multiplications with weights in a forward pass.
         outputs: picks from what the model returns the tensors that must not change; default: all, except a
             language model's ``past_key_values``.
-        kwargs: example keyword inputs.
+        keywords: example keyword inputs, for a model that calls one of them as an argument of this function.
+        kwargs: the other example keyword inputs.
 
     Returns:
         Specs for every parameter (under its first name) and for the running statistics of batch norms.
 
     Raises:
         InferenceError: the model cannot be exported, or does not run with these inputs.
-        ValueError: ``verify`` is something else.
+        ValueError: ``verify`` or ``outputs`` is something else.
     """
-    if verify not in (True, False, "auto"):
-        raise ValueError(f"verify={verify!r} is unknown; it is True, False or 'auto'")
+    if not isinstance(verify, bool) and (not isinstance(verify, str) or verify != "auto"):
+        raise ValueError(f"verify={verify!r:.200} is unknown; it is True, False or 'auto'. {_CLASH.format('verify')}")
     model = getattr(model, "_orig_mod", model)
-    network, propagation = _propagated(model, inputs, kwargs, outputs)
+    network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
     symmetry = symmetry_of(network, _shapes(model), propagation)
     weights = sum(t.numel() for t in network.tensors.values())
     meta = any(t.device.type == "meta" for t in network.tensors.values())
@@ -76,7 +80,12 @@ def infer_symmetry(
 
 
 def missed_labels(
-    model: nn.Module, *inputs: Any, outputs: Callable[[Any], Any] | None = None, **kwargs: Any
+    model: nn.Module,
+    /,
+    *inputs: Any,
+    outputs: Callable[[Any], Any] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> list[str]:
     """The converse check: fixed axes of which two units can be exchanged without changing the function.
 
@@ -86,7 +95,7 @@ def missed_labels(
         Labels of a symmetry that labels every axis; rows of tables that the inputs do not use are among them. Units on
         the two sides of an unknown operator have two labels there, and are not found.
     """
-    network, propagation = _propagated(model, inputs, kwargs, outputs)
+    network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
     symmetry = symmetry_of(network, _shapes(model), propagation, declare_fixed=True)
     return Check(network).missed(symmetry)
 
@@ -96,6 +105,10 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _propagated(model: nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> tuple[Network, Propagation]:
+    if outputs is not None and not callable(outputs):
+        raise ValueError(
+            f"outputs={outputs!r:.200} is not a function of what the model returns. {_CLASH.format('outputs')}"
+        )
     program = export(model, inputs, kwargs, outputs)
     network = Network(model, program)
     propagation = Propagation(network)
