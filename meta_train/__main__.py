@@ -110,7 +110,7 @@ def evaluate(
         workers: processes, each with one thread.
         horizon: also measure the horizon speed-up over this optimizer (about 3 times the runs).
         steps: steps of every run; the task's own if 0.
-        data: folder of optional data (mnist/ in IDX format), for HELD_OUT.
+        data: folder of optional data (mnist/ in IDX format, ag_news/test.csv), for HELD_OUT.
     """
     _evaluate(
         _split(optimizers),

@@ -551,7 +551,7 @@ def test_report_on_an_empty_folder_says_what_to_do(tmp_path):
 
 
 def test_unknown_names_list_the_valid_ones(tmp_path):
-    with pytest.raises(UnknownName, match="adamw-cosine, sgdm"):
+    with pytest.raises(UnknownName, match="adam-cosine, adamw, adamw-cosine"):
         measure(tmp_path, ["adamm"])
     with pytest.raises(UnknownName, match="quadratic, noisy, regression"):
         measure(tmp_path, tasks=["quadratik"])
