@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Generator
 
-from learned_opt.nfn import Chain, HNPLinear, InvariantNFN
-from learned_opt.nfn.sine import SineEditor, SineFeatures, SineGradients, SineMessages, SineNFN
+from learned_opt.nfn import Chain, InvariantNFN
+from learned_opt.nfn.sine import SineEditor, SineMessages, SineNFN
 from learned_opt.symmetry import SymmetryError
 from meta_train.weights import inr
 from meta_train.weights.runs import Grid
@@ -94,13 +94,11 @@ def test_without_mixtures_the_outputs_are_values_of_the_network(networks):
 
 
 @pytest.mark.parametrize("kind", ["np", "hnp", "monomial", "magep"])
-def test_behind_messages_every_kind_is_invariant_to_the_whole_group(networks, kind):
+def test_on_features_of_messages_every_kind_is_invariant_to_the_whole_group(networks, kind):
     weights, chain = networks
     torch.manual_seed(0)
-    front = SineFeatures(chain, 10, 3)
-    model = torch.nn.Sequential(
-        front, InvariantNFN(chain, 4, kind, in_channels=3, channels=(4,), head_width=8)
-    ).double()
+    body = InvariantNFN(chain, 5, kind, in_channels=3, channels=(4,), head_width=8)
+    model = SineNFN(chain, 4, channels=10, body=body, in_channels=3, width=5).double()
     moved = moved_by_the_group(weights)
     assert far(model(channel(weights)), model(channel(moved))) < 1e-10
     alone = InvariantNFN(chain, 4, kind, channels=(4,), head_width=8).double()
@@ -110,31 +108,46 @@ def test_behind_messages_every_kind_is_invariant_to_the_whole_group(networks, ki
 def test_gradients_are_autograds(networks):
     weights, chain = networks
     torch.manual_seed(0)
-    layer = SineGradients(chain, 6, 2, width=8, mixing="random").double()
+    messages = SineMessages(chain, 6).double()
     inputs = {n: x.clone().requires_grad_() for n, x in channel(weights).items()}
-    found, outputs = layer(inputs), layer.messages(inputs).outputs
-    factors = layer.coefficients(outputs.flatten(1)).detach().unflatten(1, (2, *outputs.shape[1:]))
+    codes = messages(inputs)
+    factors = torch.randn(5, 2, *codes.outputs.shape[1:], dtype=torch.float64)
+    found = messages.gradient(inputs, codes, factors)
     for c in range(2):
-        total = (factors[:, c] * outputs).sum()
+        total = (factors[:, c] * codes.outputs).sum()
         expected = torch.autograd.grad(total, list(inputs.values()), retain_graph=True)
         for name, x in zip(inputs, expected, strict=True):
             assert far(x[:, 0], found[name][:, c]) < 1e-12
 
 
+def test_steps_are_gradient_descent_at_first(networks):
+    weights, chain = networks
+    torch.manual_seed(0)
+    model = SineEditor(chain, channels=9, steps=1).double()
+    inputs = {n: x.clone().requires_grad_() for n, x in channel(weights).items()}
+    y = model.messages(inputs).outputs.flatten(1)
+    loss = ((y + model.target(y)).detach() - y).square().sum() / 2
+    slopes = torch.autograd.grad(loss, list(inputs.values()))
+    for (name, x), slope in zip(model(channel(weights)).items(), slopes, strict=True):
+        assert far(weights[name] - x.squeeze(1), model.rate * slope.squeeze(1)) < 1e-9
+
+
 def test_the_editor_commutes_with_the_whole_group(networks):
     weights, chain = networks
     torch.manual_seed(0)
-    model = SineEditor(chain, channels=9, start=0.01).double()
-    edit = lambda w: {n: x.squeeze(1) for n, x in model(channel(w)).items()}  # noqa: E731
-    one, two = moved_by_the_group(edit(weights)), edit(moved_by_the_group(weights))
-    for name in zoos.NAMES:
-        assert far(one[name], two[name]) < 1e-12
-        assert far(one[name], moved_by_the_group(weights)[name]) > 1e-6  # it does edit
-    layers = torch.nn.Sequential(HNPLinear(chain, 2, 1))  # sees permutations, not signs
-    other = SineEditor(chain, layers, out_channels=2, channels=9, start=0.01).double()
-    edit = lambda w: {n: x.squeeze(1) for n, x in other(channel(w)).items()}  # noqa: E731
-    one, two = moved_by_the_group(edit(weights)), edit(moved_by_the_group(weights))
-    assert far(one["net.1.linear.weight"], two["net.1.linear.weight"]) > 1e-6
+
+    def errors(model):
+        edit = lambda w: {n: x.squeeze(1) for n, x in model.double()(channel(w)).items()}  # noqa: E731
+        one, two = moved_by_the_group(edit(weights)), edit(moved_by_the_group(weights))
+        there = moved_by_the_group(weights)
+        return [far(one[n], two[n]) for n in zoos.NAMES], [far(one[n], there[n]) for n in zoos.NAMES]
+
+    found, changed = errors(SineEditor(chain, channels=9, steps=2, rate=1e-3))
+    assert max(found) < 1e-12 and min(changed) > 1e-6  # it does edit
+    for kind, exact in {"monomial": True, "hnp": False, "magep": False}.items():
+        layers = inr.editor_layers(chain, kind, 2, 3)
+        found, _ = errors(SineEditor(chain, layers, in_channels=2, channels=9, steps=2, rate=1e-3))
+        assert (max(found) < 1e-10) == exact
 
 
 def test_messages_refuse_relu():
@@ -196,8 +209,8 @@ def test_classification_from_nothing_to_table(folder, tmp_path, capsys):
 
 def test_editing_learns_and_shows_it(folder, tmp_path):
     zoo, data = folder
-    grid = Grid(tmp_path, seeds=1, methods=("gradients", "Monomial + messages"), datasets=("dilate",))
-    inr.editing(grid, inr.Editing(passes=450, batch=5, pixels=64), zoo=zoo, count=60, data=data)
+    grid = Grid(tmp_path, seeds=1, methods=("steps", "Monomial + steps"), datasets=("dilate",))
+    inr.editing(grid, inr.Editing(passes=300, batch=5, pixels=64), zoo=zoo, count=60, data=data)
     table = json.loads((tmp_path / "table.json").read_text())
     for cell in table["cells"]:
         assert cell["mean"] < table["about"]["unedited"]["dilate"]

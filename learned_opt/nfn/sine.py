@@ -88,39 +88,30 @@ class SineMessages(nn.Module):
             slopes.append(phase.cos())
         return Codes(codes, slopes, weights[-1] @ codes[-1] + biases[-1].unsqueeze(-1))
 
+    def gradient(self, features: Features, found: Codes, factors: Tensor) -> Features:
+        """Gradients by the weights of ``sum_k e_k y_k``, the factors e held fixed.
 
-class SineNFN(nn.Module):
-    """The outputs of :class:`SineMessages` and a head: a vector that no symmetry of a sine network moves.
+        Args:
+            features: with one channel.
+            found: what ``forward`` returned for them.
+            factors: e, ``[B, C, n_L, K]``.
 
-    Args:
-        chain: the sine network.
-        outputs: size of the vector.
-        channels: of the messages.
-        head_width: of the head.
-        omega: the frequency.
-        mixing: see :class:`SineMessages`; ``none`` is a net on values at learned points.
-        dropout: in the head.
-    """
-
-    def __init__(
-        self,
-        chain: Chain,
-        outputs: int,
-        *,
-        channels: int = 256,
-        head_width: int = 256,
-        omega: float = 30.0,
-        mixing: Mixing = "random",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.messages = SineMessages(chain, channels, omega=omega, mixing=mixing)
-        read = channels * chain.n_out
-        self.head = nn.Sequential(nn.LayerNorm(read), head(read, head_width, outputs, dropout))
-
-    def forward(self, features: Features) -> Tensor:
-        """Features with one channel -> ``[batch, outputs]``."""
-        return self.head(self.messages(features).outputs.flatten(1))  # type: ignore[no-any-return]
+        Returns:
+            Features with C channels.
+        """
+        weights, _ = self.read(features)
+        back, by_bias = factors, factors.sum(-1)  # back: by W^(i) u^(i-1) + b^(i), [B, C, n_i, K]
+        out: Features = {}
+        for i in reversed(range(self.chain.depth)):
+            layer = self.chain.layers[i]
+            assert layer.bias is not None
+            below = found.codes[i - 1].unsqueeze(1) if i else self.inputs
+            out[layer.weight], out[layer.bias] = back @ below.mT, by_bias
+            if i:
+                phase = (weights[i].mT.unsqueeze(1) @ back) * found.slopes[i - 1].unsqueeze(1)
+                by_bias = self.omega * phase.sum(-1)
+                back = phase @ self.mixtures[i - 2].mT if i > 1 else phase
+        return {name: out[name] for name in self.chain.names}
 
 
 class SineFeatures(nn.Module):
@@ -135,23 +126,18 @@ class SineFeatures(nn.Module):
         channels: of the messages.
         out_channels: of the features returned.
         omega: the frequency.
-        mixing: see :class:`SineMessages`.
     """
 
-    def __init__(
-        self, chain: Chain, channels: int, out_channels: int, *, omega: float = 30.0, mixing: Mixing = "random"
-    ) -> None:
+    def __init__(self, chain: Chain, channels: int, out_channels: int, *, omega: float = 30.0) -> None:
         super().__init__()
         self.chain, self.out_channels = chain, out_channels
-        self.messages = SineMessages(chain, channels, omega=omega, mixing=mixing)
         self.norm = nn.LayerNorm(channels)
         self.mixtures = nn.ModuleList([nn.Linear(channels, out_channels, bias=False) for _ in chain.layers])
         widths = [1.0, *(omega for _ in chain.layers[2:]), math.sqrt(chain.widths[-2])]
         self.gains = nn.Parameter(torch.tensor(widths))  # entries of a fitted network are about one after these
 
-    def forward(self, features: Features) -> Features:
-        """One channel -> ``out_channels``."""
-        found = self.messages(features)
+    def forward(self, features: Features, found: Codes) -> Features:
+        """Features with one channel and the codes of their messages -> ``out_channels``."""
         units = [mix(u).mT for mix, u in zip(self.mixtures, found.codes, strict=False)]  # [B, C, n_i]
         out: Features = {}
         for i, (layer, gain) in enumerate(zip(self.chain.layers, self.gains, strict=True)):
@@ -164,89 +150,115 @@ class SineFeatures(nn.Module):
         return out
 
 
-class SineGradients(nn.Module):
-    """Gradients of learned invariants by the weights: features that move as weights do, but not with phase shifts.
+class SineNFN(nn.Module):
+    """A vector that no symmetry of a sine network moves: a head on the outputs of :class:`SineMessages`.
 
-    With ``y`` the outputs of :class:`SineMessages` and ``e_c(y)`` a net, channel c is the gradient of
-    ``sum_k e_ck y_k`` by the weights, e held fixed. An invariant times the gradient of an invariant is equivariant to
-    permutations and signs, and shifts of biases do not move it. What an editor adds to weights may be such a sum.
+    With ``body`` invariant layers on :class:`SineFeatures` of the same messages are heard too.
 
     Args:
         chain: the sine network.
+        outputs: size of the vector.
         channels: of the messages.
-        out_channels: of the features returned.
-        width: of the net for e.
+        head_width: of the head.
         omega: the frequency.
-        mixing: see :class:`SineMessages`.
+        mixing: see :class:`SineMessages`; ``none`` is a net on values at learned points.
+        dropout: in the head.
+        body: from features with ``in_channels`` channels to ``[batch, width]``, such as an InvariantNFN.
+        in_channels: channels that the body reads.
+        width: numbers that it returns.
     """
 
     def __init__(
         self,
         chain: Chain,
-        channels: int,
-        out_channels: int = 1,
+        outputs: int,
         *,
-        width: int = 256,
+        channels: int = 256,
+        head_width: int = 256,
         omega: float = 30.0,
-        mixing: Mixing = "points",
+        mixing: Mixing = "random",
+        dropout: float = 0.0,
+        body: nn.Module | None = None,
+        in_channels: int = 4,
+        width: int = 64,
     ) -> None:
         super().__init__()
-        self.chain, self.out_channels = chain, out_channels
         self.messages = SineMessages(chain, channels, omega=omega, mixing=mixing)
-        n = channels * chain.n_out
-        self.coefficients = head(n, width, out_channels * n)
+        self.features = None if body is None else SineFeatures(chain, channels, in_channels, omega=omega)
+        self.body = body
+        read = channels * chain.n_out + (0 if body is None else width)
+        self.head = nn.Sequential(nn.LayerNorm(read), head(read, head_width, outputs, dropout))
 
-    def forward(self, features: Features) -> Features:
-        """One channel -> ``out_channels``."""
-        weights, _ = self.messages.read(features)
+    def forward(self, features: Features) -> Tensor:
+        """Features with one channel -> ``[batch, outputs]``."""
         found = self.messages(features)
-        e = self.coefficients(found.outputs.flatten(1))
-        back = e.unflatten(1, (self.out_channels, *found.outputs.shape[1:]))  # by W^(i) u^(i-1) + b^(i): [B, C, n, K]
-        by_bias = back.sum(-1)
-        out: Features = {}
-        for i in reversed(range(self.chain.depth)):
-            layer = self.chain.layers[i]
-            assert layer.bias is not None
-            below = found.codes[i - 1].unsqueeze(1) if i else self.messages.inputs.expand(1, 1, -1, -1)
-            out[layer.weight], out[layer.bias] = back @ below.mT, by_bias
-            if i:
-                phase = (weights[i].mT.unsqueeze(1) @ back) * found.slopes[i - 1].unsqueeze(1)
-                by_bias = self.messages.omega * phase.sum(-1)
-                back = phase @ self.messages.mixtures[i - 2].mT if i > 1 else phase
-        return {name: out[name] for name in self.chain.names}
+        heard = [found.outputs.flatten(1)]
+        if self.body is not None and self.features is not None:
+            heard.append(self.body(self.features(features, found)))
+        return self.head(torch.cat(heard, 1))  # type: ignore[no-any-return]
 
 
 class SineEditor(nn.Module):
-    """Weights of a sine network -> edited weights: themselves plus what layers make of :class:`SineGradients`.
+    """Weights of a sine network -> edited weights, by a few learned steps towards a target.
+
+    A net says what the outputs ``y`` of :class:`SineMessages` should be, ``t = y + net(y)``, once. Every step adds to
+    the weights, with one learned rate per parameter, the gradient of ``sum_k e_k y_k`` with ``e = A (t - y)`` held
+    fixed; A is learned, at first the identity (then this is gradient descent on ``|t - y|^2 / 2``). An invariant times
+    the gradient of an invariant moves with the weights under permutations and signs, and phase shifts do not move it:
+    so the editor commutes with all three.
+
+    With ``layers`` there are ``in_channels`` such gradients (a matrix A for each), and what the layers make of them is
+    added to the first. The editor then commutes with what the layers commute with; a half turn flips the columns of the
+    next weight alone, which MonomialLinear keeps, but not layers that let other parameters of a unit hear these.
 
     Args:
         chain: the sine network.
-        layers: equivariant layers from ``out_channels`` to one channel; without them there is one channel, and the
-            editor is equivariant to permutations, signs and phase shifts.
-        out_channels: channels of the gradients.
+        layers: from features with ``in_channels`` channels to one channel.
+        in_channels: gradients per step.
         channels: of the messages.
+        steps: how many.
+        width: of the net for the target.
         omega: the frequency.
         mixing: see :class:`SineMessages`.
-        start: of the learned factors of the change, one per parameter.
+        rate: where the learned rates start.
     """
+
+    TYPICAL = 30.0  # size of a gradient's entries; what the layers read is about one
 
     def __init__(
         self,
         chain: Chain,
         layers: nn.Module | None = None,
         *,
-        out_channels: int = 1,
+        in_channels: int = 1,
         channels: int = 128,
+        steps: int = 4,
+        width: int = 256,
         omega: float = 30.0,
         mixing: Mixing = "points",
-        start: float = 1e-3,
+        rate: float = 3e-5,
     ) -> None:
         super().__init__()
-        self.gradients = SineGradients(chain, channels, out_channels, omega=omega, mixing=mixing)
-        self.layers = nn.Identity() if layers is None else layers
-        self.scale = LearnedScale(chain, start)
+        self.messages = SineMessages(chain, channels, omega=omega, mixing=mixing)
+        self.layers, self.rate = layers, rate
+        n = channels * chain.n_out
+        self.target = head(n, width, n)
+        first = torch.eye(n).unsqueeze(0)
+        others = [torch.randn(in_channels - 1, n, n) / math.sqrt(n) for _ in range(steps)]
+        self.errors = nn.ParameterList([torch.cat([first, x]) for x in others])
+        self.rates = nn.ModuleList([LearnedScale(chain, 1.0) for _ in range(steps)])
 
     def forward(self, features: Features) -> Features:
         """Features with one channel -> edited features with one channel."""
-        change = self.scale(self.layers(self.gradients(features)))
-        return {n: x + change[n] for n, x in features.items()}
+        found = self.messages(features)
+        target = found.outputs.flatten(1)
+        target = target + self.target(target)
+        for matrix, rates in zip(self.errors, self.rates, strict=True):
+            error = torch.einsum("ckl,bl->bck", matrix, target - found.outputs.flatten(1))
+            change = self.messages.gradient(features, found, error.unflatten(2, found.outputs.shape[1:]))
+            if self.layers is not None:
+                more = self.layers({n: x / self.TYPICAL for n, x in change.items()})
+                change = {n: x[:, :1] + self.TYPICAL * more[n] for n, x in change.items()}
+            features = {n: features[n] + self.rate * x for n, x in rates(change).items()}
+            found = self.messages(features)
+        return features

@@ -2,7 +2,7 @@
 
 The experiments of Zhou et al. 2023 (NP, HNP), Tran et al. 2024 (Monomial-NFN) and Vo et al. 2024 (MAGEP-NFN) on
 networks of our own, each fitted from initial weights of its own. Two inputs are compared: the weights as they are, and
-messages through the sines (:mod:`learned_opt.nfn.sine`) in front of the papers' layers.
+messages through the sines (:mod:`learned_opt.nfn.sine`) with the papers' layers on their features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +25,13 @@ from learned_opt.nfn import (
     HNPLinear,
     InvariantNFN,
     MAGEPLinear,
-    MonomialSignLinear,
+    MonomialLinear,
     NPLinear,
     WeightSpaceEditor,
     WeightSpacePredictor,
     pointwise,
 )
-from learned_opt.nfn.sine import SineEditor, SineFeatures, SineNFN
+from learned_opt.nfn.sine import SineEditor, SineNFN
 from learned_opt.rules.checkpoint import write_atomically
 from meta_train.weights.runs import Grid, Job, Measures, Published, cells, draw, run_grid, write_results
 from tasks.zoo import inr as zoos
@@ -39,7 +39,7 @@ from tasks.zoo.sources import images
 from tasks.zoo.zoo import Zoo, ZooError
 
 Flat = tyro.conf.arg(name="")  # the fields are options themselves
-TITLES = {"weights": "weights", "messages": "messages in front"}
+TITLES = {"weights": "weights", "messages": "weights and messages"}
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -104,20 +104,21 @@ class Method:
     seeds: int = 10
 
 
-FRONT = {"channels": 128, "out_channels": 8}
-SMALL: dict[str, Any] = {"channels": (8, 8), "head_width": 256}
+FRONT = {"channels": 128, "in_channels": 4}
+SMALL: dict[str, Any] = {"channels": (8,), "head_width": 128}
+WIDE: dict[str, Any] = {"channels": (16, 16), "head_width": 256}
 CLASSIFIERS = {
     ("MLP", "weights"): Method("mlp", 1e-3, {"head_width": 500}),
-    ("NP", "weights"): Method("np", 3e-3, {**SMALL, "channels": (16, 16)}, seeds=1),
-    ("HNP", "weights"): Method("hnp", 3e-3, {**SMALL, "channels": (16, 16)}, seeds=1),
-    ("Monomial", "weights"): Method("hnp", 3e-3, {**SMALL, "front": 16}, seeds=1),
-    ("MAGEP", "weights"): Method("magep", 3e-3, {**SMALL, "channels": (16, 16), "activation": "sin"}, seeds=1),
-    ("NP", "messages"): Method("np", 3e-3, SMALL, FRONT),
-    ("HNP", "messages"): Method("hnp", 3e-3, SMALL, FRONT),
-    ("Monomial", "messages"): Method("monomial", 3e-3, SMALL, FRONT),
-    ("MAGEP", "messages"): Method("magep", 3e-3, SMALL, FRONT),
-    ("head", "messages"): Method("sine", 3e-3, {"channels": 256, "dropout": 0.1}),
-    ("head on values at learned points", "messages"): Method("sine", 3e-3, {"channels": 128, "mixing": "none"}),
+    ("NP", "weights"): Method("np", 3e-3, WIDE, seeds=1),
+    ("HNP", "weights"): Method("hnp", 3e-3, WIDE, seeds=1),
+    ("Monomial", "weights"): Method("hnp", 3e-3, {**WIDE, "front": 16}, seeds=1),
+    ("MAGEP", "weights"): Method("magep", 3e-3, {**WIDE, "activation": "sin"}, seeds=1),
+    ("NP", "messages"): Method("np", 6e-3, SMALL, FRONT),
+    ("HNP", "messages"): Method("hnp", 6e-3, SMALL, FRONT),
+    ("Monomial", "messages"): Method("monomial", 6e-3, SMALL, FRONT),
+    ("MAGEP", "messages"): Method("magep", 6e-3, SMALL, FRONT),
+    ("head", "messages"): Method("sine", 6e-3, {}, {"channels": 256}),
+    ("head on values at learned points", "messages"): Method("sine", 3e-3, {}, {"channels": 128, "mixing": "none"}),
 }
 
 
@@ -130,23 +131,22 @@ class Classification:
         batch: of training.
     """
 
-    passes: int = 75_000
+    passes: int = 45_000
     batch: int = 64
 
 
 def classifier(chain: Chain, method: Method, seed: int) -> WeightSpacePredictor:
     """The predictor of a method, with initial weights of this seed."""
-    if not method.front and method.kind != "sine":
+    if not method.front:
         options = {"standardise": True, "seed": seed, **method.options}
         return WeightSpacePredictor(chain, kind=method.kind, outputs=10, loss="cross_entropy", **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if method.kind == "sine":
-            module: nn.Module = SineNFN(chain, 10, **method.options)
-        else:
-            front = SineFeatures(chain, **method.front)
-            options = {"in_channels": front.out_channels, **method.options}
-            module = nn.Sequential(front, InvariantNFN(chain, 10, method.kind, **options))  # type: ignore[arg-type]
+        body = None
+        if method.kind != "sine":
+            options = {"in_channels": method.front["in_channels"], **method.options}
+            body = InvariantNFN(chain, 64, method.kind, **options)  # type: ignore[arg-type]
+        module = SineNFN(chain, 10, body=body, width=64, **method.front)
     return WeightSpacePredictor(chain, module=module, outputs=10, loss="cross_entropy")
 
 
@@ -178,10 +178,10 @@ NOTE = (
     "Test accuracy in percent, mean ± standard error over seeds: the digit, from the weights of a sine network that "
     "was fitted to the image from initial weights of its own. All train on 7,500 networks, as often, with the same "
     "exact augmentation (affine maps of the coordinates). *weights*: the papers' layers, narrow, on the weights (one "
-    "seed but for the MLP). *messages in front*: the same layers behind messages through the sines; *head*: no layers "
-    "behind the messages. The last row evaluates the image at learned points and reads no weights otherwise; it is "
-    "there to compare. In brackets: published, with 45,000 networks, 64 to 256 channels and a hundred times as many "
-    "steps (Tran et al. 2024)."
+    "seed but for the MLP). *weights and messages*: the layers read features of messages through the sines, and the "
+    "head hears layers and messages; the row *head* has no layers, so that it shows what they add. The last row "
+    "evaluates the image at learned points and reads no weights otherwise; it is there to compare. In brackets: "
+    "published, with 45,000 networks, 64 to 256 channels and a hundred times as many steps (Tran et al. 2024)."
 )
 
 
@@ -245,16 +245,17 @@ def contrast(x: Tensor) -> Tensor:
 
 
 EDITS: dict[str, Callable[[Tensor], Tensor]] = {"dilate": dilate, "contrast": contrast}
-EDITOR_FRONT = {"channels": 128, "out_channels": 4}
+STEPS = {"channels": 128, "steps": 4}
+LAYERED = {**STEPS, "in_channels": 2}
 EDITORS = {
     "MLP": Method("mlp", 1e-3, {}),
     "NP": Method("np", 1e-3, {"width": 8, "depth": 2, "fourier": 3.0}, seeds=1),
     "Monomial": Method("exact", 1e-3, {"width": 16, "depth": 2}, seeds=1),
-    "NP + messages": Method("np", 1e-3, {"width": 8}, EDITOR_FRONT),
-    "HNP + messages": Method("hnp", 1e-3, {"width": 8}, EDITOR_FRONT),
-    "Monomial + messages": Method("monomial", 1e-3, {"width": 8}, EDITOR_FRONT),
-    "MAGEP + messages": Method("magep", 1e-3, {"width": 8}, EDITOR_FRONT),
-    "gradients": Method("sine", 1e-3, {}, {"channels": 128}),
+    "NP + steps": Method("np", 1e-3, {"width": 8}, LAYERED),
+    "HNP + steps": Method("hnp", 1e-3, {"width": 8}, LAYERED),
+    "Monomial + steps": Method("monomial", 1e-3, {"width": 8}, LAYERED),
+    "MAGEP + steps": Method("magep", 1e-3, {"width": 8}, LAYERED),
+    "steps": Method("sine", 1e-3, {}, STEPS),
 }
 
 
@@ -281,7 +282,7 @@ def editor_layers(chain: Chain, kind: str, n: int, width: int) -> nn.Module | No
         make: Any = NPLinear if kind == "np" else HNPLinear
         return nn.Sequential(make(chain, n, width), pointwise("relu", None), make(chain, width, 1))
     middle = [MAGEPLinear(chain, width, width), pointwise("tanh", "sign")] if kind == "magep" else []
-    first, last = MonomialSignLinear(chain, n, width), MonomialSignLinear(chain, width, 1)
+    first, last = MonomialLinear(chain, n, width), MonomialLinear(chain, width, 1)
     return nn.Sequential(first, pointwise("tanh", "sign"), *middle, last)
 
 
@@ -299,7 +300,7 @@ def editor(chain: Chain, method: Method, pixels: int, size: int, seed: int) -> W
         torch.manual_seed(seed)
         if method.front:
             layers = editor_layers(
-                chain, method.kind, method.front.get("out_channels", 1), method.options.get("width", 0)
+                chain, method.kind, method.front.get("in_channels", 1), method.options.get("width", 0)
             )
             module: nn.Module = SineEditor(chain, layers, **method.front)
         else:
