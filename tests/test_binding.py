@@ -617,10 +617,12 @@ def tokens(step):
     return x, (x + x.roll(1, -1)) % 7
 
 
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 THEOREM = {
     "gpt": (lambda: transformer(activation="gelu"), tokens),
     "cnn": (cnn, lambda step: pictures(8, step)),
-    # 64 x 64 and 8: with 2 pictures of 32 x 32, the last norms see two numbers each, and gradients are rounding
+    # 64 x 64 and 8: with 2 pictures of 32 x 32 the last norms see two numbers each, which may all but coincide: any
+    # rounding grows 1e5 times per step then, under Adam too (docs/experiments.md, 13)
     "resnet18": (resnet18, lambda step: pictures(64, step)),
 }
 
@@ -653,7 +655,7 @@ def deviation(kind, **options):
     return distance(weights(model), symmetry.act(symmetry.invert(g), weights(moved)), symmetry)
 
 
-@pytest.mark.parametrize("kind", ["gpt", "cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["gpt", "cnn", pytest.param("resnet18", marks=SLOW)])
 def test_told_nothing_a_transformed_network_trains_transformed(kind):
     assert deviation(kind) < 1e-8
     assert deviation(kind, symmetry="independent") > 1e-2

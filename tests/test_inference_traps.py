@@ -261,6 +261,37 @@ def test_a_trap(name: str) -> None:
         assert loss_of(model, trap.more.symmetry(model), trap) > CHANGED
 
 
+# ------------------------------------------------------------------------------------- shared memory
+def in_memory(views: Mapping[str, Callable[[Tensor], Tensor]]) -> nn.Module:
+    """``a`` writes 6 units, ``c`` is added, ``b`` reads them; some are views of one buffer."""
+    model = Net(lambda m, x: F.linear(F.linear(x, m.a).relu() + m.c, m.b), {"a": (6, 4), "b": (3, 6), "c": (6,)})
+    memory = torch.randn(60)
+    for name, view in views.items():
+        model.register_parameter(name, nn.Parameter(view(memory)))
+    return model
+
+
+APART = {"a": lambda t: t[:24].view(6, 4), "b": lambda t: t[24:42].view(3, 6), "c": lambda t: t[42:48]}
+OVERLAPS = {
+    "by an end": APART | {"c": lambda t: t[40:46]},
+    "inside of another": APART | {"a": lambda t: t[:48:2].view(6, 4), "b": lambda t: t[1:19].view(3, 6)},
+    "transposed": APART | {"a": lambda t: t[24:48].view(4, 6).T},
+}
+
+
+def test_parameters_in_one_buffer_that_do_not_overlap() -> None:
+    model = in_memory(APART)
+    expert = table({"h": "positive"}, a="h^h, .", b="., h/h", c="h^h").symmetry(model)
+    assert differences(infer_symmetry(model, torch.randn(2, 4)), expert) == []
+
+
+@pytest.mark.parametrize("how", OVERLAPS)
+def test_parameters_that_overlap_stay_in_place(how: str) -> None:
+    model = in_memory(OVERLAPS[how])
+    symmetry = infer_symmetry(model, torch.randn(2, 4))
+    assert differences(symmetry, FIXED.symmetry(model)) == []
+
+
 # ------------------------------------------------------------------------------ operators of one's own
 @torch.library.custom_op("learned_opt_tests::cut_off", mutates_args=())
 def cut_off(x: Tensor, heads: int) -> Tensor:

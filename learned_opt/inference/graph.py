@@ -169,16 +169,17 @@ def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
     for name, t in tensors.items():
         if t.device.type != "meta" and t.untyped_storage().data_ptr():
             owners.setdefault(t.untyped_storage().data_ptr(), []).append(name)
-    shared = [names for names in owners.values() if len(names) > 1]
     # parameters flattened into one buffer share storage without overlap
     found: set[str] = set()
-    for names in shared:
-        spans = sorted(
-            (tensors[n].storage_offset(), tensors[n].storage_offset() + tensors[n].numel(), n) for n in names
-        )
-        for (_, end, a), (start, _, b) in zip(spans, spans[1:], strict=False):
-            if start < end:
-                found |= {a, b}
+    for names in owners.values():
+        furthest, owner = 0, ""
+        for name in sorted(names, key=lambda n: tensors[n].storage_offset()):
+            t = tensors[name]
+            end = t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            if owner and t.storage_offset() < furthest:
+                found |= {owner, name}
+            if end > furthest:
+                furthest, owner = end, name
     return found
 
 
