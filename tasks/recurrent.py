@@ -35,11 +35,11 @@ class Recurrence(nn.Module):
         return self.kind
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = self.input(x).unbind(-2)
-        start = torch.zeros_like(steps[0][..., : self.hidden.in_features])
-        state, outputs = (start, start), []
-        for given in steps:
-            state = STEPS[self.kind](given, self.hidden(state[0]), *state)
+        state: State | None = None
+        outputs = []
+        for given in self.input(x).unbind(-2):
+            # No zeros at the start: nothing is added to the first input, so that its signs and scales are free.
+            state = STEPS[self.kind](given, None if state is None else self.hidden(state[0]), state)
             outputs.append(state[0])
         return torch.stack(outputs, -2)
 
@@ -47,28 +47,42 @@ class Recurrence(nn.Module):
 State = tuple[Tensor, Tensor]  # what the layer shows and, for an LSTM, its memory
 
 
-def _tanh(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> State:
-    return torch.tanh(x + u), c
+def _tanh(x: Tensor, u: Tensor | None, state: State | None) -> State:
+    h = torch.tanh(_sum(x, u))
+    return h, h
 
 
-def _relu(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> State:
-    return torch.relu(x + u), c
+def _relu(x: Tensor, u: Tensor | None, state: State | None) -> State:
+    h = torch.relu(_sum(x, u))
+    return h, h
 
 
-def _gru(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> State:
-    (xr, xz, xn), (ur, uz, un) = x.chunk(3, -1), u.chunk(3, -1)
-    r, z = torch.sigmoid(xr + ur), torch.sigmoid(xz + uz)
-    n = torch.tanh(xn + r * un)
-    return n + z * (h - n), c
+def _gru(x: Tensor, u: Tensor | None, state: State | None) -> State:
+    xr, xz, xn = x.chunk(3, -1)
+    if u is None or state is None:
+        n = torch.tanh(xn)
+        h = n - torch.sigmoid(xz) * n
+    else:
+        ur, uz, un = u.chunk(3, -1)
+        r, z = torch.sigmoid(xr + ur), torch.sigmoid(xz + uz)
+        n = torch.tanh(xn + r * un)
+        h = n + z * (state[0] - n)
+    return h, h
 
 
-def _lstm(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> State:
-    i, f, g, o = (x + u).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+def _lstm(x: Tensor, u: Tensor | None, state: State | None) -> State:
+    i, f, g, o = _sum(x, u).chunk(4, -1)
+    c = torch.sigmoid(i) * torch.tanh(g)
+    if state is not None:
+        c = c + torch.sigmoid(f) * state[1]
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], State]] = {
+def _sum(x: Tensor, u: Tensor | None) -> Tensor:
+    return x if u is None else x + u
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor | None, State | None], State]] = {
     "tanh": _tanh,
     "relu": _relu,
     "gru": _gru,

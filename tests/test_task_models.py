@@ -3,8 +3,6 @@
 import csv
 import math
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 from torch.testing import assert_close
 
 from meta_train import evaluate, optimizers
-from tasks import data, documents, fields, generative, graph, policy, recurrent, residual, sequence, transformer
+from meta_train.symmetries import symmetry_of
+from tasks import data, documents, fields, generative, graph, policy, recurrent, residual, sequence, suites, transformer
 from tasks.mlp import Gated
 from tasks.task import Problem
 
@@ -244,6 +243,15 @@ def test_recurrences_are_those_of_torch(kind):
     assert_close(mine(x), theirs(x)[0])
 
 
+@pytest.mark.parametrize("kind", sorted(recurrent.GATES))
+def test_signs_and_scales_of_a_recurrence_are_found(kind):
+    task = recurrent.row_reader("rows", data.digits(), kind=kind, width=6, batch_size=4, steps=1)
+    symmetry = symmetry_of(task)
+    assert symmetry.check(task.model, task.held_out()[0][:4]) < 1e-12
+    summary = symmetry.summary()
+    assert summary["positive_scales" if kind == "relu" else "sign_generators"] == 6
+
+
 def test_an_unknown_recurrence_is_named():
     with pytest.raises(ValueError, match="lstm"):
         recurrent.Recurrence("elman", 2, 2)
@@ -258,6 +266,14 @@ def test_rows_are_read_from_the_top():
 
 
 # ------------------------------------------------------------------------------ residual and gated
+
+
+@pytest.mark.parametrize("name", ["mlp-inputs", "residual-mlp", "resnet", "rnn"])
+def test_the_symmetry_of_a_family_is_exact(name):
+    task = suites.TRAIN[name](seeded(3))
+    symmetry = symmetry_of(task)
+    assert symmetry.notes == () and symmetry.summary()["covered"] > 0.95
+    assert symmetry.check(task.model, task.held_out()[0][:4]) < 1e-12
 
 
 def test_a_block_whose_branch_is_zero_is_the_identity():
@@ -464,15 +480,11 @@ def test_a_problem_is_a_model_a_batch_function_and_a_loss():
     assert kept.ceiling == 3.0 and kept.held_out() == (1,)
 
 
-def test_the_documentation_of_tasks_runs(monkeypatch):
+def test_the_documentation_of_tasks_runs():
     page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
-    mine, recipe = (types.ModuleType(name) for name in ("my_tasks", "my_recipe"))
-    monkeypatch.setitem(sys.modules, "my_tasks", mine)
-    for module, code in zip((mine, recipe), re.findall(r"```python\n(.*?)```", page, re.DOTALL), strict=True):
-        exec(code, vars(module))
-    task = mine.SUITE["sine"]()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    written: dict = {}
+    exec(code, written)
+    task = written["SUITE"]["sine"]()
     curve = evaluate.run(task, lambda model, steps: optimizers.adam(model, 0.01, steps), 0, 150)
     assert curve.final_held_out < 0.7 * curve.held_out[0]
-    family = recipe.families["sine"]
-    assert family(seeded(0)).batch(seeded(0))[0].shape == (64, 1)
-    assert recipe.recipe().families.keys() == recipe.families.keys()
