@@ -175,7 +175,7 @@ def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
         furthest, owner = 0, ""
         for name in sorted(names, key=lambda n: tensors[n].storage_offset()):
             t = tensors[name]
-            end = t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            end = int(t.storage_offset()) + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
             if owner and t.storage_offset() < furthest:
                 found |= {owner, name}
             if end > furthest:
