@@ -502,6 +502,11 @@ def test_measures_agree_with_their_definitions(values, seed):
         assert r2(a, b) == pytest.approx(r2_score(b.numpy(), a.numpy()), abs=1e-9)
 
 
+def test_a_prediction_that_is_not_finite_has_no_rank():
+    assert kendall_tau(torch.tensor([0.1, float("nan"), 0.3]), torch.rand(3)) != 0.0
+    assert kendall_tau(torch.ones(3), torch.rand(3)) == 0.0
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.recursive(

@@ -161,11 +161,17 @@ def tiny_zoo(folder, activation, count=20):
 
 
 def test_no_network_is_in_two_splits(tmp_path):
-    zoo = cnn.by_network(tiny_zoo(tmp_path, "relu"), "all")
+    zoo = cnn.by_network(tiny_zoo(tmp_path, "relu"))
     names = {s: {zoo.columns["modeldir"][i] for i in rows.tolist()} for s, rows in zoo.splits.items()}
     assert {s: len(n) for s, n in names.items()} == {"train": 8, "val": 2, "test": 10}
     assert len(set.union(*names.values())) == 20
     assert sum(len(rows) for rows in zoo.splits.values()) == len(zoo)
+    wild = replace(
+        zoo, weights={**zoo.weights, "conv1.bias": zoo.weights["conv1.bias"].index_fill(0, torch.tensor(6), 200.0)}
+    )
+    kept = cnn.by_network(wild, limit=100.0)
+    assert len(kept) == 38 and "m/3" not in kept.columns["modeldir"]  # both of its checkpoints
+    assert {kept.columns["modeldir"][i] for i in kept.splits["test"].tolist()} == names["test"]
     last = cnn.by_network(zoo, "last")
     assert set(last.columns["step"]) == {20} and len(last) == 20
     assert {s: {last.columns["modeldir"][i] for i in rows.tolist()} for s, rows in last.splits.items()} == names
@@ -174,8 +180,8 @@ def test_no_network_is_in_two_splits(tmp_path):
 def test_augmented_networks_are_the_same_functions_in_the_same_split(tmp_path):
     for activation, name in (("relu", "relu-100"), ("tanh", "tanh-signs")):
         tiny_zoo(tmp_path / activation, activation)
-        _, plain = cnn.dataset_of(tmp_path / activation, activation, "all", 20)
-        _, zoo = cnn.dataset_of(tmp_path / activation, name, "all", 20)
+        _, plain = cnn.dataset_of(tmp_path / activation, activation, "all", 20, 100.0)
+        _, zoo = cnn.dataset_of(tmp_path / activation, name, "all", 20, 100.0)
         x = torch.randn(3, 1, 28, 28)
         for split, rows in zoo.splits.items():
             half = len(rows) // 2
@@ -192,9 +198,8 @@ def test_augmented_networks_are_the_same_functions_in_the_same_split(tmp_path):
 
 def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     tiny_zoo(tmp_path / "zoo", "relu")
-    options = (
-        f"cnn --out {tmp_path / 'out'} --zoo-relu {tmp_path / 'zoo'} --passes 40 --count 20 --methods StatNN Monomial".split()
-    )
+    options = f"cnn --out {tmp_path / 'out'} --zoo-relu {tmp_path / 'zoo'} --passes 40 --count 20".split()
+    options += ["--methods", "StatNN", "Monomial"]
     command.main([*options, "--datasets", "relu", "relu-10000", "--seeds", "1"])
     assert (tmp_path / "out" / "picture.png").exists()
     table = (tmp_path / "out" / "table.md").read_text()

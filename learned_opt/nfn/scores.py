@@ -1,5 +1,6 @@
 """Losses of predictors by name, what their targets must be, and the measures of how good predictions are."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,9 +14,11 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def kendall_tau(predictions: Tensor, targets: Tensor) -> float:
-    """Kendall's tau-b of two vectors; 0 where one of them is constant."""
+    """Kendall's tau-b of two vectors: 0 where one of them is constant, nan where a prediction is not finite."""
     from scipy.stats import kendalltau
 
+    if not bool(predictions.isfinite().all()):
+        return math.nan
     tau = float(kendalltau(predictions.cpu().numpy(), targets.cpu().numpy()).statistic)
     return tau if tau == tau else 0.0
 

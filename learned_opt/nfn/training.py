@@ -148,6 +148,7 @@ def train(
                     module.eval()
                     row |= validate()
                     value = row[keep] if higher else -row[keep]
+                    value = -math.inf if math.isnan(value) else value
                     if state.best is None or value > state.best:
                         state.best, best = value, _copy(module)
                 state.epoch = epoch + 1

@@ -5,6 +5,7 @@ The generalisation experiments of Zhou et al. 2023 (NP, HNP), Tran et al. 2024 (
 random element of its symmetry group, in every split: the function is the same, the weights are not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -50,8 +51,8 @@ class Method:
 # sizes are smaller than the papers', so that a grid takes one core half an hour
 METHODS = {
     "StatNN": Method("stat", 3e-3, {"head_width": 256}),
-    "NP": Method("np", 3e-3, {"channels": (4, 4, 4), "head_width": 200}),
-    "HNP": Method("hnp", 3e-3, {"channels": (4, 4, 4), "head_width": 200}),
+    "NP": Method("np", 1e-2, {"channels": (4, 4, 4), "head_width": 200}),
+    "HNP": Method("hnp", 1e-2, {"channels": (4, 4, 4), "head_width": 200}),
     "Monomial": Method("monomial", 3e-3, {"channels": (8, 8, 5), "head_width": 200}),
     "MAGEP": Method("magep", 1e-2, {"channels": (16, 16), "head_width": 200}),
     "graph": Method("graph", 1e-3, {}),
@@ -67,13 +68,15 @@ class Settings:
         passes: networks that are seen in training, counted with repetition.
         batch: of training.
         checkpoints: all three of a network, or the last alone (as published); a network is in one split only.
-        count: networks of a zoo that has to be generated.
+        count: networks of a zoo.
+        largest: networks with larger weights are left out.
     """
 
     passes: int = 8_000
     batch: int = 32
     checkpoints: Literal["all", "last"] = "all"
     count: int = 1000
+    largest: float = 100.0  # those that trained are below 25
 
 
 DEFAULTS = Settings()
@@ -90,16 +93,25 @@ def whole_zoo(folder: Path, activation: str, count: int, data: Path | None = Non
     return Zoo.join([Zoo.load(path) for path in chunks])
 
 
-def by_network(zoo: Zoo, checkpoints: str) -> Zoo:
+def largest(weights: Mapping[str, Tensor]) -> list[float]:
+    """The largest magnitude among the weights of every network."""
+    return torch.stack([x.flatten(1).abs().amax(1) for x in weights.values()]).amax(0).tolist()
+
+
+def by_network(zoo: Zoo, checkpoints: str = "all", limit: float = math.inf) -> Zoo:
     """The zoo split 40 / 10 / 50 % by networks, whose order is random: the second half tests, as published.
 
-    All checkpoints of a network are in one split.
+    All checkpoints of a network are in one split. Networks that diverged (a weight above ``limit`` in any of their
+    checkpoints) are left out, like those whose weights are not finite.
     """
+    wild = {name for name, size in zip(zoo.columns["modeldir"], largest(zoo.weights), strict=True) if size > limit}
+    count = 1 + max(int(name.rpartition("/")[2]) for name in zoo.columns["modeldir"])
+    zoo = zoo.select(torch.tensor([name not in wild for name in zoo.columns["modeldir"]]))
     if checkpoints == "last":
         steps = torch.tensor(zoo.columns["step"])
         zoo = zoo.select(steps == steps.max())
     numbers = torch.tensor([int(name.rpartition("/")[2]) for name in zoo.columns["modeldir"]])
-    half = (int(numbers.max()) + 1) // 2
+    half = (count + 1) // 2
     order = torch.randperm(half, generator=torch.Generator().manual_seed(0))
     train, val = order[: int(0.8 * half)], order[int(0.8 * half) :]
     masks = {"train": torch.isin(numbers, train), "val": torch.isin(numbers, val), "test": numbers >= half}
@@ -112,11 +124,11 @@ def symmetry_of(activation: str) -> Symmetry:
 
 
 @lru_cache(maxsize=2)
-def dataset_of(folder: Path, name: str, checkpoints: str, count: int) -> tuple[Chain, Zoo]:
+def dataset_of(folder: Path, name: str, checkpoints: str, count: int, limit: float) -> tuple[Chain, Zoo]:
     """The chain, and the zoo with its splits, augmented as the dataset's name says."""
     activation, high = DATASETS[name]
     symmetry = symmetry_of(activation)
-    zoo = by_network(whole_zoo(folder, activation, count), checkpoints)
+    zoo = by_network(whole_zoo(folder, activation, count), checkpoints, limit)
     if high is not None:
         zoo = augment.augment(zoo, symmetry, high=high)
     return Chain.from_symmetry(symmetry), zoo
@@ -127,7 +139,8 @@ def run_job(job: Job, folders: Mapping[str, Path], device: str = "cpu") -> Measu
     """Fit one method on one dataset and measure it: Kendall's tau on the test networks, and on validation."""
     method, settings = METHODS[job.method], job.settings
     activation = DATASETS[job.dataset][0]
-    chain, zoo = dataset_of(folders[activation], job.dataset, settings["checkpoints"], settings["count"])
+    how = (settings[key] for key in ("checkpoints", "count", "largest"))
+    chain, zoo = dataset_of(folders[activation], job.dataset, *how)
     train, val, test = (_part(zoo, split) for split in ("train", "val", "test"))
     epochs = max(1, round(settings["passes"] / len(train[1])))
     predictor = WeightSpacePredictor(chain, kind=method.kind, seed=job.seed, **method.options)
