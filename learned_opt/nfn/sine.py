@@ -63,12 +63,16 @@ class SineMessages(nn.Module):
             raise SymmetryError("messages through sines need dense layers with biases, and sine units (scale='sign')")
         self.chain, self.channels, self.omega = chain, channels, omega
         self.inputs = nn.Parameter(omega * (2 * torch.rand(chain.n_in, channels) - 1))
-        gains = omega ** torch.linspace(0, 1, channels)
-        mixtures = []
-        for _ in range(chain.depth - 2):
-            noise = torch.randn(channels, channels) / math.sqrt(channels)
-            mixtures.append(noise * gains if mixing == "random" else omega * torch.eye(channels))
-        self.mixtures = nn.ParameterList([nn.Parameter(a, requires_grad=mixing != "none") for a in mixtures])
+        self.mixtures = nn.ParameterList()
+        for _ in range(0 if mixing == "none" else chain.depth - 2):
+            noise = torch.randn(channels, channels) * omega ** torch.linspace(0, 1, channels) / math.sqrt(channels)
+            self.mixtures.append(noise if mixing == "random" else omega * torch.eye(channels))
+
+    def _mix(self, i: int, x: Tensor, back: bool = False) -> Tensor:
+        """The channels of messages that weight i (from 1) reads, or of what comes back through it."""
+        if not len(self.mixtures):
+            return self.omega * x
+        return x @ (self.mixtures[i - 1].mT if back else self.mixtures[i - 1])
 
     def read(self, features: Features) -> tuple[list[Tensor], list[Tensor]]:
         """Weights ``[B, n_i, n_{i-1}]`` and biases ``[B, n_i]`` of features with one channel."""
@@ -82,7 +86,7 @@ class SineMessages(nn.Module):
         codes: list[Tensor] = []
         slopes: list[Tensor] = []
         for i, (w, b) in enumerate(zip(weights[:-1], biases, strict=False)):
-            phase = w @ codes[-1] @ self.mixtures[i - 1] if i else w @ self.inputs
+            phase = self._mix(i, w @ codes[-1]) if i else w @ self.inputs
             phase = phase + self.omega * b.unsqueeze(-1)
             codes.append(phase.sin())
             slopes.append(phase.cos())
@@ -110,7 +114,7 @@ class SineMessages(nn.Module):
             if i:
                 phase = (weights[i].mT.unsqueeze(1) @ back) * found.slopes[i - 1].unsqueeze(1)
                 by_bias = self.omega * phase.sum(-1)
-                back = phase @ self.mixtures[i - 2].mT if i > 1 else phase
+                back = self._mix(i - 1, phase, back=True) if i > 1 else phase
         return {name: out[name] for name in self.chain.names}
 
 
@@ -199,31 +203,32 @@ class SineNFN(nn.Module):
 
 
 class SineEditor(nn.Module):
-    """Weights of a sine network -> edited weights, by a few learned steps towards a target.
+    """Weights of a sine network of images -> edited weights, by a few learned steps.
 
-    A net says what the outputs ``y`` of :class:`SineMessages` should be, ``t = y + net(y)``, once. Every step adds to
-    the weights, with one learned rate per parameter, the gradient of ``sum_k e_k y_k`` with ``e = A (t - y)`` held
-    fixed; A is learned, at first the identity (then this is gradient descent on ``|t - y|^2 / 2``). An invariant times
-    the gradient of an invariant moves with the weights under permutations and signs, and phase shifts do not move it:
-    so the editor commutes with all three.
+    The outputs ``y`` are the network's values on a grid of inputs. Every step adds to the weights, with a learned rate
+    per parameter, the gradient of ``sum_k e_k y_k``; the factors e, held fixed in it, are what a small convolutional
+    net makes of the values before the first step and now. An invariant times the gradient of an invariant moves with
+    the weights under permutations and signs, and phase shifts do not move it: so the editor commutes with all three.
 
-    With ``layers`` there are ``in_channels`` such gradients (a matrix A for each), and what the layers make of them is
-    added to the first. The editor then commutes with what the layers commute with; a half turn flips the columns of the
-    next weight alone, which MonomialLinear keeps, but not layers that let other parameters of a unit hear these.
+    With ``layers`` there are ``in_channels`` such gradients, and what the layers make of them is added to the first.
+    The editor then commutes with what the layers commute with; a half turn flips the columns of the next weight alone,
+    which MonomialLinear keeps, but not layers that let other parameters of a unit hear these.
 
     Args:
-        chain: the sine network.
+        chain: the sine network; it has two inputs in [-1, 1].
         layers: from features with ``in_channels`` channels to one channel.
         in_channels: gradients per step.
-        channels: of the messages.
+        side: of the grid.
         steps: how many.
-        width: of the net for the target.
+        width: channels of the net for e.
         omega: the frequency.
-        mixing: see :class:`SineMessages`.
         rate: where the learned rates start.
+
+    Raises:
+        SymmetryError: the network has not two inputs, or is none that :class:`SineMessages` takes.
     """
 
-    TYPICAL = 30.0  # size of a gradient's entries; what the layers read is about one
+    TYPICAL = 100.0  # size of a gradient's entries; what the layers read is about one
 
     def __init__(
         self,
@@ -231,34 +236,43 @@ class SineEditor(nn.Module):
         layers: nn.Module | None = None,
         *,
         in_channels: int = 1,
-        channels: int = 128,
+        side: int = 20,
         steps: int = 4,
-        width: int = 256,
+        width: int = 16,
         omega: float = 30.0,
-        mixing: Mixing = "points",
-        rate: float = 3e-5,
+        rate: float = 1e-4,
     ) -> None:
         super().__init__()
-        self.messages = SineMessages(chain, channels, omega=omega, mixing=mixing)
-        self.layers, self.rate = layers, rate
-        n = channels * chain.n_out
-        self.target = head(n, width, n)
-        first = torch.eye(n).unsqueeze(0)
-        others = [torch.randn(in_channels - 1, n, n) / math.sqrt(n) for _ in range(steps)]
-        self.errors = nn.ParameterList([torch.cat([first, x]) for x in others])
-        self.rates = nn.ModuleList([LearnedScale(chain, 1.0) for _ in range(steps)])
+        if chain.n_in != 2:
+            raise SymmetryError(f"the editor sees a network as an image, of 2 inputs; this one has {chain.n_in}")
+        self.messages = SineMessages(chain, side * side, omega=omega, mixing="none")
+        line = omega * torch.linspace(-1, 1, side)
+        self.messages.inputs.data = torch.stack(torch.meshgrid(line, line, indexing="ij")).flatten(1)
+        self.messages.inputs.requires_grad_(False)
+        self.layers, self.side, self.rate, n = layers, side, rate, chain.n_out
+        self.nets = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(2 * n, width, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(width, in_channels * n, 3, padding=1),
+            )
+            for _ in range(steps)
+        )
+        self.rates = nn.ModuleList(LearnedScale(chain, 1.0) for _ in range(steps))
 
     def forward(self, features: Features) -> Features:
         """Features with one channel -> edited features with one channel."""
-        found = self.messages(features)
-        target = found.outputs.flatten(1)
-        target = target + self.target(target)
-        for matrix, rates in zip(self.errors, self.rates, strict=True):
-            error = torch.einsum("ckl,bl->bck", matrix, target - found.outputs.flatten(1))
-            change = self.messages.gradient(features, found, error.unflatten(2, found.outputs.shape[1:]))
+        before: Tensor | None = None
+        for net, rates in zip(self.nets, self.rates, strict=True):
+            found = self.messages(features)
+            now = found.outputs.unflatten(2, (self.side, self.side))
+            before = now if before is None else before
+            factors = net(torch.cat([before, now], 1)).unflatten(1, (-1, now.shape[1])).flatten(3)
+            change = self.messages.gradient(features, found, factors)
             if self.layers is not None:
                 more = self.layers({n: x / self.TYPICAL for n, x in change.items()})
                 change = {n: x[:, :1] + self.TYPICAL * more[n] for n, x in change.items()}
             features = {n: features[n] + self.rate * x for n, x in rates(change).items()}
-            found = self.messages(features)
         return features
