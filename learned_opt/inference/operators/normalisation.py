@@ -49,10 +49,10 @@ def batch_norm_eval(t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, *a
 
 
 @register_rule("_native_batch_norm_legit_functional", "_native_batch_norm_legit", "native_batch_norm")
-def batch_norm_native(
-    t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, training: bool, *args: Any
-) -> list[Any]:
-    """As decomposed."""
+def batch_norm_native(t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, training: Any, *args: Any) -> list[Any]:
+    """As decomposed (``no_stats``: with ``training`` in the place of the mean)."""
+    if isinstance(mean, bool):
+        mean, var, training = None, None, mean
     return [batch_norm(t, x, w, b, mean, var, training), None, None, None, None]
 
 
