@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from learned_opt.nfn import Chain, InvariantNFN, SineEditor, SineMessages, SineNFN
+from learned_opt.nfn import Chain, InvariantNFN, SineCanonical, SineEditor, SineMessages, SineNFN
 from learned_opt.symmetry import SymmetryError
 from meta_train.weights import inr
 from meta_train.weights.runs import Grid
@@ -107,6 +107,27 @@ def test_on_features_of_messages_every_kind_is_invariant_to_the_whole_group(netw
     assert far(alone(channel(weights)), alone(channel(moved))) > 1e-6
 
 
+def test_the_canonical_form_is_the_same_for_the_whole_group_but_permutations(networks):
+    weights, chain = networks
+    moved = moved_by_the_group(weights)
+    form = SineCanonical(chain)
+    one, two = form(channel(weights)), form(channel(moved))
+    for name in zoos.NAMES:
+        a, b = one[name].flatten(1), two[name].flatten(1)
+        assert far(a.sort(1).values, b.sort(1).values) < 1e-12
+    torch.manual_seed(0)
+    model = InvariantNFN(chain, 4, "hnp", channels=(4,), head_width=8).double()
+    assert far(model(one), model(two)) < 1e-12
+    assert far(model(channel(weights)), model(channel(moved))) > 1e-6
+    unscaled = {n: x.squeeze(1) for n, x in one.items()}
+    for i, name in enumerate(zoos.NAMES):
+        factor = 1 if i > 3 else OMEGA
+        width = 0.5 if i == 0 else 1 if i % 2 else 32**0.5
+        unscaled[name] = unscaled[name] / (factor * width)
+    points = zoos.coordinates(9).double()
+    assert far(zoos.forward(weights, points), zoos.forward(unscaled, points)) < 1e-12
+
+
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_gradients_are_autograds(networks, mixing):
     weights, chain = networks
@@ -188,6 +209,7 @@ def test_classification_from_nothing_to_table(folder, tmp_path, capsys):
     assert {(c["method"], c["dataset"]): c["seeds"] for c in cells} == {
         ("MLP", "weights"): 2,
         ("HNP", "weights"): 1,
+        ("HNP", "canonical"): 1,
         ("HNP", "messages"): 2,
         ("head", "messages"): 2,
     }
@@ -195,7 +217,7 @@ def test_classification_from_nothing_to_table(folder, tmp_path, capsys):
     before = (tmp_path / "runs.jsonl").read_text()
     inr.classification(grid, settings, zoo=zoo, count=60, data=data)
     assert (tmp_path / "runs.jsonl").read_text() == before
-    assert "7 of them done before" in capsys.readouterr().out
+    assert "8 of them done before" in capsys.readouterr().out
 
 
 def test_editing_learns_and_shows_it(folder, tmp_path):

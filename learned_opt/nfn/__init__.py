@@ -13,7 +13,7 @@ from learned_opt.nfn.monomial import GradientGate, MonomialLinear, MonomialSignL
 from learned_opt.nfn.permutation import HNPLinear, NPLinear
 from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, NPPool, Pointwise, pointwise
 from learned_opt.nfn.scores import kendall_tau, r2
-from learned_opt.nfn.sine import SineEditor, SineFeatures, SineMessages, SineNFN
+from learned_opt.nfn.sine import SineCanonical, SineEditor, SineFeatures, SineMessages, SineNFN
 from learned_opt.nfn.training import Fit
 from learned_opt.nfn.transformer import TransformerInvariant, TransformerLinear, TransformerNFN, TransformerReLU
 from learned_opt.nfn.transformer_space import TransformerFeatures, TransformerSpec, task_spec, zoo_spec
@@ -51,6 +51,7 @@ __all__ = [
     "NPLinear",
     "NPPool",
     "Pointwise",
+    "SineCanonical",
     "SineEditor",
     "SineFeatures",
     "SineMessages",

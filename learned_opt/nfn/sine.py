@@ -39,6 +39,18 @@ class Codes:
     outputs: Tensor
 
 
+def _need_sines(chain: Chain) -> None:
+    if chain.scale == "positive" or any(x.kernel or x.bias is None for x in chain.layers):
+        raise SymmetryError("messages through sines need dense layers with biases, and sine units (scale='sign')")
+
+
+def _read(chain: Chain, features: Features) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights ``[B, n_i, n_{i-1}]`` and biases ``[B, n_i]`` of features with one channel."""
+    chain.validate(features, 1)
+    weights = [features[x.weight].squeeze(1) for x in chain.layers]
+    return weights, [features[x.bias or ""].squeeze(1) for x in chain.layers]
+
+
 class SineMessages(nn.Module):
     """A forward sweep through a sine network with learned inputs and, between layers, learned mixtures of channels.
 
@@ -59,8 +71,7 @@ class SineMessages(nn.Module):
 
     def __init__(self, chain: Chain, channels: int, *, omega: float = 30.0, mixing: Mixing = "random") -> None:
         super().__init__()
-        if chain.scale == "positive" or any(x.kernel or x.bias is None for x in chain.layers):
-            raise SymmetryError("messages through sines need dense layers with biases, and sine units (scale='sign')")
+        _need_sines(chain)
         self.chain, self.channels, self.omega = chain, channels, omega
         self.inputs = nn.Parameter(omega * (2 * torch.rand(chain.n_in, channels) - 1))
         self.mixtures = nn.ParameterList()
@@ -74,15 +85,9 @@ class SineMessages(nn.Module):
             return self.omega * x
         return x @ (self.mixtures[i - 1].mT if back else self.mixtures[i - 1])
 
-    def read(self, features: Features) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights ``[B, n_i, n_{i-1}]`` and biases ``[B, n_i]`` of features with one channel."""
-        self.chain.validate(features, 1)
-        weights = [features[x.weight].squeeze(1) for x in self.chain.layers]
-        return weights, [features[x.bias or ""].squeeze(1) for x in self.chain.layers]
-
     def forward(self, features: Features) -> Codes:
         """Features with one channel -> codes, slopes and outputs."""
-        weights, biases = self.read(features)
+        weights, biases = _read(self.chain, features)
         codes: list[Tensor] = []
         slopes: list[Tensor] = []
         for i, (w, b) in enumerate(zip(weights[:-1], biases, strict=False)):
@@ -103,7 +108,7 @@ class SineMessages(nn.Module):
         Returns:
             Features with C channels.
         """
-        weights, _ = self.read(features)
+        weights, _ = _read(self.chain, features)
         back, by_bias = factors, factors.sum(-1)  # back: by W^(i) u^(i-1) + b^(i), [B, C, n_i, K]
         out: Features = {}
         for i in reversed(range(self.chain.depth)):
@@ -116,6 +121,44 @@ class SineMessages(nn.Module):
                 by_bias = self.omega * phase.sum(-1)
                 back = self._mix(i - 1, phase, back=True) if i > 1 else phase
         return {name: out[name] for name in self.chain.names}
+
+
+class SineCanonical(nn.Module):
+    """The weights of a sine network with half turns and signs taken out (phase canonicalisation as in ScaleGMN).
+
+    Biases are brought into ``[-pi / 2 omega, pi / 2 omega)``; then every unit takes the sign for which the first of
+    its weights with a fixed end (from an input, or else to an output) is positive. What is left is permutations. The
+    form jumps where a bias or that weight passes the end of its range. Weights are in radians times the root of what
+    is summed, so that entries of a fitted network are of order one.
+
+    Args:
+        chain: the sine network; hidden layers other than the first and the last keep their signs.
+        omega: the frequency.
+    """
+
+    def __init__(self, chain: Chain, omega: float = 30.0) -> None:
+        super().__init__()
+        _need_sines(chain)
+        self.chain, self.omega = chain, omega
+
+    def forward(self, features: Features) -> Features:
+        """Features with one channel -> features with one channel."""
+        weights, biases = _read(self.chain, features)
+        for i in range(self.chain.depth - 1):
+            turns = torch.floor(biases[i] * self.omega / math.pi + 0.5)
+            biases[i] = biases[i] - turns * math.pi / self.omega
+            weights[i + 1] = weights[i + 1] * (1 - 2 * (turns % 2)).unsqueeze(1)
+        for i in {0, self.chain.depth - 2}:
+            fixed = weights[0][..., 0] if i == 0 else weights[-1][:, 0]
+            sign = torch.where(fixed < 0, -1.0, 1.0).to(fixed)
+            weights[i], biases[i] = weights[i] * sign.unsqueeze(-1), biases[i] * sign
+            weights[i + 1] = weights[i + 1] * sign.unsqueeze(1)
+        out: Features = {}
+        for i, layer in enumerate(self.chain.layers):
+            gain = self.omega if i < self.chain.depth - 1 else 1.0
+            out[layer.weight] = weights[i].unsqueeze(1) * (gain * (math.sqrt(layer.n_in) if i else 0.5))
+            out[layer.bias or ""] = biases[i].unsqueeze(1) * gain
+        return out
 
 
 class SineFeatures(nn.Module):
