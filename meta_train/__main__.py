@@ -101,7 +101,8 @@ def evaluate(
 
     Args:
         optimizers: what to compare, separated by spaces or commas. Also nfn:RULE, where RULE is a
-            rule's name (nominal ...) or a .safetensors file; LABEL=NAME sets the label in tables.
+            rule's name (nominal ...) or a .safetensors file; LABEL=NAME sets the label in tables;
+            NAME@all chooses one learning rate for all tasks instead of one per task.
         suite: VALID, HELD_OUT, or package.module:DICT.
         tasks: names of tasks of the suite, separated by spaces or commas; all if not given.
         seeds: runs of every optimizer on every task.

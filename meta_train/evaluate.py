@@ -40,6 +40,7 @@ EVAL_BATCHES = 8  # examples of an evaluation, in training batches
 CAP = 6  # Adam is run on to CAP times the steps; a speed-up is at most CAP
 DIVERGED = 3.0  # a final train loss above DIVERGED x ceiling counts as divergence
 HORIZONS = (1.0, 0.8, 0.67, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
+SHARED = "@all"  # after an optimizer's name: one learning rate for all tasks
 REFERENCE = "adam"  # the optimizer that the speed-up is measured against
 
 
@@ -241,11 +242,12 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class PlannedOptimizer:
-    """An optimizer by name, what identifies it if it is learned, and its learning rates."""
+    """An optimizer by name, what identifies it if it is learned, its learning rates, and whether one for all tasks."""
 
     name: str
     theta: str
     grid: tuple[float, ...] | None
+    shared: bool = False
 
     @property
     def rates(self) -> tuple[float | None, ...]:
@@ -271,7 +273,7 @@ class Plan:
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
         tasks = {name: PlannedTask(**t) for name, t in data["tasks"].items()}
         optimizers = {
-            label: PlannedOptimizer(o["name"], o["theta"], tuple(o["grid"]) if o["grid"] else None)
+            label: PlannedOptimizer(**{**o, "grid": tuple(o["grid"]) if o["grid"] else None})
             for label, o in data["optimizers"].items()
         }
         return cls(**{**data, "tasks": tasks, "optimizers": optimizers})
@@ -370,7 +372,8 @@ def evaluate(
     """Run all that is missing and measure.
 
     Args:
-        optimizers: names of ``OPTIMIZERS``, ``nfn:RULE``, or ``LABEL=NAME``; Adam is always added.
+        optimizers: names of ``OPTIMIZERS``, ``nfn:RULE``, or ``LABEL=NAME``; with ``@all`` after the name one
+            learning rate is chosen for all tasks. Adam is always added.
         out: folder; ``runs.jsonl`` in it is appended to.
         suite: ``VALID``, ``HELD_OUT`` or ``package.module:DICT``.
         tasks: names of the suite's tasks; None for all.
@@ -417,9 +420,12 @@ def make_plan(
     planned: dict[str, PlannedOptimizer] = {}
     for spec in [REFERENCE, *optimizers]:
         label, _, name = spec.rpartition("=")
+        label, shared, name = label or name, name.endswith(SHARED), name.removesuffix(SHARED)
         entry, theta = optimizer_named(name)
         grid = (grids or {}).get(name, entry.grid)
-        planned[label or name] = PlannedOptimizer(name, theta, grid)
+        if shared and grid is None:
+            raise UnknownName(f"{spec!r}: {name} has no learning rate to share among tasks. Leave out {SHARED!r}.")
+        planned[label] = PlannedOptimizer(name, theta, grid, shared)
     if planned[REFERENCE].name != REFERENCE:
         raise ValueError(f"the label {REFERENCE!r} is taken: all speed-ups are measured against it.")
     if horizon is not None and horizon not in planned:
@@ -463,19 +469,24 @@ def final_jobs(plan: Plan, runs: Runs) -> list[Job]:
 def tuned_rate(plan: Plan, runs: Runs, task: str, label: str) -> float | None:
     """The rate with the least mean final train loss over the tuning seeds (None: nothing to tune).
 
-    If every rate diverges, the smallest. Raises KeyError while tuning runs are missing.
+    A shared rate is the one for which the logarithm of that loss, a divergence counting as ``DIVERGED`` x ceiling, is
+    least in the mean over all tasks. If every rate diverges, the smallest. Raises KeyError while runs are missing.
     """
     optimizer = plan.optimizers[label]
     if optimizer.grid is None:
         return None
 
-    def mean_loss(lr: float) -> float:
+    def loss(task: str, lr: float) -> float:
         steps = plan.tasks[task].steps
         keys = [job(plan, task, label, lr, seed, steps).key for seed in range(plan.tuning_seeds)]
         curves = [runs[key] for key in keys]
         return sum(math.inf if c.diverged else c.final_train for c in curves) / len(curves)
 
-    return min(sorted(optimizer.grid), key=mean_loss)
+    def mean_log(lr: float) -> float:
+        worst = {name: DIVERGED * info.ceiling for name, info in plan.tasks.items()}
+        return sum(math.log(max(1e-30, min(loss(name, lr), most))) for name, most in worst.items())
+
+    return min(sorted(optimizer.grid), key=mean_log if optimizer.shared else partial(loss, task))
 
 
 def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:

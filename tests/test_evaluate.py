@@ -550,6 +550,32 @@ def test_report_on_an_empty_folder_says_what_to_do(tmp_path):
 # ------------------------------------------------------------------------------------ command line
 
 
+def test_a_shared_rate_is_the_best_over_all_tasks_and_needs_no_tuning_of_its_own(tmp_path):
+    rates = (1e-2, 1e-1, 1.0)
+    options = {"tasks": ["quadratic", "regression"], "grids": {**GRIDS, "sgdm": rates}}
+    found = measure(tmp_path, ["sgdm", "sgdm@all"], **options)
+    chosen = {(o.optimizer, o.task): o.lr for o in found}
+    runs = Store(tmp_path / "runs.jsonl").runs
+    curves = {(key[1], key[5], key[6]): c for key, c in runs.items() if key[3] == "sgdm"}
+
+    def mean_log(lr):
+        total = 0.0
+        for task, ceiling in {"quadratic": 10.0, "regression": 4.0}.items():
+            both = [curves[task, lr, seed] for seed in (0, 1)]
+            mean = math.inf if any(c.diverged for c in both) else (both[0].final_train + both[1].final_train) / 2
+            total += math.log(min(mean, 3 * ceiling))
+        return total
+
+    best = min(rates, key=mean_log)
+    assert {chosen["sgdm@all", task] for task in options["tasks"]} == {best}
+    assert chosen["sgdm", "quadratic"] != chosen["sgdm", "regression"]
+    shared = {(o.task, o.seed): o for o in found if o.optimizer == "sgdm@all"}
+    assert len(shared) == 4 and all(not o.curve.diverged for o in shared.values())
+    assert len(curves) == len(rates) * 2 * 2
+    with pytest.raises(UnknownName, match="no learning rate to share"):
+        measure(tmp_path, ["nfn@all"])
+
+
 def test_unknown_names_list_the_valid_ones(tmp_path):
     with pytest.raises(UnknownName, match="adam-cosine, adamw, adamw-cosine"):
         measure(tmp_path, ["adamm"])
