@@ -12,7 +12,6 @@ its time and 0.89 of its kept memory; the bar is 0.7 of that: 0.42 and 0.62.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from learned_opt import infer_symmetry
 from learned_opt.nfn import Chain, Features, HNPLinear, MAGEPLinear, MonomialLinear, MonomialSignLinear, NPLinear
+from meta_train.weights.efficiency import kept_bytes, loss, timed
 
 BATCH, CHANNELS, REPEATS = 32, 16, 31
 
@@ -66,27 +66,6 @@ def _unfold(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     return x.unflatten(1, (-1, *kernel)).permute(0, 1, 4, 5, 2, 3).contiguous() if kernel else x
 
 
-def kept_bytes(layer: nn.Module, features: Features) -> int:
-    """Bytes of the storages that autograd keeps, without inputs and parameters."""
-    known = {x.untyped_storage().data_ptr() for x in (*features.values(), *layer.parameters(), *layer.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss(layer(features))
-    return sum(s.nbytes() for s in kept.values())
-
-
-def loss(features: Features) -> Tensor:
-    """Sum of mean squares."""
-    return torch.stack([x.square().mean() for x in features.values()]).sum()
-
-
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
@@ -127,20 +106,18 @@ def main() -> None:
                     layer.zero_grad(set_to_none=True)
                     if repeat >= 5:
                         times[f"{name}/{what}"].append(seconds)
-        report(layout, layers, times, {n: kept_bytes(layer, given[n]) for n, layer in layers.items()})
+        report(layout, layers, times, {n: kept(layer, given[n]) for n, layer in layers.items()})
+
+
+def kept(layer: nn.Module, features: Features) -> int:
+    """Bytes that autograd keeps with the loss, beyond inputs and parameters."""
+    return kept_bytes(lambda: loss(layer(features)), [*features.values(), *layer.parameters(), *layer.buffers()])
 
 
 @torch.no_grad()
 def given_gradients(layer: nn.Module, features: Features) -> list[Tensor]:
     """Ones in the layout of the layer's outputs."""
     return [torch.ones_like(x) for x in layer(features).values()]
-
-
-def timed(step: Callable[[], None]) -> float:
-    """Processor seconds of one call."""
-    start = time.process_time()
-    step()
-    return time.process_time() - start
 
 
 def report(layout: str, layers: dict[str, nn.Module], times: dict[str, list[float]], kept: dict[str, int]) -> None:
