@@ -8,6 +8,8 @@ it writes. The invariant layer of Transformer-NFN is polynomial of degree two in
 and what goes across blocks are none of its functions.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,7 @@ def transformer_invariants(spec: TransformerSpec, features: TransformerFeatures)
     tensors |= features.rest
     spectra += [_log_spectrum(x.flatten(3)) for x in features.rest.values() if x.ndim > 3]
     for factors in along_the_network(spec, features):
-        product = factors[0]
-        for x in factors[1:]:
-            product = product @ x
+        product = reduce(torch.matmul, factors)
         norm = _log_norm(product)
         spectra += [_log_spectrum(product, LEADING), norm, norm - sum(_log_norm(x) for x in factors)]
     return torch.cat([statistics(tensors), *spectra], -1).flatten(1)

@@ -205,7 +205,7 @@ def optimizer(method: Method, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW at the method's rates."""
     slow = [*module.learned.parameters()] if isinstance(module, InformedTransformerNFN) else []
     others = [p for p in module.parameters() if all(p is not q for q in slow)]
-    groups = [{"params": others}, {"params": slow, "lr": method.learned_lr}]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": slow, "lr": method.learned_lr}]
     return torch.optim.AdamW(groups[: 1 + bool(slow)], method.lr, weight_decay=method.weight_decay)
 
 
