@@ -230,6 +230,12 @@ def test_editing_learns_and_shows_it(folder, tmp_path):
     assert (tmp_path / "dilate.png").stat().st_size > 1000
 
 
+def test_a_missing_zoo_is_generated(folder, tmp_path):
+    chain, zoo = inr.zoo_of(tmp_path / "new", 8, folder[1])
+    assert len(zoo) == 8 and chain.widths == (2, 32, 32, 1) and chain.scale == "sign"
+    assert (tmp_path / "new" / "zoo.safetensors").is_file()
+
+
 def test_a_zoo_of_other_images_is_refused(folder):
     zoo, data = folder
     _, whole = inr.zoo_of(zoo, 60)
