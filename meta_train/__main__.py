@@ -202,7 +202,8 @@ def _tables(name: str) -> dict[str, Any]:
     from tasks.suites import TRAIN, VALID
 
     tables: dict[str, Any] = {}
-    for variable, ours in {"families": TRAIN, "validation": VALID}.items():
+    library: dict[str, dict[str, Any]] = {"families": TRAIN, "validation": VALID}
+    for variable, ours in library.items():
         mine = defined.get(variable, {})
         if not (isinstance(mine, dict) and all(callable(v) for v in mine.values())):
             _fail(f"{variable} in {name} must be a dict of functions by name (see docs/meta_training.md).")
