@@ -53,6 +53,8 @@ class InvariantNFN(nn.Module):
             else (0: none): Monomial-NFN's classifier of sine networks with ``kind`` np or hnp.
         dropout: in the head.
         channel_dropout: after every equivariant layer.
+        norm: normalise what is pooled over the batch. Mean directions (``monomial``) differ little from network to
+            network beside what they have in common, and are hard to learn from as they are.
 
     Raises:
         SymmetryError: when the kind needs scales that the chain does not have, or the parts do not fit.
@@ -73,6 +75,7 @@ class InvariantNFN(nn.Module):
         front: int = 0,
         dropout: float = 0.0,
         channel_dropout: float = 0.0,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         if kind not in get_args(Kind):
@@ -115,6 +118,8 @@ class InvariantNFN(nn.Module):
             pooled = width * pool.outputs
         self.layers, self.pool = nn.Sequential(*layers), pool
         self.head = head(pooled, head_width or _HEADS.get(kind, 1000), outputs, dropout)
+        if norm:
+            self.head.insert(0, nn.BatchNorm1d(pooled))
 
     def forward(self, features: Features) -> Tensor:
         """Features -> ``[batch, outputs]`` (no sigmoid or softmax)."""

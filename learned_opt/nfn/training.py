@@ -177,14 +177,15 @@ def _epoch(
     module.train()
     device = next(module.parameters()).device
     generator = Generator().manual_seed(1_000_003 * settings.seed + epoch)
-    order = torch.randperm(networks, generator=generator).to(device)
-    per_epoch = math.ceil(networks / settings.batch)
+    batches = list(torch.randperm(networks, generator=generator).to(device).split(settings.batch))
+    if len(batches) > 1 and len(batches[-1]) == 1:  # batch norm needs two
+        batches[-2:] = [torch.cat(batches[-2:])]
     total = torch.zeros((), device=device)
     parameters = [p for p in module.parameters() if p.requires_grad]
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [], device_type=device.type):
         torch.manual_seed(1_000_003 * settings.seed + epoch)
-        for k, rows in enumerate(order.split(settings.batch)):
-            factor = settings.rate(epoch * per_epoch + k, settings.epochs * per_epoch)
+        for k, rows in enumerate(batches):
+            factor = settings.rate(epoch * len(batches) + k, settings.epochs * len(batches))
             for group, rate in zip(opt.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             opt.zero_grad()

@@ -53,7 +53,7 @@ METHODS = {
     "StatNN": Method("stat", 3e-3, {"head_width": 256}),
     "NP": Method("np", 1e-2, {"channels": (4, 4, 4), "head_width": 200}),
     "HNP": Method("hnp", 1e-2, {"channels": (4, 4, 4), "head_width": 200}),
-    "Monomial": Method("monomial", 3e-3, {"channels": (8, 8, 5), "head_width": 200}),
+    "Monomial": Method("monomial", 3e-3, {"channels": (8, 8, 5), "head_width": 200, "norm": True}),
     "MAGEP": Method("magep", 1e-2, {"channels": (16, 16), "head_width": 200}),
     "graph": Method("graph", 1e-3, {}),
     "MLP": Method("mlp", 1e-3, {"head_width": 200}),
