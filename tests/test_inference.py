@@ -76,6 +76,7 @@ FOUND: dict[str, Steps] = {  # by longer searches, made small by hand
     "axes that fit but for a factor of 1": [("transposed conv", 0, 0), ("select head", 0, 0)],
     "a form with a coefficient of zero": [("weight norm", 0, 0), ("one above the other", 0, 0)],
     "a buffer that is written, in decomposed form": [("written", 0, 0), ("gather", 0, 0), ("rms norm", 1, 0)],
+    "a recurrent layer whose hidden units are its inputs'": [("rnn", 0, 0), ("mul", 0, 1)],
     "a tile of fewer dimensions": [("tile", 0, 0)],
 }
 STEP = st.tuples(st.sampled_from([*FUNCTIONS, *JOINS, *LAYERS, "output"]), st.integers(0, 1), st.integers(0, 3))

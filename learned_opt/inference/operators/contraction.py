@@ -110,6 +110,7 @@ def _convolve(t: Engine, x: Value, w: Value, b: Value | None, groups: int, out: 
     else:
         raise UnknownOperator("a grouped transposed convolution")
     y = Value((*(x.axes[:1] if batched else ()), normal(units), *spaces))
+    t.note(replace(y, axes=(*y.axes, normal(w.axes[1 - out]))))  # before the sum, as in an einsum
     return y if b is None else t.add(y, _at_channel(t, b, space))
 
 

@@ -30,7 +30,7 @@ def _recurrent(
         outputs: list[Tree] = []
         for direction in range(directions):
             first = (layer * directions + direction) * per
-            outputs.append(_cell(t, current, params[first : first + per], gates, odd, relu))
+            outputs.append(_cell(t, x.axes[:-1], current, params[first : first + per], gates, odd, relu))
         last += outputs
         current = concatenation([normal(o) for o in outputs])
     batch = [x.axes[0 if batch_first else 1]] if len(x.axes) > 2 else []
@@ -38,7 +38,10 @@ def _recurrent(
     return [Value((*x.axes[:-1], current)), state, state]
 
 
-def _cell(t: Engine, x: Tree, params: Sequence[Value], gates: int, odd: int, relu: bool) -> Tree:
+def _cell(
+    t: Engine, lead: Sequence[Tree], x: Tree, params: Sequence[Value], gates: int, odd: int, relu: bool
+) -> Tree:
+    """``lead``: time and batch, which stand beside both sides of the products."""
     w_ih, w_hh, *biases = params
     t.role(w_ih, {0: "out", 1: "in"})
     t.role(w_hh, {0: "out", 1: "in"})
@@ -57,6 +60,8 @@ def _cell(t: Engine, x: Tree, params: Sequence[Value], gates: int, odd: int, rel
                 t.unscaled(part)
     h = t.unscaled(h, positive=not relu, sign=relu)
     t.contract(h, w_hh.axes[1], "a recurrent layer")
+    for summed in (x, h):
+        t.note(Value((*lead, normal(h), normal(summed))))  # before the sum, as in an einsum
     return t.note(Value((normal(h),))).axes[0]
 
 
