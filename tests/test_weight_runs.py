@@ -207,6 +207,10 @@ def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     capsys.readouterr()
     command.main([*options, "--datasets", "relu", "--seeds", "2"])
     assert "4 jobs, 2 of them done before" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+    command.main([*options, "--report-only"])
+    assert (tmp_path / "out" / "runs.jsonl").read_text().splitlines() == lines
+    assert "| | ReLU, original | ReLU, U[1, 10000] |" in (tmp_path / "out" / "table.md").read_text()
     cnn.dataset_of.cache_clear()
 
 
