@@ -190,7 +190,7 @@ NOTE = (
     "and messages*: the layers read features of messages through the sines, and the head hears layers and messages; "
     "the row *head* has no layers, so that it shows what they add. The last row evaluates the image at learned points "
     "and reads no weights otherwise; it is there to compare. In brackets: published, with 45,000 networks, 64 to 256 "
-    "channels and a hundred times as many steps (Tran et al. 2024)."
+    "channels and 170 times as much training (Tran et al. 2024)."
 )
 
 
@@ -417,7 +417,7 @@ EDIT_NOTE = (
     "alone, as in the papers; they are narrow. *steps*: a few learned steps, each along gradients of the network's "
     "values on a grid, whose factors a small convolutional net chooses. *+ steps*: the papers' layers on two such "
     "gradients, two steps. Contrast is four times the distance from mid-grey, not the papers' CLAHE of CIFAR images. "
-    "In brackets: published (Zhou et al. 2023), with 45,000 networks, 128 channels and a hundred times as many steps."
+    "In brackets: published (Zhou et al. 2023), with 45,000 networks, 128 channels and 100 times as much training."
 )
 
 
