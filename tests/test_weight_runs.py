@@ -201,7 +201,7 @@ def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     options = f"cnn --out {tmp_path / 'out'} --zoo-relu {tmp_path / 'zoo'} --passes 40 --count 20".split()
     options += ["--methods", "StatNN", "Monomial"]
     command.main([*options, "--datasets", "relu", "relu-10000", "--seeds", "1"])
-    assert (tmp_path / "out" / "picture.png").exists()
+    assert (tmp_path / "out" / "relu.png").exists()
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| StatNN |" in table and "| Monomial |" in table and "0.922" in table
     capsys.readouterr()

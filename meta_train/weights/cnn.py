@@ -216,9 +216,14 @@ def generalisation(
 
 
 def report(out: Path, runs: Sequence[Run], settings: Settings) -> None:
-    """Write table.md, table.json and picture.png."""
+    """Write table.md, table.json, relu.png and tanh.png."""
     about = {"settings": asdict(settings), "methods": {name: asdict(m) for name, m in METHODS.items()}}
     title = "Generalisation of small CNNs"
     text = write_results(out, runs, "tau", title=title, note=NOTE, published=PUBLISHED, titles=TITLES, about=about)
-    draw(out / "picture.png", cells(runs, "tau"), PUBLISHED, label="Kendall's tau", lines=True, titles=TITLES)
+    found = cells(runs, "tau")
+    for activation in ("relu", "tanh"):
+        part = {key: cell for key, cell in found.items() if DATASETS[key[1]][0] == activation}
+        if part:
+            path, lines = out / f"{activation}.png", activation == "relu"
+            draw(path, part, PUBLISHED, label="Kendall's tau", lines=lines, titles=TITLES)
     print(text)

@@ -304,8 +304,8 @@ def draw(
         theirs = [(i + shift, published[m, d]) for i, d in enumerate(datasets) if (m, d) in published]
         marks = [(a, float(v)) for a, v in theirs if not isinstance(v, str)]
         if marks:
-            axes.plot(*zip(*marks, strict=True), "o", markerfacecolor="none", color=f"C{k}", markeredgecolor="k")
-    axes.set_xticks(range(len(datasets)), [(titles or {}).get(d, d).replace(", ", "\n") for d in datasets])
+            axes.plot(*zip(*marks, strict=True), "o", markerfacecolor="none", markeredgecolor=f"C{k}")
+    axes.set_xticks(range(len(datasets)), [(titles or {}).get(d, d).replace(", ", "\n", 1) for d in datasets])
     axes.set_ylabel(label)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
