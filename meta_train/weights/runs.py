@@ -291,7 +291,7 @@ def draw(
 
     published = published or {}
     methods, datasets = _order(found)
-    figure, axes = pyplot.subplots(figsize=(max(5.0, 1.3 * len(datasets) + 1.5), 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(max(6.5, 1.3 * len(datasets) + 3), 3.6), layout="constrained")
     width = 0.8 / len(methods)
     for k, m in enumerate(methods):
         shift = 0.0 if lines else (k - (len(methods) - 1) / 2) * width
@@ -309,7 +309,7 @@ def draw(
     axes.set_ylabel(label)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", loc="outside right upper")  # outside: it would cover bars
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     figure.savefig(temporary, dpi=120)
