@@ -56,7 +56,6 @@ METHODS = {
     "HNP": Method("hnp", 1e-2, {"channels": (4, 4, 4), "head_width": 200}),
     "Monomial": Method("monomial", 3e-3, {"channels": (8, 8, 5), "head_width": 200, "norm": True}),
     "MAGEP": Method("magep", 1e-2, {"channels": (16, 16), "head_width": 200}),
-    "graph": Method("graph", 1e-3, {}),
     "MLP": Method("mlp", 1e-3, {"head_width": 200}),
 }
 
@@ -187,7 +186,7 @@ def generalisation(
     """Predict the test accuracy of small CNNs from their weights, on original and on moved networks.
 
     Generates the zoos where they are missing (an hour on one core each). Methods: StatNN, NP, HNP, Monomial, MAGEP,
-    graph, MLP. Datasets: relu, relu-1 .. relu-10000 (with copies scaled by U[1, 1] .. U[1, 10000]), tanh, tanh-signs.
+    MLP. Datasets: relu, relu-1 .. relu-10000 (with copies scaled by U[1, 1] .. U[1, 10000]), tanh, tanh-signs.
 
     Args:
         grid: what to run, and where.
