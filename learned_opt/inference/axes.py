@@ -326,7 +326,7 @@ class Forest:
             first, second = self._child(head.atom, n), self._child(head.atom, head.atom.size // n)
             first.atom.birth = birth
             self._refine(head.atom, Product((first, second)))
-            return tuple(Unit(u.atom, head.exponent, head.origin) for u in (first, second))  # type: ignore[return-value]
+            return Unit(first.atom, head.exponent, head.origin), Unit(second.atom, head.exponent, head.origin)
         inner = size_of(head) // n
         if not isinstance(head, Concatenation) or any(size_of(p) % inner for p in head.parts):
             return None

@@ -38,9 +38,7 @@ def _recurrent(
     return [Value((*x.axes[:-1], current)), state, state]
 
 
-def _cell(
-    t: Engine, lead: Sequence[Tree], x: Tree, params: Sequence[Value], gates: int, odd: int, relu: bool
-) -> Tree:
+def _cell(t: Engine, lead: Sequence[Tree], x: Tree, params: Sequence[Value], gates: int, odd: int, relu: bool) -> Tree:
     """``lead``: time and batch, which stand beside both sides of the products."""
     w_ih, w_hh, *biases = params
     t.role(w_ih, {0: "out", 1: "in"})
