@@ -5,6 +5,7 @@ that are not torch's come from their authors (Prodigy, Schedule-Free) or from py
 extra ``benchmark``.
 """
 
+import copy
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from learned_opt.inference import infer_symmetry
+from tasks.transformer import Transformer
 
 Made = tuple[torch.optim.Optimizer, LRScheduler | None]
 MakeOptimizer = Callable[..., Made]
@@ -191,21 +193,45 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
 
 
 def rule_fingerprint(rule: nn.Module) -> str:
-    """Hash of theta and of what the rule does to a small network, so that a change of either (new
-    weights, or new code around the same weights) is a new optimizer."""
+    """Hash of theta and of what the rule does to small networks, so that a change of either (new
+    weights, or new code around the same weights) is a new optimizer.
+
+    In float64, so that all digits that are hashed are the same in any order of summation; on networks that have every
+    kind of weight, scale and bias, with and without a horizon.
+    """
+    moved = [
+        f"{name} {float((p.detach() - start).norm()):.6e}"
+        for model, inputs in _fingerprint_networks()
+        for steps in (4, None)
+        for name, p, start in _trained(model, inputs, rule, steps)
+    ]
+    return digest(moved, dict(rule.state_dict()))
+
+
+def _fingerprint_networks() -> list[tuple[nn.Module, Tensor]]:
+    images = torch.linspace(-1, 1, 8 * 36, dtype=torch.float64).sin().reshape(8, 1, 6, 6)
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(36, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    cnn = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten())
+    words = torch.arange(30).reshape(6, 5).square() % 11
+    sizes = {"width": 8, "heads": 2, "depth": 1, "hidden": 12}
+    transformer = Transformer(nn.Embedding(11, 8), 5, 11, activation="relu", causal=True, **sizes)
+    return [(mlp, images), (cnn, images), (transformer, words)]
+
+
+def _trained(model: nn.Module, inputs: Tensor, rule: nn.Module, steps: int | None) -> list[tuple[str, Tensor, Tensor]]:
+    """Three steps of a copy of the model from weights that no default explains: each parameter and its start."""
+    model = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
-    load_weights(model, {n: torch.randn(p.shape, generator=generator) / 3 for n, p in _named(model)})
-    inputs = torch.randn(16, 5, generator=generator)
+    start = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) / 3 for n, p in _named(model)}
+    load_weights(model, start)
     symmetry = infer_symmetry(model, inputs, verify=False)
-    optimizer, _ = learned(model, None, steps=4, rule=rule, symmetry=symmetry)
+    optimizer, _ = learned(model, None, steps=steps, rule=rule, symmetry=symmetry)
     for _ in range(3):
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()
-    # Rounded, so that another order of summation on another machine is the same optimizer.
-    moved = [f"{name} {float(p.detach().norm()):.3e}" for name, p in _named(model)]
-    return digest(moved, dict(rule.state_dict()))
+    return [(name, p, start[name]) for name, p in _named(model)]
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
