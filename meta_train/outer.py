@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.rules.base import UpdateRule
+from meta_train.augmentation import augmented
 from meta_train.estimators import Carry
 from meta_train.recipes import Recipe
 from meta_train.symmetries import symmetry_of
@@ -133,7 +134,9 @@ def estimate(
         after.generation, after.uses, after.unroll = after.generation + 1, 0, None
     if after.unroll is None:
         generator = generator_of(recipe.seed, "task", after.number, after.generation)
-        after.unroll = make_unroll(recipe, rule, families[after.family](generator))
+        task = families[after.family](generator)
+        task = augmented(task, recipe.augmentation, recipe.augmentation_scale, generator)
+        after.unroll = make_unroll(recipe, rule, task)
     unroll = replace(after.unroll, horizon=horizon_at(recipe, step))
     generator = generator_of(recipe.seed, "step", step, after.number)
     carry = recipe.estimator.init(unroll, theta, generator) if fresh else after.carry

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from meta_train.augmentation import AUGMENTATIONS
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
 
 SHIPPED_THETA = "shipped"
@@ -28,6 +29,8 @@ class Recipe:
             Evolution strategies pay for every number that they perturb, so a rule whose hidden maps
             stay random learns more from the same work.
         families: name in ``tasks.suites.TRAIN`` and its share of the workers.
+        augmentation: how sampled tasks are reparametrised, see :mod:`meta_train.augmentation`.
+        augmentation_scale: the largest factor, its inverse the smallest.
         estimator: of the meta-gradient, with the particles per task and the truncation.
         horizon: lowest and highest number of inner steps of a run, drawn log-uniformly.
         curriculum: fraction of the outer steps over which the highest horizon grows geometrically
@@ -66,6 +69,8 @@ class Recipe:
             "vit": 1.0,
         }
     )
+    augmentation: Literal["none", "units", "global"] = "none"
+    augmentation_scale: float = 100.0
     estimator: TBPTT | ES | TruncatedES | PES = field(default_factory=PES)
     horizon: tuple[int, int] = (100, 1000)
     curriculum: float = 0.3
@@ -110,6 +115,9 @@ class Recipe:
                 0 <= self.floor < self.clip and (self.floor > 0 or self.transform != "log")
             ),
             f"ema {self.ema} must be in [0, 1)": 0 <= self.ema < 1,
+            f"augmentation {self.augmentation!r} must be one of {', '.join(AUGMENTATIONS)}": self.augmentation
+            in AUGMENTATIONS,
+            f"augmentation_scale {self.augmentation_scale} must be 1 or more": self.augmentation_scale >= 1,
         }
         for message, holds in checks.items():
             if not holds:

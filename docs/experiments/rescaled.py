@@ -8,24 +8,9 @@ import torch
 
 from learned_opt import NFNOpt
 from meta_train import evaluate
+from meta_train.augmentation import UnitsMoved
 from meta_train.symmetries import symmetry_of
 from tasks.suites import VALID
-
-
-class Rescaled:
-    """A task whose initial weights are moved by a random element of its model's symmetry."""
-
-    def __init__(self, task) -> None:
-        self.task = task
-
-    def __getattr__(self, name):
-        return getattr(self.task, name)
-
-    def init(self, generator: torch.Generator):
-        """Initial weights, rescaled."""
-        symmetry = symmetry_of(self.task)
-        g = symmetry.sample(torch.Generator().manual_seed(1), scale_range=(1e-2, 1e2), dtype=torch.float32)
-        return symmetry.act(g, self.task.init(generator))
 
 
 def main() -> None:
@@ -43,7 +28,7 @@ def main() -> None:
     for name, make in optimizers.items():
         usual, rescaled = (
             [evaluate.run(problem, make, seed, task.steps).final_train for seed in range(3)]
-            for problem in (task, Rescaled(task))
+            for problem in (task, UnitsMoved(task, 1e2))
         )
         print(f"{name:20s} usual {sum(usual) / 3:.4f}   rescaled {sum(rescaled) / 3:.4f}", flush=True)
 
