@@ -110,7 +110,7 @@ def cosine(factory: MakeOptimizer) -> MakeOptimizer:
     return decayed
 
 
-def learned(model: nn.Module, lr: None, steps: int, rule: Any = "nfn", symmetry: Any = None):
+def learned(model: nn.Module, lr: None, steps: int | None, rule: Any = "nfn", symmetry: Any = None):
     """NFNOpt as shipped: told the number of steps and the symmetry (None: it infers it), no learning rate."""
     from learned_opt import NFNOpt
 
@@ -214,8 +214,7 @@ def _fingerprint_networks() -> list[tuple[nn.Module, Tensor]]:
     norm = nn.BatchNorm2d(4, track_running_stats=False)
     cnn = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten())
     words = torch.arange(30).reshape(6, 5).square() % 11
-    sizes = {"width": 8, "heads": 2, "depth": 1, "hidden": 12}
-    transformer = Transformer(nn.Embedding(11, 8), 5, 11, activation="relu", causal=True, **sizes)
+    transformer = Transformer(nn.Embedding(11, 8), 5, 11, width=8, heads=2, depth=1, hidden=12, causal=True)
     return [(mlp, images), (cnn, images), (transformer, words)]
 
 
