@@ -55,6 +55,12 @@ def adam_direction(m: Tensor, v: Tensor, step: Tensor) -> Tensor:
     return m * _rsqrt(v + 1e-16 * v.mean((-2, -1), keepdim=True))
 
 
+def quarter_power(v: Tensor, step: Tensor) -> Tensor:
+    """``v_hat^(-1/4)``, epsilon as in :func:`adam_direction`; 1 where the whole matrix has none: ``[N, R, C]``."""
+    v = v / (1 - SQUARE**step)
+    return _rsqrt(v + 1e-16 * v.mean((-2, -1), keepdim=True)).sqrt()
+
+
 def mean_square(x: Tensor) -> Tensor:
     """Mean square over the matrix: ``[..., R, C] -> [..., 1, 1]``."""
     return (x * x).mean((-2, -1), keepdim=True)

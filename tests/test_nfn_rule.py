@@ -12,7 +12,7 @@ from learned_opt import features
 from learned_opt.nfn.embedding import broadcast
 from learned_opt.rules import RULES
 from learned_opt.rules.nfn import N_ODD, N_TIME, NFN, time_features
-from learned_opt.rules.nominal import Nominal, schedule
+from learned_opt.rules.nominal import DecayingPolar, Nominal, schedule
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer
@@ -318,12 +318,13 @@ def sizes(rule, steps, total):
     return torch.tensor(out, dtype=torch.float64)
 
 
-def test_the_nominal_rate_is_a_cosine_to_the_horizon():
-    size = sizes(Nominal(), 14, 10)
-    t = torch.arange(14, dtype=torch.float64)
-    expected = 0.5 * (1 + torch.cos(torch.pi * t.clamp(max=10) / 10))
+@pytest.mark.parametrize("rule", [Nominal(), DecayingPolar()])
+def test_the_rate_decays_to_zero_at_the_horizon(rule):
+    size = sizes(rule, 14, 10)
+    t = torch.arange(14, dtype=torch.float64).clamp(max=10) / 10
+    expected = 1 - t if type(rule) is Nominal else 0.5 * (1 + torch.cos(torch.pi * t))
     assert_same(size / size[0], expected, rtol=1e-9, atol=1e-9)
-    assert size[9] < 0.03 * size[0] and size[10:].max() < 1e-12
+    assert size[9] < 0.11 * size[0] and size[10:].max() < 1e-12
 
 
 def test_without_horizon_the_rate_decays_without_end():

@@ -8,7 +8,7 @@ from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from learned_opt.rules.classic import SGD, Adam, Muon
 from learned_opt.rules.nfn import NFN
-from learned_opt.rules.nominal import Nominal
+from learned_opt.rules.nominal import DecayingPolar, Nominal
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
@@ -18,6 +18,7 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "nfn-parameter": partial(NFN, pool=False),  # without pooling: every parameter by itself
     "nominal": Nominal,  # what the learned rules start from
     "nominal-frameless": partial(Nominal, frame=False),
+    "polar": DecayingPolar,
     "adam": Adam,
     "sgd": SGD,
     "muon": Muon,

@@ -17,7 +17,7 @@ from learned_opt import features
 from learned_opt.features import N_EVEN, N_ODD, N_STATISTICS
 from learned_opt.layout import Layout, Stack
 from learned_opt.nfn.embedding import Embedding, broadcast
-from learned_opt.rules.nominal import Nominal, View, polar_step
+from learned_opt.rules.nominal import VECTOR, Nominal, View
 
 KINDS = ("matrix", "embedding", "vector", "gain")
 N_SHAPE = 3 + len(KINDS) + 2
@@ -86,10 +86,10 @@ class NFN(Nominal):
 
     def _nominal(self, view: View, adam: Tensor, x: Tensor, layer: Tensor) -> Tensor:
         if view.stack.kind != "matrix":
-            return adam
+            return VECTOR * adam
         g, n, slow = x[0], x[1], x[2]
         a = self.blend(layer).T[..., None, None]
-        return polar_step(n + a[0] * g + a[1] * slow)
+        return view.polar(n + a[0] * g + a[1] * slow)
 
     def _gates(self, e: Tensor, rows: Tensor, cols: Tensor, layer: Tensor) -> Tensor:
         """``[N_ODD, N, R, C]``. Row, column and layer terms are rank-one and never stored per entry."""

@@ -1,11 +1,12 @@
 """The nominal rule: the strongest optimizer that we know which needs no tuning, in the frame.
 
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
-of Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar(0.9 m + 0.1 g)`` for fan-in C; on vectors, gains
-and embeddings ``m_hat / sqrt(v_hat)``; one rate for all, decaying. The power of the fan-in lies between steps of one
-RMS (power 0) and steps in proportion to fan-in-scaled weights (power 1/2); it was chosen on VALID
-(docs/experiments.md). The polar factor commutes with permutations and signs, and in the frame also with positive
-scale. The learned rule starts from this one and is judged by what it adds.
+of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
+fan-in C; on vectors, gains and embeddings ``2 m_hat / sqrt(v_hat)``; one rate for all, decaying.
+The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
+(power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2); they were chosen
+on VALID (docs/experiments.md). The polar factor commutes with permutations and signs, and in the frame also with
+positive scale. The learned rule starts from this one and is judged by what it adds.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.polar import newton_schulz
 from learned_opt.symmetry import Symmetry
 
-RATE = 0.01  # RMS of a step at lr = 1 before decay, on vectors; 0.2 of it on matrices
+RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
+VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
+NEWTON_SCHULZ = 4  # iterations: a fifth does not help, and lifts directions that are mostly noise
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
 _ROUNDING = 64  # times the machine epsilon: a vector's gradient below this share of the largest is noise
 HORIZON = 800  # at which the rate starts at RATE
@@ -30,14 +33,14 @@ ANYTIME = 100.0  # steps after which the rate without horizon starts to decay li
 def schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     """Multiple of the rate at ``step`` (counted from 1).
 
-    Over a horizon T a cosine to zero from ``sqrt(800 / T)`` (at most 4): measured on VALID, the best rate is 2 at
-    T = 200, 1 at 800, 0.7 at 1600. Without a horizon ``1 / sqrt(1 + t / 100)``.
+    Over a horizon T a straight line to zero from ``sqrt(800 / T)`` (at most 4): measured on VALID, the best rate is
+    2 at T = 200, 1 at 800, 0.7 at 1600. Without a horizon ``1 / sqrt(1 + t / 100)``.
     """
     if total_steps is None:
         return torch.rsqrt(1 + (step - 1) / ANYTIME)
     total = torch.as_tensor(total_steps, dtype=step.dtype, device=step.device)
     progress = ((step - 1) / total).clamp(max=1.0)
-    return torch.rsqrt(total / HORIZON).clamp(max=4.0) * 0.5 * (1 + torch.cos(torch.pi * progress))
+    return torch.rsqrt(total / HORIZON).clamp(max=4.0) * (1 - progress)
 
 
 class View:
@@ -67,6 +70,10 @@ class View:
         """``m_hat / sqrt(v_hat)``."""
         return features.adam_direction(self.m, self.v, self.step)
 
+    def polar(self, momentum: Tensor) -> Tensor:
+        """The step along a momentum, preconditioned: ``[N, R, C]`` of RMS about ``0.2 (512 / C)^(1/4)``."""
+        return polar_step(momentum * features.quarter_power(self.v, self.step))
+
 
 def hush(views: list[View]) -> None:
     """Silence vectors whose momentum is rounding noise beside the network's largest.
@@ -85,7 +92,7 @@ def hush(views: list[View]) -> None:
 def polar_step(x: Tensor) -> Tensor:
     """``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar(x)``: RMS about 0.2 for a full-rank matrix of fan-in 512."""
     rows, fan_in = x.shape[-2:]
-    return 0.2 * (FAN_IN / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5 * newton_schulz(x)
+    return 0.2 * (FAN_IN / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5 * newton_schulz(x, NEWTON_SCHULZ)
 
 
 class Nominal(UpdateRule):
@@ -112,7 +119,7 @@ class Nominal(UpdateRule):
             return {}, state
         state = {**state, **features.accumulate(grads, state)}
         clock = torch.stack([s["step"] for s in state.values()]).amax()  # the network's age, not the tensor's
-        rate = RATE * schedule(clock, total_steps)
+        rate = RATE * self.schedule(clock, total_steps)
         views, layout = self._views(params, grads, state, symmetry)
         steps = [v.leave(d) for v, d in zip(views, self.directions(layout, views, clock, total_steps), strict=True)]
         updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
@@ -138,8 +145,39 @@ class Nominal(UpdateRule):
         hush(views)
         return views, layout
 
+    def schedule(self, step: Tensor, total_steps: float | Tensor | None) -> Tensor:
+        """Multiple of the rate: :func:`schedule`."""
+        return schedule(step, total_steps)
+
     def directions(
         self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
-        return [polar_step(v.nesterov) if v.stack.kind == "matrix" else v.adam for v in views]
+        return [v.polar(v.nesterov) if v.stack.kind == "matrix" else VECTOR * v.adam for v in views]
+
+
+class DecayingPolar(Nominal):
+    """The strongest optimizer of the design study, as it was there: an opponent, without theta and without frame.
+
+    ``0.2 sqrt(max(R, C)) polar(0.9 m + 0.1 g)`` in five iterations on every matrix, Adam on the rest, the rate 0.01
+    decayed along a half cosine (constant without a horizon).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(frame=False)
+
+    def schedule(self, step: Tensor, total_steps: float | Tensor | None) -> Tensor:
+        """Multiple of the rate: a half cosine to zero."""
+        if total_steps is None:
+            return torch.ones_like(step)
+        progress = ((step - 1) / torch.as_tensor(total_steps, dtype=step.dtype, device=step.device)).clamp(max=1.0)
+        return 0.5 * (1 + torch.cos(torch.pi * progress))
+
+    def directions(
+        self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
+    ) -> list[Tensor]:
+        """What to subtract at unit rate, per stack: ``[N, R, C]``."""
+        return [
+            0.2 * max(v.g.shape[-2:]) ** 0.5 * newton_schulz(v.nesterov) if v.stack.kind == "matrix" else v.adam
+            for v in views
+        ]
