@@ -1,86 +1,170 @@
-"""How the nominal step was chosen: powers of the fan-in, rates, frame or not, and the decay without a horizon.
+"""Variants of the nominal rule on VALID, several seeds of a task in one batch.
 
-    python docs/experiments/nominal.py VARIANT [VARIANT ...] [--tasks a,b] [--seed 0]
+    python docs/experiments/nominal.py [--out runs/nominal] decay=cosine power=0,iterations=5 horizon=1.4 ...
 
-prints, per variant and VALID task, the speed-up over LR-tuned constant-rate Adam (cap 6) and their IQM. Adam's runs
-are those of an evaluation in ``--runs`` (default ``runs/valid``; make it with
-``python -m meta_train evaluate --optimizers adam --out runs/valid``).
+Each argument is a variant: options that differ from the rule as it is, joined by commas. Per task it prints the mean
+over the seeds of log(final train loss of the variant / of the rule), and over all tasks the horizon speed-up: how many
+times longer the rule would have to run for the variant's loss, by the slope of the rule's own loss up to
+``horizon=1.4``. Finished runs are kept in ``--out`` and not repeated.
 """
 
 import argparse
-from functools import partial
+import json
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from unittest import mock
 
-from scipy.stats import trim_mean
+import numpy as np
+import torch
+from torch import Tensor
 
-import learned_opt.rules.nominal as nominal
-from learned_opt import NFNOpt
-from meta_train import evaluate
+from learned_opt import features
+from learned_opt.rules.nominal import Nominal, View, schedule
+from learned_opt.rules.polar import newton_schulz
+from meta_train.evaluate import evaluation_batches
 from meta_train.symmetries import symmetry_of
+from meta_train.unroll import Unroll
 from tasks.suites import VALID
+from tasks.task import Task
 
-# (multiple of the rate of 0.01, fan-in of RMS 0.2, power of the fan-in, frame, steps before decay or None: cosine)
-VARIANTS = {
-    "first-row": (1.0, 512, 0.0, False, None),  # "Numbers to beat"
-    "frame": (1.0, 512, 0.0, True, None),
-    "half-rate": (0.5, 512, 0.0, True, None),
-    "double-rate": (2.0, 512, 0.0, True, None),
-    "fourfold-rate": (4.0, 512, 0.0, True, None),
-    "quarter-256": (1.0, 256, 0.25, True, None),
-    "quarter-512": (1.0, 512, 0.25, True, None),
-    "quarter-512-frameless": (1.0, 512, 0.25, False, None),
-    "half-128": (1.0, 128, 0.5, True, None),
-    "half-256": (1.0, 256, 0.5, True, None),
-    "anytime-30": (1.0, 512, 0.25, True, 30),
-    "anytime-100": (1.0, 512, 0.25, True, 100),
-    "anytime-300": (1.0, 512, 0.25, True, 300),
-    "anytime-100-double": (2.0, 512, 0.25, True, 100),
-}
+SEEDS = 6
+LONGER = 1.4
+
+
+@dataclass(frozen=True)
+class Options:
+    """The rule as it is, unless told otherwise."""
+
+    rate: float = 1.0  # of everything
+    decay: str = "line"  # or "cosine", "square"
+    warm_up: float = 0.0  # fraction of the run
+    frame: float = 1.0
+    momentum: float = 0.9
+    look_ahead: float = 0.9  # n = look_ahead m + (1 - look_ahead) g
+    slow: float = 0.0  # times the momentum of decay 0.99, added
+    power: float = 0.5  # of the root of the second moment that the momentum is divided by; 1 is Adam
+    iterations: float = 4
+    vector: float = 2.0
+    gain: float = 2.0
+    embedding: float = 2.0
+    first: float = 1.0
+    last: float = 1.0
+    size: float = 0.0  # power of the matrix's own RMS times root fan-in in its step
+    after: float = 0.0  # decay of an average of the directions, after the polar factor
+    horizon: float = 1.0  # times the task's own
+
+    def label(self) -> str:
+        """Only what differs."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items()) or "as it is"
+
+
+class Variant(Nominal):
+    """The nominal rule with options."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(frame=bool(options.frame))
+        self.options = options
+
+    def init(self, params):
+        """Fresh state, with one more average where it is asked for."""
+        state = super().init(params)
+        return {n: s | {"after": torch.zeros_like(s["m"])} if self.options.after else s for n, s in state.items()}
+
+    def schedule(self, step: Tensor, total_steps) -> Tensor:
+        """The rate's decay, perhaps after a warm-up."""
+        o = self.options
+        done = ((step - 1) / total_steps).clamp(max=1.0)
+        ramp = (done / o.warm_up).clamp(max=1.0) if o.warm_up else 1.0
+        left = ((1 - done) / (1 - o.warm_up)).clamp(max=1.0)
+        shape = {"line": left, "cosine": 0.5 * (1 - torch.cos(torch.pi * left)), "square": left**2}[o.decay]
+        return schedule(torch.ones_like(step), total_steps) * ramp * shape
+
+    def forward(self, params, grads, state, symmetry, *, total_steps=None, weight_decay=0.0):
+        """As the rule's, perhaps with an average of the updates."""
+        before, decay = state, self.options.after
+        updates, state = super().forward(params, grads, state, symmetry, total_steps=total_steps)
+        for n, s in state.items() if decay else ():
+            s["after"] = before[n]["after"].lerp(updates[n], 1 - decay)
+            updates[n] = s["after"] / (1 - decay ** s["step"])
+        return updates, state
+
+    def directions(self, layout, views: list[View], clock, total_steps) -> list[Tensor]:
+        """What to subtract at unit rate."""
+        return [self.options.rate * self.direction(v) for v in views]
+
+    def direction(self, v: View) -> Tensor:
+        """Of one stack."""
+        o, kind = self.options, v.stack.kind
+        if kind != "matrix":
+            return getattr(o, kind) * v.adam
+        n = v.g.lerp(v.m, o.look_ahead)
+        if o.slow:
+            n = n / (1 - o.momentum**v.step) + o.slow * v.slow / (1 - 0.99**v.step)
+        rows, cols = n.shape[-2:]
+        n = n * features.quarter_power(v.v, v.step) ** (2 * o.power)
+        step = 0.2 * (512 / cols) ** 0.25 * max(rows, cols) ** 0.5 * newton_schulz(n, int(o.iterations))
+        if o.size:
+            step = step * (features.mean_square(v.w) * cols).clamp(1e-4, 9).sqrt() ** o.size
+        reads, writes = v.stack.fixed.to(step.dtype).T[..., None, None]
+        return step * torch.where(writes > 0, o.first, 1.0) * torch.where(reads > 0, o.last, 1.0)
+
+
+@torch.no_grad()
+@mock.patch.object(features, "MOMENTUM", features.MOMENTUM)  # restored afterwards
+def losses(task: Task, options: Options) -> list[float]:
+    """Final train loss of every seed, all trained at once."""
+    features.MOMENTUM = options.momentum
+    steps = round(options.horizon * task.steps)
+    generator = torch.Generator().manual_seed(1234)
+    unroll = Unroll(task, Variant(options), symmetry_of(task), (steps, steps))
+    particles = unroll.init(SEEDS, generator, common=True)
+    particles["stop"] = particles["stop"] + 1  # at the horizon the weights would be fresh ones
+    particles, _ = unroll({}, particles, steps, generator)
+    train, _ = evaluation_batches(task)
+    return torch.func.vmap(lambda p: task.loss(p, train))(particles["params"]).tolist()
 
 
 def main() -> None:
-    """Run the variants named on the command line."""
+    """Run what is missing and print a row per variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=VARIANTS)
-    parser.add_argument("--tasks", default=",".join(VALID))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs/valid"))
+    parser.add_argument("variants", nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("runs/nominal"))
     args = parser.parse_args()
-    found = evaluate.outcomes(*_store(args.runs))
-    adam = {o.task: o for o in found if o.optimizer == "adam" and o.seed == args.seed}
-    store = evaluate.Store(args.runs / "runs.jsonl")
-    for name in args.variants:
-        rate, fan_in, power, frame, anytime = VARIANTS[name]
+    torch.set_num_threads(1)
+    kinds = {f.name: type(f.default) for f in fields(Options)}
+    told = [dict(pair.split("=") for pair in variant.split(",")) for variant in args.variants]
+    variants = [Options(**{k: kinds[k](v) for k, v in pairs.items()}) for pairs in told]
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "runs.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(r["task"], json.dumps(r["options"])): r["losses"] for r in lines}
 
-        def polar_step(x, fan_in=fan_in, power=power):
-            rows, cols = x.shape[-2:]
-            return 0.2 * (fan_in / cols) ** power * max(rows, cols) ** 0.5 * nominal.newton_schulz(x)
+    def logs(task: str, options: Options) -> np.ndarray:
+        key = (task, json.dumps(asdict(options)))
+        if key not in done:
+            done[key] = losses(VALID[task](), options)
+            with file.open("a") as out:
+                out.write(json.dumps({"task": task, "options": asdict(options), "losses": done[key]}) + "\n")
+        return np.log(np.nan_to_num(done[key], nan=1e3, posinf=1e3))
 
-        nominal.polar_step = polar_step
-        nominal.ANYTIME = anytime or nominal.ANYTIME
-
-        def make(model, *, steps, problem, rate=rate, frame=frame, anytime=anytime):
-            horizon = None if anytime else steps
-            rule = nominal.Nominal(frame=frame)
-            params, symmetry = model.named_parameters(), symmetry_of(problem)
-            return NFNOpt(params, symmetry=symmetry, lr=rate, total_steps=horizon, rule=rule), None
-
-        speed_ups = {}
-        for task in args.tasks.split(","):
-            problem = VALID[task]()
-            curve = evaluate.run(problem, partial(make, problem=problem), args.seed, problem.steps)
-            plan = store.plan
-            key = evaluate.job(plan, task, "adam", adam[task].lr, args.seed, evaluate.CAP * problem.steps).key
-            speed_ups[task], _ = evaluate.speed_up(store.runs[key], curve)
-        mean = trim_mean(list(speed_ups.values()), 0.25)
-        print(f"{name:22s} IQM {mean:.2f} ", " ".join(f"{t} {v:.2f}" for t, v in speed_ups.items()), flush=True)
-
-
-def _store(folder: Path):
-    store = evaluate.Store(folder / "runs.jsonl")
-    if store.plan is None:
-        raise SystemExit(f"{folder} has no evaluation: python -m meta_train evaluate --optimizers adam --out {folder}")
-    return store.plan, store.runs
+    print("variant | log ratio | horizon speed-up +- standard error |", " | ".join(VALID))
+    for options in variants:
+        rows = []
+        for task in VALID:
+            plain = logs(task, Options())
+            slope = max(0.05, -(logs(task, Options(horizon=LONGER)) - plain).mean() / math.log(LONGER))
+            change = logs(task, options) - plain
+            rows.append((change.mean(), -change.mean() / slope, change.std(ddof=1) / SEEDS**0.5 / slope))
+        change, faster, error = np.array(rows).T
+        weight = 1 / (error**2 + 0.15**2)  # tasks differ by more than their seeds do
+        mean = (weight * faster.clip(-2, 2)).sum() / weight.sum()
+        print(
+            f"{options.label()} | {change.mean():+.3f} | {math.exp(mean):.2f} +- {weight.sum() ** -0.5:.2f} |",
+            " | ".join(f"{x:+.3f}" for x in change),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
