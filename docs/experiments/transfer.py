@@ -5,8 +5,8 @@
 Residual MLPs with LayerNorm on photographs, as in TRAIN, where they have widths up to 48 and up to 3 blocks and runs of
 at most 700 steps. Per cell the horizon speed-up over the nominal term alone: 1/r for the fraction r of the steps at
 which the rule, told that shorter horizon, has the nominal term's final train loss, interpolated between the fractions
-that were run (and below 1, where the nominal term is faster, by the nominal term's own shorter runs). Writes a table and
-a picture.
+that were run (and below 1, where the nominal term is faster, by the nominal term's own shorter runs). Writes a table
+and a picture.
 """
 
 import argparse
