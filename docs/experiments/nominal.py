@@ -17,14 +17,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+from batched import final_losses
 from torch import Tensor
 
 from learned_opt import features
 from learned_opt.rules.nominal import Nominal, View, schedule
 from learned_opt.rules.polar import newton_schulz
-from meta_train.evaluate import evaluation_batches
-from meta_train.symmetries import symmetry_of
-from meta_train.unroll import Unroll
 from tasks.suites import VALID
 from tasks.task import Task
 
@@ -111,19 +109,11 @@ class Variant(Nominal):
         return step * torch.where(writes > 0, o.first, 1.0) * torch.where(reads > 0, o.last, 1.0)
 
 
-@torch.no_grad()
 @mock.patch.object(features, "MOMENTUM", features.MOMENTUM)  # restored afterwards
 def losses(task: Task, options: Options) -> list[float]:
-    """Final train loss of every seed, all trained at once."""
+    """Final train loss of every seed."""
     features.MOMENTUM = options.momentum
-    steps = round(options.horizon * task.steps)
-    generator = torch.Generator().manual_seed(1234)
-    unroll = Unroll(task, Variant(options), symmetry_of(task), (steps, steps))
-    particles = unroll.init(SEEDS, generator, common=True)
-    particles["stop"] = particles["stop"] + 1  # at the horizon the weights would be fresh ones
-    particles, _ = unroll({}, particles, steps, generator)
-    train, _ = evaluation_batches(task)
-    return torch.func.vmap(lambda p: task.loss(p, train))(particles["params"]).tolist()
+    return final_losses(task, Variant(options), SEEDS, round(options.horizon * task.steps))
 
 
 def main() -> None:
