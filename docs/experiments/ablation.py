@@ -5,8 +5,8 @@ tasks, three meta-seeds each.
 
 Trains every cell with the recipe ``shipped`` cut to ``--outer-steps`` (runs of 150 to 400 steps, 8 particles), then
 runs its theta on VALID from the usual initial weights and from weights moved by the networks' symmetries (units
-rescaled by 0.1 to 10): the same functions. Prints the mean over tasks of log(final train loss / that of the nominal term
-in the frame from usual weights), and its spread over meta-seeds. An interrupted run goes on where it stopped.
+rescaled by 0.1 to 10): the same functions. Prints the mean over tasks of log(final train loss / that of the nominal
+term in the frame from usual weights), and its spread over meta-seeds. An interrupted run goes on where it stopped.
 
 For the monomial rule, moved units are the same tasks: it is not trained on them twice.
 """
