@@ -66,6 +66,12 @@ def mean_square(x: Tensor) -> Tensor:
     return (x * x).mean((-2, -1), keepdim=True)
 
 
+def root_mean_square(x: Tensor) -> Tensor:
+    """RMS over the matrix, with zero (not infinite) derivative at zero: ``[..., R, C] -> [..., 1, 1]``."""
+    x = mean_square(x)
+    return torch.where(x > 0, x, 1).sqrt() * (x > 0)
+
+
 def unit_rms(x: Tensor) -> Tensor:
     """Divide by the RMS over the matrix; zero stays zero."""
     return x * _rsqrt(mean_square(x))

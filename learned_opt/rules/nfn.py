@@ -77,11 +77,11 @@ class NFN(Nominal):
         gains = self.unit_gain.weight @ rows.flatten(1), self.unit_gain.weight @ cols.flatten(1)
         b, c = (torch.tanh(g[i]).reshape(r.shape[1:]) for i, (g, r) in enumerate(zip(gains, (rows, cols), strict=True)))
         phi = self._gates(e, rows, cols, layer)
-        size = features.mean_square(nominal)
-        correction = (phi * x).sum(0) * _sqrt(size)
+        size = features.root_mean_square(nominal)
+        correction = (phi * x).sum(0) * size
         d = nominal * torch.exp(b.unsqueeze(2) + c.unsqueeze(1)) + correction
         # a zero nominal direction (no signal) stays zero, so the sizes' ratio is wanted only where both are positive
-        ratio = _sqrt(size) * features._rsqrt(features.mean_square(d))
+        ratio = size * features._rsqrt(features.mean_square(d))
         return d * ratio * torch.exp(2 * torch.tanh(self.layer_gain(layer)))[..., None]
 
     def _nominal(self, view: View, adam: Tensor, x: Tensor, layer: Tensor) -> Tensor:
@@ -123,7 +123,3 @@ def _shape_features(stack: Stack, like: Tensor) -> Tensor:
     kind = [float(stack.kind == k) for k in KINDS]
     row = torch.cat([logs, (logs[0] - logs[1])[None], like.new_tensor(kind)])
     return torch.cat([row.expand(stack.shape[0], -1), stack.fixed.to(like.dtype)], -1)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 1).sqrt() * (x > 0)

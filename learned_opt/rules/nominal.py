@@ -2,7 +2,8 @@
 
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
 of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
-fan-in C; on vectors, gains and embeddings ``2 m_hat / sqrt(v_hat)``; one rate for all, decaying.
+fan-in C, and a twentieth as much toward zero weights, which keeps steps from fading beside growing weights; on vectors,
+gains and embeddings ``2 m_hat / sqrt(v_hat)``; one rate for all, decaying.
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2); they were chosen
 on VALID (docs/experiments.md). The polar factor commutes with permutations and signs, and in the frame also with
@@ -23,6 +24,7 @@ from learned_opt.symmetry import Symmetry
 
 RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
 VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
+SHRINK = 0.05  # of a matrix's step goes straight toward zero weights
 NEWTON_SCHULZ = 4  # iterations: a fifth does not help, and lifts directions that are mostly noise
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
 _ROUNDING = 64  # times the machine epsilon: a vector's gradient below this share of the largest is noise
@@ -71,8 +73,9 @@ class View:
         return features.adam_direction(self.m, self.v, self.step)
 
     def polar(self, momentum: Tensor) -> Tensor:
-        """The step along a momentum, preconditioned: ``[N, R, C]`` of RMS about ``0.2 (512 / C)^(1/4)``."""
-        return polar_step(momentum * features.quarter_power(self.v, self.step))
+        """The step along a momentum, preconditioned, and a little toward zero: ``[N, R, C]``."""
+        step = polar_step(momentum * features.quarter_power(self.v, self.step))
+        return step + SHRINK * features.root_mean_square(step) * features.unit_rms(self.w)
 
 
 def hush(views: list[View]) -> None:
