@@ -46,6 +46,7 @@ class Options:
     vector: float = 2.0
     gain: float = 2.0
     embedding: float = 2.0
+    shrink: float = 0.05  # part of a matrix's step that goes toward zero weights
     first: float = 1.0
     last: float = 1.0
     size: float = 0.0  # power of the matrix's own RMS times root fan-in in its step
@@ -105,6 +106,7 @@ class Variant(Nominal):
         step = 0.2 * (512 / cols) ** 0.25 * max(rows, cols) ** 0.5 * newton_schulz(n, int(o.iterations))
         if o.size:
             step = step * (features.mean_square(v.w) * cols).clamp(1e-4, 9).sqrt() ** o.size
+        step = step + o.shrink * features.root_mean_square(step) * features.unit_rms(v.w)
         reads, writes = v.stack.fixed.to(step.dtype).T[..., None, None]
         return step * torch.where(writes > 0, o.first, 1.0) * torch.where(reads > 0, o.last, 1.0)
 
