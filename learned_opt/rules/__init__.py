@@ -17,7 +17,7 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "nfn-permutation": partial(NFN, frame=False),  # without the frame: permutations and signs only
     "nfn-parameter": partial(NFN, pool=False),  # without pooling: every parameter by itself
     "nfn-alone": partial(NFN, frame=False, pool=False),  # neither: what a rule without any symmetry sees
-    "nominal": Nominal,  # what the learned rules start from
+    "nominal": Nominal,  # what the learned rules start from, and NFNOpt's default
     "nominal-frameless": partial(Nominal, frame=False),
     "polar": DecayingPolar,
     "adam": Adam,
