@@ -8,6 +8,7 @@ global   the network sees ``s w`` for its weights ``w``, which start at ``w0 / s
 
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from meta_train.symmetries import symmetry_of
@@ -54,8 +55,9 @@ class UnitsMoved(_Same):
     def init(self, generator: Generator) -> Weights:
         """Fresh initial weights of the same function that the task's own have."""
         weights = self.task.init(generator)
+        own = torch.Generator().set_state(generator.get_state())  # the data that follow are those of the task itself
         g = symmetry_of(self.task).sample(
-            generator, scale_range=(1 / self.largest, self.largest), dtype=next(iter(weights.values())).dtype
+            own, scale_range=(1 / self.largest, self.largest), dtype=next(iter(weights.values())).dtype
         )
         return symmetry_of(self.task).act(g, weights)
 

@@ -40,6 +40,13 @@ def test_every_run_has_other_units_and_the_seed_decides_which(task):
     assert not torch.equal(first["0.weight"], second["0.weight"])
 
 
+def test_moved_units_leave_the_data_as_they_are(task):
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    for t, generator in zip((task, augmented(task, "units", 10.0, torch.Generator())), generators, strict=True):
+        t.init(generator)
+    assert torch.equal(*(task.batch(generator)[0] for generator in generators))
+
+
 def test_without_augmentation_the_task_is_itself(task):
     assert augmented(task, "none", 100.0, torch.Generator()) is task
 
