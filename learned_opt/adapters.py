@@ -127,8 +127,8 @@ def register_higher() -> None:
         higher.register_optim(NFNOpt, _differentiable(higher.optim.DifferentiableOptimizer))
 
 
-def _differentiable(base: type) -> type:
-    class DifferentiableNFNOpt(base):  # type: ignore[valid-type, misc]
+def _differentiable(base: Any) -> type:  # the class of a package that is optional and has no types
+    class DifferentiableNFNOpt(base):
         """``higher``'s counterpart of :class:`NFNOpt`: same rule, out of place."""
 
         def __init__(self, other: NFNOpt, *args: Any, **kwargs: Any) -> None:

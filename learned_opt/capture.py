@@ -61,8 +61,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
     These call what they hold with the arguments that they get. Of any other wrapper that is not known.
     """
     while True:
-        if "_orig_mod" in module._modules:
-            module = module._orig_mod  # type: ignore[assignment]
+        compiled = module._modules.get("_orig_mod")
+        if compiled is not None:
+            module = compiled
         elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
         else:
@@ -147,7 +148,8 @@ class Watch:
         if self in self._waiting:
             self._waiting.remove(self)
             if not self._waiting:
-                warnings.filters[:] = [f for f in warnings.filters if getattr(f[1], "pattern", None) != HOOKED]  # type: ignore[index]
+                filters: Any = warnings.filters  # a list, which the standard library's types call a sequence
+                filters[:] = [f for f in filters if getattr(f[1], "pattern", None) != HOOKED]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The global pre-hook. Under dynamo and export it must be nothing: they see no real tensors."""

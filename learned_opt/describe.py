@@ -170,8 +170,11 @@ def _fold(names: Sequence[str], prefix: str, carriers: Carriers, repeats: bool) 
         child, dot, _ = name[len(prefix) :].partition(".")
         children[child + dot].append(name)
     alike: dict[object, list[str]] = defaultdict(list)  # stem and structure -> modules
+    stems: dict[str, str] = {}  # of the modules that end in a number
     for child, inside in children.items():
         numbered = _NUMBERED.fullmatch(child[:-1]) if repeats and child.endswith(".") else None
+        if numbered:
+            stems[child] = numbered[1]
         alike[(numbered[1], _structure(inside, prefix + child, carriers)) if numbered else child].append(child)
     folded = {child: same for same in alike.values() for child in same if _saves_lines(len(same), children[child])}
     for child, inside in children.items():
@@ -180,7 +183,7 @@ def _fold(names: Sequence[str], prefix: str, carriers: Carriers, repeats: bool) 
         if child not in folded:
             yield from items
         elif child == same[0]:
-            stem = _NUMBERED.fullmatch(child[:-1])[1]  # type: ignore[index]
+            stem = stems[child]
             yield Fold(prefix + stem, tuple(int(c[len(stem) : -1]) for c in same), tuple(items))
 
 

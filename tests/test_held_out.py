@@ -149,10 +149,14 @@ def test_the_inferred_symmetry_is_exact_and_its_halves_are_not(task):
     assert abs(alone / loss - 1) > 1e-7, matrix
 
 
-def test_the_optimizer_and_the_evaluation_take_it(task):
+@pytest.mark.parametrize("rule", ["nominal", "nfn"])
+def test_the_optimizer_and_the_evaluation_take_it(task, rule, request):
+    if (task.name, rule) == ("topic-model", "nfn"):
+        why = "the shipped theta diverges when it is told a horizon of two steps (docs/experiments.md, 19)"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     short = copy.copy(task)
     short.steps = 2
-    make = partial(learned, lr=None, rule="nominal", symmetry=symmetry_of(task))  # NFNOpt's default
+    make = partial(learned, lr=None, rule=rule, symmetry=symmetry_of(task))
     curve = run(short, make, 0, 2)
     assert not curve.diverged and curve.ran == 2 and all(torch.tensor(curve.held_out).isfinite())
 

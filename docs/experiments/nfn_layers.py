@@ -48,7 +48,7 @@ class UnfusedNP(nn.Module):
         network = torch.cat([w.mean((-1, -2)) for w in weights] + [b.mean(-1) for b in biases], -1)
         out = {}
         for i, (layer, parts) in enumerate(zip(self.chain.layers, self.parts, strict=True)):
-            own, whole, by_read, by_written, bias, bias_whole = parts  # type: ignore[misc]
+            own, whole, by_read, by_written, bias, bias_whole = list(parts.children())
             read = torch.cat([rows[i], *([cols[i - 1], biases[i - 1]] if i else [])], 1)
             written = torch.cat([cols[i], biases[i], *rows[i + 1 : i + 2]], 1)
             y = own(weights[i]) + whole(network)[..., None, None]

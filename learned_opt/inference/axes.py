@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
 
 Number = int | Fraction
 Variable = tuple[str, int, int]  # tensor, axis, position of the leaf on the axis
@@ -41,13 +40,14 @@ class Atom:
         return atom
 
 
-class Exponent(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Exponent:
     """How a value scales along a unit: powers of positive scales, parity of signs (both forms in variables)."""
 
     positive: tuple[tuple[Variable, Number], ...] = ()
     sign: frozenset[Variable] = frozenset()
 
-    def __add__(self, other: "Exponent") -> "Exponent":  # type: ignore[override]
+    def __add__(self, other: "Exponent") -> "Exponent":
         if not other.positive and not other.sign:
             return self
         if not self.positive and not self.sign:

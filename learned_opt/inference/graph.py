@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -201,9 +201,9 @@ def _mutated(graph: GraphModule) -> set[str]:
     found = set()
     for node in graph.graph.nodes:
         if node.op == "call_function" and is_in_place(operator_name(node.target)) and isinstance(node.args[0], Node):
-            base = node.args[0]
+            base: Any = node.args[0]
             while base.op == "call_function" and operator_name(base.target) in _VIEWS:
-                base = base.args[0]  # type: ignore[assignment]
+                base = base.args[0]
             found.add(base.name)
     return found
 
@@ -328,7 +328,8 @@ class Propagation(Engine):
         if name in _METADATA_ONLY:
             return self._filled(node, name)
         if name == "getitem":
-            return env[node.args[0]][node.args[1]]  # type: ignore[index]
+            source, index = node.args
+            return env[cast(Node, source)][index]
         if name.startswith("_assert") or name.startswith("sym_"):
             return None
         args = map_arg(node.args, lambda a: self._symbolic(a, env))
@@ -389,7 +390,7 @@ class Propagation(Engine):
             kwargs: Any = map_arg(node.kwargs, lambda n: env[n])
             try:
                 with torch.no_grad():
-                    self._constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    self._constants[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
             except Exception as error:
                 logger.debug("constant %s: %s", node.name, error)
                 self._constants[node] = None
@@ -399,9 +400,9 @@ class Propagation(Engine):
     def _filled(self, node: Node, name: str) -> Any:
         if node not in self._constants:
             fill = {"new_full": 2, "full_like": 1}.get(name)
-            value = node.args[fill] if fill is not None else float("ones" in name)
+            value: Any = node.args[fill] if fill is not None else float("ones" in name)
             meta = node.meta["val"]
-            self._constants[node] = torch.full(tuple(meta.shape), value, dtype=meta.dtype)  # type: ignore[arg-type]
+            self._constants[node] = torch.full(tuple(meta.shape), value, dtype=meta.dtype)
         return self._constants[node]
 
     def _symbolic(self, node: Node, env: dict[Node, Any]) -> Any:
@@ -416,9 +417,9 @@ class Propagation(Engine):
     # -- graphs within the graph
     def _call_graph(self, node: Node, env: dict[Node, Any], prefix: str) -> Any:
         """Regions such as ``torch.no_grad()``: the same as if they were inlined."""
-        arguments = list(node.args)
-        at = next(i for i, a in enumerate(arguments) if isinstance(a, Node) and isinstance(env[a], GraphModule))
-        inner, operands = env[arguments[at]], arguments[at + 1 :]  # type: ignore[index]
+        graphs = ((i, env[a]) for i, a in enumerate(node.args) if isinstance(a, Node))
+        at, inner = next((i, g) for i, g in graphs if isinstance(g, GraphModule))
+        operands = node.args[at + 1 :]
         name = operator_name(node.target)
         if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             self.unknown[name] += 1

@@ -9,6 +9,7 @@ from learned_opt.inference.engine import Engine, UnknownOperator, Value
 from learned_opt.inference.operators.elementwise import softmax
 from learned_opt.inference.operators.registry import register_rule
 from learned_opt.inference.operators.shape import spatial, unsqueeze
+from learned_opt.symmetry import Role
 
 
 @register_rule("linear")
@@ -94,8 +95,8 @@ def convolution(
 def _convolve(t: Engine, x: Value, w: Value, b: Value | None, groups: int, out: int) -> Value:
     space = len(w.axes) - 2
     batched = len(x.axes) == space + 2
-    kernel = {d: "kernel" for d in range(2, space + 2)}
-    t.role(w, {out: "out", 1 - out: "in", **kernel})  # type: ignore[dict-item]
+    roles: dict[int, Role] = {out: "out", 1 - out: "in"}
+    t.role(w, roles | dict.fromkeys(range(2, space + 2), "kernel"))
     for axis in w.axes[2:]:
         t.unscaled(axis)
         t.restrict(axis, "a kernel")
