@@ -111,7 +111,7 @@ def cosine(factory: MakeOptimizer) -> MakeOptimizer:
 
 
 def learned(model: nn.Module, lr: None, steps: int | None, rule: Any = "nfn", symmetry: Any = None):
-    """NFNOpt as shipped: told the number of steps and the symmetry (None: it infers it), no learning rate."""
+    """NFNOpt with a rule: told the number of steps and the symmetry (None: it infers it), no learning rate."""
     from learned_opt import NFNOpt
 
     return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None

@@ -1,6 +1,8 @@
 """The learned rule: what it starts from, what its arithmetic is, what it is pure in, and what it couples."""
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,6 +305,41 @@ def test_a_weight_that_is_not_trained_is_context_for_the_frame():
     assert here.keys() == some.keys()
     assert_same(after["2.weight"], state["2.weight"], rtol=0, atol=0)
     assert differs(here, there) == set(some)
+
+
+# ----------------------------------------------------------------------------------- written out
+def written_out(w, g, m, v, step):
+    """The direction of one tensor without frame, as the equations of nominal.py read: one matrix or one vector."""
+    m, v = 0.9 * m + 0.1 * g, (0.99 * v + 0.01 * g * g)
+    if w.ndim == 1:
+        return 2 * (m / (1 - 0.9**step)) / (v / (1 - 0.99**step)).sqrt()
+    x = (0.9 * m + 0.1 * g) / (v / (1 - 0.99**step)) ** 0.25
+    u, s, vt = torch.linalg.svd(x / x.norm(), full_matrices=False)
+    for _ in range(4):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    out = 0.2 * (512 / x.shape[1]) ** 0.25 * max(x.shape) ** 0.5 * (u * s) @ vt
+    return out + 0.05 * w * out.square().mean().sqrt() / w.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("total, rate", [(None, 0.01 / math.sqrt(1 + 3 / 100)), (50, 0.04 * (1 - 3 / 50))])
+def test_the_nominal_step_is_its_equations(total, rate):
+    symmetry, params, grads, state = make("tanh")
+    updates, _ = Nominal(frame=False)(params, grads, state, symmetry, total_steps=total)
+    for n, p in params.items():
+        expected = -rate * written_out(p, grads[n], state[n]["m"], state[n]["v"], 4)
+        assert_same(updates[n], expected, rtol=1e-8, atol=1e-10)
+
+
+@every_model
+def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("nominal")
+    symmetry, params, grads, state = make(kind)
+    ours, theirs = (
+        rule(params, grads, state, symmetry, total_steps=50)[0] for rule in (Nominal(), script.Variant(script.Options()))
+    )
+    for n in params:
+        assert_same(theirs[n], ours[n])
 
 
 # ------------------------------------------------------------------------------------- schedule

@@ -2,8 +2,8 @@
 
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
 of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
-fan-in C, and a twentieth as much toward zero weights, which keeps steps from fading beside growing weights; on vectors,
-gains and embeddings ``2 m_hat / sqrt(v_hat)``; one rate for all, decaying.
+fan-in C, and a twentieth as much toward zero weights; on vectors, gains and embeddings ``2 m_hat / sqrt(v_hat)``;
+one rate for all, decaying.
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2); they were chosen
 on VALID (docs/experiments.md). The polar factor commutes with permutations and signs, and in the frame also with
