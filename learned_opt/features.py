@@ -4,7 +4,7 @@ Odd features flip with the sign of a unit, even features do not; in the frame bo
 Everything is relative to the tensor's own scale, so multiplying the loss by a constant changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,34 +12,30 @@ from torch import Tensor
 from learned_opt.rules.base import State, Weights
 
 MOMENTUM, SLOW, SQUARE = 0.9, 0.99, 0.99  # decay rates of m, m_slow and v
+AVERAGES = ("m", "m_slow", "v")
 
 N_ODD = 5  # g, n (Nesterov momentum), m_slow, w, m / sqrt(v)
 N_EVEN = 8
 N_STATISTICS = 6
 
 
-def fresh(params: Mapping[str, Tensor]) -> State:
-    """Zero accumulators: ``m``, ``m_slow``, ``v`` like each parameter (at least float32), ``step`` 0-d."""
+def fresh(params: Mapping[str, Tensor], averages: Sequence[str] = AVERAGES) -> State:
+    """Zero accumulators: ``step`` 0-d, and some of ``m``, ``m_slow``, ``v`` like each parameter (at least float32)."""
 
     def zeros(p: Tensor) -> Tensor:
         return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
-    return {
-        n: {"step": zeros(p.new_zeros(())), "m": zeros(p), "m_slow": zeros(p), "v": zeros(p)} for n, p in params.items()
-    }
+    return {n: {"step": zeros(p.new_zeros(())), **{k: zeros(p) for k in averages}} for n, p in params.items()}
 
 
 def accumulate(grads: Weights, state: State) -> State:
     """Exponential moving averages of the gradient (two horizons) and of its square; not bias-corrected."""
+    decays = {"m": MOMENTUM, "m_slow": SLOW, "v": SQUARE}
     new = {}
     for n, g in grads.items():
         s = state[n]
-        new[n] = {
-            "step": s["step"] + 1,
-            "m": torch.lerp(s["m"], g, 1 - MOMENTUM),
-            "m_slow": torch.lerp(s["m_slow"], g, 1 - SLOW),
-            "v": torch.lerp(s["v"], g * g, 1 - SQUARE),
-        }
+        seen = {k: torch.lerp(s[k], g * g if k == "v" else g, 1 - decay) for k, decay in decays.items() if k in s}
+        new[n] = {**s, "step": s["step"] + 1, **seen}
     return new
 
 

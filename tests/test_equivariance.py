@@ -130,7 +130,7 @@ def deviation(kind, rule, *, only=None, steps=STEPS, lr=1.0, told=None, symmetry
     return error, distance(start, end, symmetry)
 
 
-LEARNED = ["nfn at random", "nominal", "nfn-parameter at random"]
+LEARNED = ["nfn at random", "nominal", "paced", "nfn-parameter at random"]
 if (SHIPPED / "nfn.safetensors").is_file():
     LEARNED.append("nfn")
 
@@ -144,7 +144,7 @@ def test_a_transformed_network_trains_transformed(kind, rule):
     assert error < 1e-8
 
 
-@pytest.mark.parametrize("rule", ["nfn at random", "nominal"])
+@pytest.mark.parametrize("rule", ["nfn at random", "nominal", "paced"])
 @pytest.mark.parametrize("kind", ["relu", "cnn", "transformer, q k v apart"])
 def test_a_network_with_zero_biases_trains_transformed(kind, rule):
     model = make_model(kind)
@@ -172,7 +172,7 @@ def test_nothing_of_the_group_was_missing():
 @given(
     widths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     activation=st.sampled_from(("relu", "leaky", "tanh", "sin", "gelu")),
-    rule=st.sampled_from(("nfn at random", "nominal", "nfn-parameter at random")),
+    rule=st.sampled_from(("nfn at random", "nominal", "paced", "nfn-parameter at random")),
     seed=st.integers(0, 1000),
 )
 def test_any_mlp_trains_transformed(widths, activation, rule, seed):
@@ -233,7 +233,7 @@ def test_a_coupling_that_the_network_lacks_breaks_what_pools():
 
 
 # --------------------------------------------------------------------------- the scale of the loss
-@pytest.mark.parametrize("rule", ["nfn at random", "nominal"])
+@pytest.mark.parametrize("rule", ["nfn at random", "nominal", "paced"])
 @pytest.mark.parametrize("kind", ["relu", "cnn", "transformer"])
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_the_unit_of_the_loss_changes_nothing(kind, rule, factor):
@@ -245,7 +245,7 @@ def test_the_unit_of_the_loss_changes_nothing(kind, rule, factor):
         assert distance(weights(plain), weights(scaled), symmetry) < bound
 
 
-@pytest.mark.parametrize("rule", ["nfn at random", "nominal", "nfn-permutation at random", "nfn-parameter at random"])
+@pytest.mark.parametrize("rule", ["nfn at random", "nominal", "paced", "nfn-permutation at random", "nfn-parameter at random"])
 @pytest.mark.parametrize("kind", ["relu", "cnn", "transformer"])
 def test_a_tensor_without_signal_does_not_move(kind, rule):
     model = make_model(kind)

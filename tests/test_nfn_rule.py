@@ -41,7 +41,7 @@ def make(kind, steps=3):
     torch.manual_seed(0)
     model = MODELS[kind]().double()
     params = {n: p.detach() + 0.1 * torch.randn_like(p) for n, p in model.named_parameters()}
-    state = Nominal().init(params)
+    state = features.fresh(params)
     for t in range(steps):
         state = features.accumulate(noise_like(params, 10 + t), state)
     return infer(model), params, noise_like(params, 1), state

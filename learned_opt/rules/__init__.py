@@ -9,6 +9,7 @@ from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from learned_opt.rules.classic import SGD, Adam, Muon
 from learned_opt.rules.nfn import NFN
 from learned_opt.rules.nominal import DecayingPolar, Nominal
+from learned_opt.rules.paced import Paced
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
@@ -17,6 +18,7 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "nfn-permutation": partial(NFN, frame=False),  # without the frame: permutations and signs only
     "nfn-parameter": partial(NFN, pool=False),  # without pooling: every parameter by itself
     "nfn-alone": partial(NFN, frame=False, pool=False),  # neither: what a rule without any symmetry sees
+    "paced": Paced,  # nominal steps at a rate that it measures
     "nominal": Nominal,  # what the learned rules start from, and NFNOpt's default
     "nominal-frameless": partial(Nominal, frame=False),
     "polar": DecayingPolar,

@@ -33,6 +33,8 @@ class NFN(Nominal):
         pool: False gives up the network: every parameter is updated by itself.
     """
 
+    averages = features.AVERAGES
+
     def __init__(self, width: int = 8, frame: bool = True, pool: bool = True) -> None:
         super().__init__(frame)
         self.width, self.pool = width, pool

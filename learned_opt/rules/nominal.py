@@ -39,10 +39,16 @@ def schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     2 at T = 200, 1 at 800, 0.7 at 1600. Without a horizon ``1 / sqrt(1 + t / 100)``.
     """
     if total_steps is None:
-        return torch.rsqrt(1 + (step - 1) / ANYTIME)
+        return decay(step, None)
     total = torch.as_tensor(total_steps, dtype=step.dtype, device=step.device)
-    progress = ((step - 1) / total).clamp(max=1.0)
-    return torch.rsqrt(total / HORIZON).clamp(max=4.0) * (1 - progress)
+    return torch.rsqrt(total / HORIZON).clamp(max=4.0) * decay(step, total)
+
+
+def decay(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
+    """The schedule's form: from 1 at the first step."""
+    if total_steps is None:
+        return torch.rsqrt(1 + (step - 1) / ANYTIME)
+    return 1 - ((step - 1) / total_steps).clamp(max=1.0)
 
 
 class View:
@@ -58,9 +64,34 @@ class View:
         # gradients enter the frame, and updates leave it, by s; weights enter by 1 / s
         self.stack, self.leave = stack, into
         self.step = tensors["step"]  # [N, 1, 1]
-        self.w = inverse(tensors["w"])
-        self.g, self.m, self.slow = (into(tensors[k]) for k in ("g", "m", "m_slow"))
+        self.like_weights = {k: inverse(tensors[k]) for k in ("w", "moved") if k in tensors}
+        self.like_gradients = {k: into(tensors[k]) for k in ("g", "m", "m_slow") if k in tensors}
         self.v = into(into(tensors["v"]))
+
+    @property
+    def w(self) -> Tensor:
+        """Weights."""
+        return self.like_weights["w"]
+
+    @property
+    def moved(self) -> Tensor:
+        """The last update, of a rule that remembers it."""
+        return self.like_weights["moved"]
+
+    @property
+    def g(self) -> Tensor:
+        """Gradient."""
+        return self.like_gradients["g"]
+
+    @property
+    def m(self) -> Tensor:
+        """Its average over 10 steps."""
+        return self.like_gradients["m"]
+
+    @property
+    def slow(self) -> Tensor:
+        """Its average over 100 steps."""
+        return self.like_gradients["m_slow"]
 
     @property
     def nesterov(self) -> Tensor:
@@ -89,7 +120,7 @@ def hush(views: list[View]) -> None:
     for view, x in zip(views, size, strict=True):
         if view.stack.kind in ("vector", "gain"):
             heard = x > _ROUNDING * torch.finfo(x.dtype).eps * loudest
-            view.g, view.m, view.slow = view.g * heard, view.m * heard, view.slow * heard
+            view.like_gradients = {k: g * heard for k, g in view.like_gradients.items()}
 
 
 def polar_step(x: Tensor) -> Tensor:
@@ -101,12 +132,15 @@ def polar_step(x: Tensor) -> Tensor:
 class Nominal(UpdateRule):
     """Decaying polar steps on matrices, Adam steps on the rest; ``frame=False`` leaves out the frame."""
 
+    averages: tuple[str, ...] = ("m", "v")  # of the gradient, as :func:`features.accumulate` names them
+    remembers: tuple[str, ...] = ()  # what else of the state is like a weight
+
     def __init__(self, frame: bool = True) -> None:
         super().__init__()
         self.frame = frame
 
     def init(self, params: Weights) -> State:
-        return features.fresh(params)
+        return features.fresh(params, self.averages)
 
     def forward(
         self,
@@ -122,8 +156,8 @@ class Nominal(UpdateRule):
             return {}, state
         state = {**state, **features.accumulate(grads, state)}
         clock = torch.stack([s["step"] for s in state.values()]).amax()  # the network's age, not the tensor's
-        rate = RATE * self.schedule(clock, total_steps)
         views, layout = self._views(params, grads, state, symmetry)
+        rate, state = self.rate(views, state, clock, total_steps)
         steps = [v.leave(d) for v, d in zip(views, self.directions(layout, views, clock, total_steps), strict=True)]
         updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
         decay = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
@@ -138,7 +172,7 @@ class Nominal(UpdateRule):
         gathered = {
             "w": layout.gather(params),
             "g": layout.gather(grads),
-            **{k: layout.gather({n: state[n][k] for n in grads}) for k in ("m", "m_slow", "v")},
+            **{k: layout.gather({n: state[n][k] for n in grads}) for k in (*self.averages, *self.remembers)},
         }
         views = []
         for i, stack in enumerate(layout.stacks):
@@ -147,6 +181,12 @@ class Nominal(UpdateRule):
             views.append(View(stack, s, step=step[:, None, None], **{k: x[i] for k, x in gathered.items()}))
         hush(views)
         return views, layout
+
+    def rate(
+        self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
+    ) -> tuple[Tensor, State]:
+        """What the directions are multiplied by at a step (0-d), and the next state."""
+        return RATE * self.schedule(clock, total_steps), state
 
     def schedule(self, step: Tensor, total_steps: float | Tensor | None) -> Tensor:
         """Multiple of the rate: :func:`schedule`."""

@@ -1,0 +1,86 @@
+"""The paced rule: the nominal step at a rate that the first steps measure.
+
+Where the last step still points down the gradient of the next batch, a longer step would have gained more; where it
+points up, a shorter one. The slope is unbiased, as the batch is a new one (a hypergradient: Baydin et al. 2018,
+arXiv:1703.04782, of the logarithm of the rate, normalised). With ``d`` the last step and ``g`` the gradient at its end,
+
+    c_t = - sum <g_t, d_t> / sum |g_t| |d_t|                  over all matrices and vectors, in the frame
+    rho <- rho + 0.3 / (1 + t / 50) (tanh(mean c / 0.03) - rho)
+
+from ``rho = -1``, for an eighth of the run, 10 to 50 steps; the rate is multiplied by ``e^rho``. So rho is an average
+of the evidence for longer steps, in [-1, 1], and begins as a warm-up. Later slopes say little about the rate: steps
+then end on rising ground at any rate (measured, docs/experiments.md, 20).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from learned_opt.rules.base import State, Weights
+from learned_opt.rules.nominal import RATE, Nominal, View, decay, schedule
+from learned_opt.symmetry import Symmetry
+
+START = -1.0  # rho at the first step; the state holds what it has gained since
+GAIN = 0.3  # of a step's evidence in rho
+FADE = 50.0  # steps after which the gain is half
+EVIDENCE = 0.03  # size of a cosine that counts
+MEMORY = 0.8  # decay of the average of the cosines
+SHORTEST, LONGEST, SHARE = 10.0, 50.0, 0.125  # the measurement in steps, and as a share of the horizon
+AFTER = 1.2  # multiple of the measured rate that the rest of the run takes
+
+
+class Paced(Nominal):
+    """The nominal rule, its rate corrected by the slope along its own first steps."""
+
+    remembers = ("moved",)  # the last update
+
+    def init(self, params: Weights) -> State:
+        state = super().init(params)
+        zero = {n: torch.zeros_like(s["step"]) for n, s in state.items()}
+        return {
+            n: {**s, "moved": torch.zeros_like(s["m"]), "slope": zero[n], "gained": zero[n]}
+            for n, s in state.items()
+        }
+
+    def forward(
+        self,
+        params: Weights,
+        grads: Weights,
+        state: State,
+        symmetry: Symmetry,
+        *,
+        total_steps: float | Tensor | None = None,
+        weight_decay: float | Mapping[str, float] = 0.0,
+    ) -> tuple[Weights, State]:
+        step = super().forward
+        updates, state = step(params, grads, state, symmetry, total_steps=total_steps, weight_decay=weight_decay)
+        return updates, {n: {**s, "moved": updates.get(n, torch.zeros_like(s["moved"]))} for n, s in state.items()}
+
+    def rate(
+        self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
+    ) -> tuple[Tensor, State]:
+        """What the directions are multiplied by at a step (0-d), and the next state."""
+        end = LONGEST if total_steps is None else (SHARE * torch.as_tensor(total_steps)).clamp(SHORTEST, LONGEST)
+        slope, gained = (_of_the_oldest(state, key, clock) for key in ("slope", "gained"))
+        slope = torch.lerp(slope, cosine(views), 1 - MEMORY)
+        mean = slope / (1 - MEMORY ** (clock - 1).clamp(min=1))  # the first cosine is of no step: zero
+        gain = GAIN / (1 + clock / FADE) * ((clock > 1) & (clock <= end))
+        gained = gained + gain * (torch.tanh(mean / EVIDENCE) - (START + gained))
+        now = torch.where(clock > end, AFTER * schedule(clock, total_steps), decay(clock, total_steps))
+        rate = RATE * torch.exp(START + gained) * now
+        return rate, {n: {**s, "slope": slope, "gained": gained} for n, s in state.items()}
+
+
+def cosine(views: list[View]) -> Tensor:
+    """How far the last step points down the new gradient: ``- sum <g, d> / sum |g| |d|``, in [-1, 1], 0-d."""
+    down = torch.stack([-(v.g * v.moved).sum() for v in views]).sum()
+    sizes = [torch.linalg.vector_norm(x, dim=(-2, -1)) for v in views for x in (v.g, v.moved)]
+    most = torch.stack([(g * d).sum() for g, d in zip(sizes[::2], sizes[1::2], strict=True)]).sum()
+    return down / torch.where(most > 0, most, 1)
+
+
+def _of_the_oldest(state: State, key: str, clock: Tensor) -> Tensor:
+    """A number that all tensors share, but those that joined later and have not yet taken it."""
+    shared = [torch.where(s["step"] == clock, s[key], -torch.inf) for s in state.values()]
+    return torch.stack(shared).amax()

@@ -1,0 +1,113 @@
+"""The paced rule: nominal steps times a rate, which is the one that its equations give."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from learned_opt import NFNOpt
+from learned_opt.rules.nominal import RATE, Nominal, decay, schedule
+from learned_opt.rules.paced import START, Paced
+from tasks.mlp import mlp
+from tests.inferred import infer
+
+
+def batches(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    for _ in range(n):
+        x = torch.randn(32, 4, generator=generator, dtype=torch.float64)
+        yield x, torch.tanh(x @ teacher)
+
+
+def trained(n, lr=1.0, total=400, activation="relu"):
+    """Log rate and loss after every step, and the model's weights, gradients and updates at every step."""
+    torch.manual_seed(0)
+    model = mlp([4, 16, 16, 3], activation).double()
+    symmetry, rule = infer(model), Paced()
+    params = {k: p.detach().clone() for k, p in model.named_parameters()}
+    state, rows = rule.init(params), []
+    for x, y in batches(n):
+        leaves = {k: p.requires_grad_() for k, p in params.items()}
+        loss = nn.functional.mse_loss(torch.func.functional_call(model, leaves, (x,)), y)
+        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        with torch.no_grad():
+            updates, after = rule(params, grads, state, symmetry, total_steps=total)
+            rows.append({"params": params, "grads": grads, "updates": updates, "before": state, "loss": float(loss)})
+            params = {k: (p + lr * updates[k]).detach() for k, p in params.items()}
+        state = after
+        rows[-1]["log_rate"] = START + float(state["0.bias"]["gained"])
+    return symmetry, rows
+
+
+def test_the_log_rate_is_its_equation():
+    """Without hidden scales (tanh) the frame is the identity, and the cosine that of the plain tensors."""
+    _, rows = trained(60, activation="tanh")
+    rho, mean = -1.0, 0.0
+    for t, (last, row) in enumerate(zip([None, *rows], rows, strict=False), start=1):
+        cosine = 0.0
+        if last is not None:
+            pairs = [(row["grads"][k], -last["updates"][k]) for k in row["grads"]]
+            cosine = sum((g * d).sum() for g, d in pairs) / sum(g.norm() * d.norm() for g, d in pairs)
+            mean = 0.8 * mean + 0.2 * float(cosine)
+            if t <= 50:
+                rho += 0.3 / (1 + t / 50) * (math.tanh(mean / (1 - 0.8 ** (t - 1)) / 0.03) - rho)
+        assert row["log_rate"] == pytest.approx(rho, abs=1e-9)
+    assert rho > -0.9
+
+
+def test_the_step_is_the_nominal_one_at_that_rate():
+    symmetry, rows = trained(60)
+    for t in (1, 7, 50, 51, 60):
+        row = rows[t - 1]
+        nominal, _ = Nominal()(row["params"], row["grads"], row["before"], symmetry, total_steps=400)
+        clock = torch.tensor(float(t), dtype=torch.float64)
+        rate = math.exp(row["log_rate"]) * (1.2 * schedule(clock, 400) if t > 50 else decay(clock, 400))
+        for k, u in row["updates"].items():
+            torch.testing.assert_close(u, nominal[k] * rate / schedule(clock, 400), rtol=1e-9, atol=1e-14)
+    assert RATE == 0.01
+
+
+@pytest.mark.parametrize("total, end", [(None, 50), (1000, 50), (160, 20), (8, 10)])
+def test_it_measures_an_eighth_of_the_run_ten_to_fifty_steps(total, end):
+    _, rows = trained(55, total=total)
+    rates = [r["log_rate"] for r in rows]
+    assert len(set(rates[:end])) == end and len(set(rates[end - 1 :])) == 1
+    assert all(-1 <= r <= 1 for r in rates)
+
+
+def test_it_corrects_a_wrong_rate():
+    """From rates a factor 100 apart what they become is nearer than a fifth of that (the least that it can be is 14)."""
+    low, high = (lr * math.exp(trained(50, lr)[1][-1]["log_rate"]) for lr in (0.1, 10.0))
+    assert 1 < high / low < 20
+    slow, fast = (trained(50, lr)[1][-1]["log_rate"] for lr in (0.1, 10.0))
+    assert slow > 0.5 > -0.5 > fast
+
+
+def test_a_tensor_that_joins_late_takes_the_networks_rate():
+    torch.manual_seed(0)
+    model = mlp([4, 16, 16, 3], "relu").double()
+    symmetry, rule = infer(model), Paced()
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    late = {"4.weight", "4.bias"}
+    state = rule.init({k: p for k, p in params.items() if k not in late})
+    for t in range(8):
+        if t == 7:
+            state |= rule.init({k: params[k] for k in late})
+        _, state = rule(params, {k: torch.randn_like(params[k]) for k in state}, state, symmetry)
+    assert float(state["4.bias"]["gained"]) != 0
+    assert len({float(s["gained"]) for s in state.values()}) == 1
+
+
+def test_a_frozen_network_and_zero_gradients_leave_it_finite():
+    model = mlp([4, 8, 3], "relu")
+    optimizer = NFNOpt(model.named_parameters(), symmetry=infer(model), rule="paced", total_steps=20)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    assert all(s.isfinite().all() for state in optimizer.state.values() for s in state.values() if torch.is_tensor(s))
