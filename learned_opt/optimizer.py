@@ -104,13 +104,14 @@ class NFNOpt(torch.optim.Optimizer):
             axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it
             may describe more tensors than are optimised. Named parameters are matched with it by name,
             others by position.
-        lr: multiplies the update (also per group); a number or a 1-element tensor. "nominal" and
+        lr: multiplies the update (also per group); a number or a 1-element tensor. "paced", "nominal" and
             the learned rules set their own rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
         weight_decay: decoupled, per step at ``lr=1`` (also per group).
         total_steps: how many steps the training takes, if that is known; it sets the schedule of
-            "nominal" and the learned rules.
-        rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "nominal" is what
-            the learned rules start from, and until a theta is better (docs/experiments.md, 18) the default.
+            "paced", "nominal" and the learned rules.
+        rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "paced" is
+            "nominal", what the learned rules start from, at a rate that the first steps measure; it is the
+            default until a theta is better (docs/experiments.md, 18 to 20).
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
             out, weights and state unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is
@@ -137,7 +138,7 @@ class NFNOpt(torch.optim.Optimizer):
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         total_steps: float | None = None,
-        rule: str | Path | UpdateRule = "nominal",
+        rule: str | Path | UpdateRule = "paced",
         nan_policy: NanPolicy = "skip",
         maximize: bool = False,
     ) -> None:

@@ -76,6 +76,7 @@ def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "neve
 
 def evaluate(
     optimizers: tuple[str, ...] = (
+        "paced=nfn:paced",
         "nfn",
         "adam",
         "adamw-cosine",
@@ -101,8 +102,9 @@ def evaluate(
 
     Args:
         optimizers: what to compare, separated by spaces or commas. Also nfn:RULE, where RULE is a
-            rule's name (nominal ...) or a .safetensors file; LABEL=NAME sets the label in tables;
-            NAME@all chooses one learning rate for all tasks instead of one per task.
+            rule's name (paced ...) or a .safetensors file, RULE@lr=3 that at three times its rate,
+            RULE@untold without being told the steps; LABEL=NAME sets the label in tables; NAME@all
+            chooses one learning rate for all tasks instead of one per task.
         suite: VALID, HELD_OUT, or package.module:DICT.
         tasks: names of tasks of the suite, separated by spaces or commas; all if not given.
         seeds: runs of every optimizer on every task.

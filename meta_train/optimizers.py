@@ -110,11 +110,20 @@ def cosine(factory: MakeOptimizer) -> MakeOptimizer:
     return decayed
 
 
-def learned(model: nn.Module, lr: None, steps: int | None, rule: Any = "nfn", symmetry: Any = None):
-    """NFNOpt with a rule: told the number of steps and the symmetry (None: it infers it), no learning rate."""
+def learned(
+    model: nn.Module,
+    lr: None,
+    steps: int | None,
+    rule: Any = "nfn",
+    symmetry: Any = None,
+    factor: float = 1.0,
+    told: bool = True,
+):
+    """NFNOpt with a rule, told the symmetry (None: it infers it) and perhaps the horizon, at ``factor`` times its rate."""
     from learned_opt import NFNOpt
 
-    return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None
+    horizon = steps if told else None
+    return NFNOpt(model.named_parameters(), symmetry=symmetry, lr=factor, total_steps=horizon, rule=rule), None
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -162,7 +171,8 @@ OPTIMIZERS: dict[str, Entry] = {
 def optimizer_named(name: str) -> tuple[Entry, str]:
     """The entry of a name, and for a learned one the hash of what it does ("" for the others).
 
-    ``nfn:RULE`` is NFNOpt with that rule: a name in ``learned_opt.rules.RULES`` or a checkpoint.
+    ``nfn:RULE`` is NFNOpt with that rule: a name in ``learned_opt.rules.RULES`` or a checkpoint. At its end ``@lr=0.3``
+    multiplies its rate, ``@untold`` does not tell it the number of steps.
     """
     if name in OPTIMIZERS and OPTIMIZERS[name].factory is not learned:
         entry = OPTIMIZERS[name]
@@ -180,7 +190,8 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
         )
     from learned_opt.rules import RULES, make_rule
 
-    rule = rule or "nfn"
+    rule, *options = (rule or "nfn").split("@")
+    settings: dict[str, Any] = dict(map(_option, options))
     if rule not in RULES and not Path(rule).is_file():
         raise UnknownName(
             f"unknown rule {rule!r}. Valid rules: {', '.join(RULES)}, or the path of an existing .safetensors file."
@@ -189,7 +200,17 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
         module = make_rule(rule)
     except ValueError as error:  # a damaged file, or one for another version of the rule
         raise UnknownName(f"optimizer {name!r}: {error}") from error
-    return Entry(partial(learned, rule=module), None), rule_fingerprint(module)
+    return Entry(partial(learned, rule=module, **settings), None), rule_fingerprint(module)
+
+
+def _option(text: str) -> tuple[str, float | bool]:
+    key, _, value = text.partition("=")
+    try:
+        return {"untold": lambda: ("told", False), "lr": lambda: ("factor", float(value))}[key]()
+    except (KeyError, ValueError):
+        raise UnknownName(
+            f"unknown option @{text} of NFNOpt: use @lr=NUMBER, or @untold to hide the horizon."
+        ) from None
 
 
 def rule_fingerprint(rule: nn.Module) -> str:

@@ -245,7 +245,7 @@ def test_the_unit_of_the_loss_changes_nothing(kind, rule, factor):
         assert distance(weights(plain), weights(scaled), symmetry) < bound
 
 
-@pytest.mark.parametrize("rule", ["nfn at random", "nominal", "paced", "nfn-permutation at random", "nfn-parameter at random"])
+@pytest.mark.parametrize("rule", [*LEARNED, "nfn-permutation at random"])
 @pytest.mark.parametrize("kind", ["relu", "cnn", "transformer"])
 def test_a_tensor_without_signal_does_not_move(kind, rule):
     model = make_model(kind)

@@ -407,6 +407,20 @@ def test_learned_optimizers_are_evaluated_untuned_under_their_labels(tmp_path):
         measure(tmp_path, ["nfn:nominall"])
 
 
+def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
+    model = torch.nn.Linear(3, 2)
+
+    def group(name):
+        return op.optimizer_named(name)[0].factory(model, None, steps=7)[0].param_groups[0]
+
+    assert (group("nfn:nominal")["lr"], group("nfn:nominal")["total_steps"]) == (1, 7)
+    assert (group("nfn:nominal@lr=0.3")["lr"], group("nfn:nominal@lr=0.3")["total_steps"]) == (0.3, 7)
+    assert (group("nfn:nominal@untold@lr=3")["lr"], group("nfn:nominal@untold")["total_steps"]) == (3, None)
+    for wrong in ("lr", "lr=fast", "told"):
+        with pytest.raises(UnknownName, match="@lr=NUMBER"):
+            op.optimizer_named(f"nfn:nominal@{wrong}")
+
+
 # ------------------------------------------------------------------------------- whole evaluations
 
 

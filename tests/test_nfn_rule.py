@@ -335,9 +335,8 @@ def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
     script = importlib.import_module("nominal")
     symmetry, params, grads, state = make(kind)
-    ours, theirs = (
-        rule(params, grads, state, symmetry, total_steps=50)[0] for rule in (Nominal(), script.Variant(script.Options()))
-    )
+    rules = Nominal(), script.Variant(script.Options())
+    ours, theirs = (rule(params, grads, state, symmetry, total_steps=50)[0] for rule in rules)
     for n in params:
         assert_same(theirs[n], ours[n])
 

@@ -78,7 +78,7 @@ def test_it_measures_an_eighth_of_the_run_ten_to_fifty_steps(total, end):
 
 
 def test_it_corrects_a_wrong_rate():
-    """From rates a factor 100 apart what they become is nearer than a fifth of that (the least that it can be is 14)."""
+    """Rates a factor 100 apart come nearer than a fifth of that (14 is the least that they can)."""
     low, high = (lr * math.exp(trained(50, lr)[1][-1]["log_rate"]) for lr in (0.1, 10.0))
     assert 1 < high / low < 20
     slow, fast = (trained(50, lr)[1][-1]["log_rate"] for lr in (0.1, 10.0))

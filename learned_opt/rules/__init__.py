@@ -18,8 +18,8 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "nfn-permutation": partial(NFN, frame=False),  # without the frame: permutations and signs only
     "nfn-parameter": partial(NFN, pool=False),  # without pooling: every parameter by itself
     "nfn-alone": partial(NFN, frame=False, pool=False),  # neither: what a rule without any symmetry sees
-    "paced": Paced,  # nominal steps at a rate that it measures
-    "nominal": Nominal,  # what the learned rules start from, and NFNOpt's default
+    "paced": Paced,  # NFNOpt's default: nominal steps at a rate that it measures
+    "nominal": Nominal,  # what the learned rules start from
     "nominal-frameless": partial(Nominal, frame=False),
     "polar": DecayingPolar,
     "adam": Adam,

@@ -39,8 +39,7 @@ class Paced(Nominal):
         state = super().init(params)
         zero = {n: torch.zeros_like(s["step"]) for n, s in state.items()}
         return {
-            n: {**s, "moved": torch.zeros_like(s["m"]), "slope": zero[n], "gained": zero[n]}
-            for n, s in state.items()
+            n: {**s, "moved": torch.zeros_like(s["m"]), "slope": zero[n], "gained": zero[n]} for n, s in state.items()
         }
 
     def forward(
