@@ -115,11 +115,11 @@ def learned(
     lr: None,
     steps: int | None,
     rule: Any = "nfn",
-    symmetry: Any = None,
+    symmetry: Any = "infer",
     factor: float = 1.0,
     told: bool = True,
 ):
-    """NFNOpt with a rule, told the symmetry (None: it infers it) and perhaps the horizon, at ``factor`` times its rate."""
+    """NFNOpt with a rule at ``factor`` times its rate, told the symmetry and, if ``told``, the number of steps."""
     from learned_opt import NFNOpt
 
     horizon = steps if told else None
