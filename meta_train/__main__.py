@@ -135,7 +135,7 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
     Args:
         folder: the --out of an evaluation.
     """
-    from meta_train.evaluate import UnknownName
+    from meta_train.optimizers import UnknownName
     from meta_train.report import report
 
     try:
@@ -248,7 +248,8 @@ def _train(name: str, recipe: Any, out: Path | None, resume: Literal["auto", "ne
 
 
 def _evaluate(optimizers: Sequence[str], out: Path, **options: Any) -> None:
-    from meta_train.evaluate import UnknownName, evaluate
+    from meta_train.evaluate import evaluate
+    from meta_train.optimizers import UnknownName
 
     try:
         evaluate(optimizers, out, **options)

@@ -200,7 +200,8 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
         module = make_rule(rule)
     except ValueError as error:  # a damaged file, or one for another version of the rule
         raise UnknownName(f"optimizer {name!r}: {error}") from error
-    return Entry(partial(learned, rule=module, **settings), None), rule_fingerprint(module)
+    theta = "@".join([rule_fingerprint(module), *sorted(options)])
+    return Entry(partial(learned, rule=module, **settings), None), theta
 
 
 def _option(text: str) -> tuple[str, float | bool]:

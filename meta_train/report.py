@@ -7,17 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from meta_train.evaluate import (
-    CAP,
-    REFERENCE,
-    Outcome,
-    Plan,
-    Store,
-    UnknownName,
-    iqm,
-    iqm_interval,
-    outcomes,
-)
+from meta_train.curves import CAP, iqm, iqm_interval
+from meta_train.evaluate import REFERENCE, Outcome, outcomes
+from meta_train.optimizers import UnknownName
+from meta_train.store import Plan, Store
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow (too light).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")

@@ -18,11 +18,15 @@ from scipy.stats import trim_mean
 from torch import nn
 from torch.func import functional_call
 
+from meta_train import curves as cv
 from meta_train import evaluate as ev
 from meta_train import optimizers as op
 from meta_train import report as rp
 from meta_train.__main__ import main
-from meta_train.evaluate import CAP, Curve, Job, Store, UnknownName, evaluate
+from meta_train.curves import CAP, Curve
+from meta_train.evaluate import evaluate
+from meta_train.optimizers import UnknownName
+from meta_train.store import Job, Store
 
 HERE = Path(__file__).parent
 ME = f"{Path(__file__).stem}:SUITE"  # the suite of this file, by name, as workers find it
@@ -123,40 +127,40 @@ ADAM = curve([1 - k / 100 for k in range(61)])  # straight line: loss 1 - step /
     ],
 )
 def test_speed_up_on_a_straight_line(final, steps, expected):
-    value, capped = ev.speed_up(ADAM, curve([1.0, final], every=steps))
+    value, capped = cv.speed_up(ADAM, curve([1.0, final], every=steps))
     assert value == pytest.approx(expected, rel=1e-9)
     assert not capped
 
 
 def test_speed_up_is_capped_where_adam_never_arrives():
-    assert ev.speed_up(ADAM, curve([1.0, 0.3], every=100)) == (CAP, True)
+    assert cv.speed_up(ADAM, curve([1.0, 0.3], every=100)) == (CAP, True)
 
 
 def test_speed_up_of_a_diverged_run_is_zero():
-    assert ev.speed_up(ADAM, curve([1.0, math.inf], every=100, diverged=True)) == (0.0, False)
+    assert cv.speed_up(ADAM, curve([1.0, math.inf], every=100, diverged=True)) == (0.0, False)
 
 
 def test_speed_up_ignores_one_noisy_point_of_adam():
     losses = list(ADAM.train)
     losses[3] = 0.5  # a single lucky evaluation; the median of three removes it
     noisy = curve(losses)
-    value, _ = ev.speed_up(noisy, curve([1.0, 0.8], every=100))
+    value, _ = cv.speed_up(noisy, curve([1.0, 0.8], every=100))
     assert value == pytest.approx(2.0, rel=0.06)
 
 
 def test_speed_up_counts_the_first_arrival_of_a_curve_that_rises_again():
     losses = [1.0, 0.9, 0.8, 0.7, 0.6, 0.6, 0.9, 0.9, 0.9, 0.9]
-    value, capped = ev.speed_up(curve(losses), curve([1.0, 0.65], every=10))
+    value, capped = cv.speed_up(curve(losses), curve([1.0, 0.65], every=10))
     assert (value, capped) == (pytest.approx(3.5), False)
 
 
 def test_speed_up_against_a_diverged_adam_is_the_cap():
-    assert ev.speed_up(curve([1.0, math.inf, math.inf]), curve([1.0, 0.9])) == (CAP, True)
+    assert cv.speed_up(curve([1.0, math.inf, math.inf]), curve([1.0, 0.9])) == (CAP, True)
 
 
 def test_loss_ratio():
-    assert ev.loss_ratio(0.4, curve([1.0, 0.1]), ceiling=1.0) == pytest.approx(4.0)
-    assert ev.loss_ratio(0.4, curve([1.0, math.inf], diverged=True), ceiling=1.0) == 0.0
+    assert cv.loss_ratio(0.4, curve([1.0, 0.1]), ceiling=1.0) == pytest.approx(4.0)
+    assert cv.loss_ratio(0.4, curve([1.0, math.inf], diverged=True), ceiling=1.0) == 0.0
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -164,8 +168,8 @@ def test_loss_ratio():
 
 def test_iqm_is_the_trimmed_mean_and_forgets_outliers():
     values = np.random.default_rng(0).normal(size=40)
-    assert ev.iqm(values) == trim_mean(values, 0.25)
-    assert ev.iqm([1, 2, 3, 1e9]) == 2.5
+    assert cv.iqm(values) == trim_mean(values, 0.25)
+    assert cv.iqm([1, 2, 3, 1e9]) == 2.5
 
 
 def test_interval_contains_the_iqm_and_shrinks_with_more_seeds():
@@ -173,9 +177,9 @@ def test_interval_contains_the_iqm_and_shrinks_with_more_seeds():
     few = [generator.normal(k, 1, size=4) for k in range(5)]
     many = [generator.normal(k, 1, size=64) for k in range(5)]
     for strata in (few, many):
-        low, high = ev.iqm_interval(strata)
-        assert low < ev.iqm(np.concatenate(strata)) < high
-    width = [np.subtract(*ev.iqm_interval(s)[::-1]) for s in (few, many)]
+        low, high = cv.iqm_interval(strata)
+        assert low < cv.iqm(np.concatenate(strata)) < high
+    width = [np.subtract(*cv.iqm_interval(s)[::-1]) for s in (few, many)]
     assert width[1] < 0.75 * width[0]
 
 
@@ -183,7 +187,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     generator = np.random.default_rng(2)
     covered = 0
     for _ in range(60):
-        low, high = ev.iqm_interval([generator.normal(3, 1, size=12) for _ in range(4)])
+        low, high = cv.iqm_interval([generator.normal(3, 1, size=12) for _ in range(4)])
         covered += low < 3 < high
     assert covered >= 50  # 57 expected
 
@@ -192,12 +196,12 @@ def test_interval_is_stratified_differences_between_tasks_do_not_widen_it():
     generator = np.random.default_rng(3)
     noise = [generator.normal(0, 0.01, size=3) for _ in range(6)]
     apart = [100 * k + x for k, x in enumerate(noise)]
-    low, high = ev.iqm_interval(apart)
+    low, high = cv.iqm_interval(apart)
     assert high - low < 0.1
 
 
 def test_interval_needs_two_seeds():
-    assert ev.iqm_interval([[1.0], [2.0]]) is None
+    assert cv.iqm_interval([[1.0], [2.0]]) is None
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -216,7 +220,7 @@ def test_same_weights_and_data_for_every_optimizer_and_length():
         log = []
         entry, _ = op.optimizer_named(name)
         task = Recorded()
-        c = ev.run(task, lambda m, steps, e=entry: e.factory(m, 1e-3, steps), 3, steps)
+        c = cv.run(task, lambda m, steps, e=entry: e.factory(m, 1e-3, steps), 3, steps)
         seen[name, steps] = (c.train[0], log[:30])
     assert len({(start, tuple(batches)) for start, batches in seen.values()}) == 1
 
@@ -224,7 +228,7 @@ def test_same_weights_and_data_for_every_optimizer_and_length():
 def test_a_run_leaves_the_task_as_it_was_and_depends_on_the_seed():
     task = Regression()
     before = copy.deepcopy(task.model.state_dict())
-    curves = [ev.run(task, lambda m, steps: op.adam(m, 1e-2, steps), s, 20) for s in (0, 0, 1)]
+    curves = [cv.run(task, lambda m, steps: op.adam(m, 1e-2, steps), s, 20) for s in (0, 0, 1)]
     assert curves[0].train == curves[1].train != curves[2].train
     for name, value in task.model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -232,7 +236,7 @@ def test_a_run_leaves_the_task_as_it_was_and_depends_on_the_seed():
 
 def test_a_run_matches_a_loop_written_by_hand():
     task = Quadratic()
-    c = ev.run(task, lambda m, steps: op.sgdm(m, 0.1, steps), 5, 40)
+    c = cv.run(task, lambda m, steps: op.sgdm(m, 0.1, steps), 5, 40)
     w = task.init(torch.Generator().manual_seed(5))["weight"].clone().requires_grad_()
     optimizer = torch.optim.SGD([w], 0.1, momentum=0.9)
     for _ in range(40):
@@ -246,7 +250,7 @@ def test_a_run_matches_a_loop_written_by_hand():
 
 def test_the_beginning_of_a_long_run_is_the_short_run():
     task = Regression()
-    short, long = (ev.run(task, lambda m, steps: op.adam(m, 1e-2, steps), 0, steps) for steps in (30, 180))
+    short, long = (cv.run(task, lambda m, steps: op.adam(m, 1e-2, steps), 0, steps) for steps in (30, 180))
     beginning = long.until(30, task.ceiling)
     assert (beginning.at, beginning.train) == (short.at, short.train)
     assert beginning.held_out == short.held_out
@@ -254,27 +258,27 @@ def test_the_beginning_of_a_long_run_is_the_short_run():
 
 @pytest.mark.parametrize(("steps", "horizon"), [(1, 1), (7, 7), (333, 333), (1998, 333), (120, 400)])
 def test_evaluation_steps(steps, horizon):
-    at = ev.evaluation_steps(steps, horizon)
+    at = cv.evaluation_steps(steps, horizon)
     assert (at[0], at[-1]) == (0, steps)
     assert at == sorted(set(at))
-    assert len(at) <= 2 + ev.POINTS * max(1, steps / horizon)
+    assert len(at) <= 2 + cv.POINTS * max(1, steps / horizon)
     if steps >= horizon:
-        assert at[: at.index(horizon) + 1] == ev.evaluation_steps(horizon, horizon)
+        assert at[: at.index(horizon) + 1] == cv.evaluation_steps(horizon, horizon)
 
 
 def test_evaluation_batches_are_cut_evenly_and_never_below_256_examples():
     task = Regression()
     task.x, task.y = torch.arange(2048.0).repeat(4, 1).T, torch.zeros(2048, 2)
     task.train_eval = lambda: (task.x[:1024], task.y[:1024])
-    train, held_out = ev.evaluation_batches(task)  # batches of 16: 256 examples
+    train, held_out = cv.evaluation_batches(task)  # batches of 16: 256 examples
     assert torch.equal(train[0][:, 0], torch.arange(0, 1024.0, 4))
     assert len(held_out[0]) == len(held_out[1]) == 256
     task.train_eval = lambda: (task.x[:200], task.y[:200])
-    assert len(ev.evaluation_batches(task)[0][0]) == 200
+    assert len(cv.evaluation_batches(task)[0][0]) == 200
 
 
 def test_divergence_is_marked_and_stops_the_run():
-    c = ev.run(Quadratic(steps=1000), lambda m, steps: op.sgdm(m, 100.0, steps), 0, 1000)
+    c = cv.run(Quadratic(steps=1000), lambda m, steps: op.sgdm(m, 100.0, steps), 0, 1000)
     assert c.diverged
     assert c.ran < 1000
     assert c.final_train == math.inf
@@ -283,7 +287,7 @@ def test_divergence_is_marked_and_stops_the_run():
 
 
 def test_a_finite_but_large_final_loss_is_divergence_too():
-    c = ev.run(Quadratic(), lambda m, steps: op.sgdm(m, 4.2, steps), 0, 10)
+    c = cv.run(Quadratic(), lambda m, steps: op.sgdm(m, 4.2, steps), 0, 10)
     assert math.isfinite(c.final_train) and c.final_train > 30
     assert c.diverged and c.ran == 10
 
@@ -292,7 +296,7 @@ def test_weights_that_do_not_fit_the_model_are_refused():
     task = Quadratic()
     task.init = lambda generator: {"w": torch.zeros(1, 3)}
     with pytest.raises(ValueError, match="must name every parameter"):
-        ev.run(task, lambda m, steps: op.adam(m, 0.1, steps), 0, 5)
+        cv.run(task, lambda m, steps: op.adam(m, 0.1, steps), 0, 5)
 
 
 # -------------------------------------------------------------------------------------- optimizers
@@ -307,7 +311,7 @@ def test_every_baseline_lowers_the_loss_and_has_a_grid_of_half_decades():
         if package is not None:
             pytest.importorskip(package)
         lr = 1.0 if name.startswith("prodigy") else 1e-2
-        c = ev.run(Regression(), lambda m, steps, f=factory, lr=lr: f(m, lr, steps), 0, 30)
+        c = cv.run(Regression(), lambda m, steps, f=factory, lr=lr: f(m, lr, steps), 0, 30)
         assert c.final_train < c.train[0], name
         if name.endswith("-cosine"):
             assert op.OPTIMIZERS[name.removesuffix("-cosine")].grid == grid
@@ -317,7 +321,7 @@ def test_schedule_free_is_measured_at_its_averages():
     """And trains on from where it was: measuring changes nothing."""
     schedulefree = pytest.importorskip("schedulefree")
     task = Regression()
-    c = ev.run(task, lambda m, steps: op.schedule_free(m, 0.03, steps), 0, 20)
+    c = cv.run(task, lambda m, steps: op.schedule_free(m, 0.03, steps), 0, 20)
     generator = torch.Generator().manual_seed(0)
     weights = {n: w.requires_grad_() for n, w in task.init(generator).items()}
     optimizer = schedulefree.AdamWScheduleFree(weights.values(), lr=0.03)
@@ -327,9 +331,9 @@ def test_schedule_free_is_measured_at_its_averages():
         task.loss(weights, task.batch(generator)).backward()
         optimizer.step()
     with torch.no_grad():
-        during = float(task.loss(weights, ev.evaluation_batches(task)[0]))
+        during = float(task.loss(weights, cv.evaluation_batches(task)[0]))
         optimizer.eval()
-        averaged = float(task.loss(weights, ev.evaluation_batches(task)[0]))
+        averaged = float(task.loss(weights, cv.evaluation_batches(task)[0]))
     assert c.final_train == pytest.approx(averaged, rel=1e-4) != pytest.approx(during, rel=1e-4)
 
 
@@ -376,7 +380,7 @@ def test_tuning_picks_the_right_rate_on_a_quadratic(tmp_path):
     found = measure(tmp_path, ["sgdm"], grids={**GRIDS, "sgdm": rates})
     losses = {}
     for lr in rates:
-        curves = [ev.run(Quadratic(), lambda m, steps, lr=lr: op.sgdm(m, lr, steps), s, 40) for s in (0, 1)]
+        curves = [cv.run(Quadratic(), lambda m, steps, lr=lr: op.sgdm(m, lr, steps), s, 40) for s in (0, 1)]
         losses[lr] = sum(c.final_train for c in curves)
     assert min(losses, key=losses.get) == 1e-1
     assert {o.lr for o in found if o.optimizer == "sgdm"} == {1e-1}
@@ -416,6 +420,8 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     assert (group("nfn:nominal")["lr"], group("nfn:nominal")["total_steps"]) == (1, 7)
     assert (group("nfn:nominal@lr=0.3")["lr"], group("nfn:nominal@lr=0.3")["total_steps"]) == (0.3, 7)
     assert (group("nfn:nominal@untold@lr=3")["lr"], group("nfn:nominal@untold")["total_steps"]) == (3, None)
+    thetas = {op.optimizer_named(f"nfn:nominal{option}")[1] for option in ("", "@lr=3", "@lr=0.3", "@untold")}
+    assert len(thetas) == 4  # else one would take the other's runs for its own
     for wrong in ("lr", "lr=fast", "told"):
         with pytest.raises(UnknownName, match="@lr=NUMBER"):
             op.optimizer_named(f"nfn:nominal@{wrong}")
@@ -506,7 +512,7 @@ def test_horizon_speed_up(tmp_path):
     reaches = [
         r
         for r in ev.HORIZONS
-        if ev.run(Quadratic(), lambda m, steps: op.sgdm(m, 0.1, steps), 0, round(40 * r)).final_train <= target
+        if cv.run(Quadratic(), lambda m, steps: op.sgdm(m, 0.1, steps), 0, round(40 * r)).final_train <= target
     ]
     assert value == pytest.approx(1 / min(reaches))
     assert value > 1

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 from torch.testing import assert_close
 
-from meta_train import evaluate, optimizers
+from meta_train import curves, optimizers
 from meta_train.symmetries import symmetry_of
 from tasks import data, documents, fields, generative, graph, policy, recurrent, residual, sequence, suites, transformer
 from tasks.mlp import Gated
@@ -486,5 +486,5 @@ def test_the_documentation_of_tasks_runs():
     written: dict = {}
     exec(code, written)
     task = written["SUITE"]["sine"]()
-    curve = evaluate.run(task, lambda model, steps: optimizers.adam(model, 0.01, steps), 0, 150)
+    curve = curves.run(task, lambda model, steps: optimizers.adam(model, 0.01, steps), 0, 150)
     assert curve.final_held_out < 0.7 * curve.held_out[0]

@@ -3,7 +3,7 @@
 import torch
 
 from learned_opt.rules.base import UpdateRule
-from meta_train.evaluate import evaluation_batches
+from meta_train.curves import evaluation_batches
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
 from tasks.task import Task

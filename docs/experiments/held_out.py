@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from meta_train.evaluate import run
+from meta_train.curves import run
 from meta_train.optimizers import adam
 from tasks import suites
 

@@ -7,8 +7,8 @@ rescaled by factors log-uniform in [1e-2, 1e2] (the function is the same); three
 import torch
 
 from learned_opt import NFNOpt
-from meta_train import evaluate
 from meta_train.augmentation import UnitsMoved
+from meta_train.curves import run
 from meta_train.symmetries import symmetry_of
 from tasks.suites import VALID
 
@@ -27,7 +27,7 @@ def main() -> None:
     optimizers["adam, lr 0.01"] = lambda model, *, steps: (torch.optim.Adam(model.parameters(), lr=0.01), None)
     for name, make in optimizers.items():
         usual, rescaled = (
-            [evaluate.run(problem, make, seed, task.steps).final_train for seed in range(3)]
+            [run(problem, make, seed, task.steps).final_train for seed in range(3)]
             for problem in (task, UnitsMoved(task, 1e2))
         )
         print(f"{name:20s} usual {sum(usual) / 3:.4f}   rescaled {sum(rescaled) / 3:.4f}", flush=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from learned_opt import NFNOpt
-from meta_train.evaluate import run
+from meta_train.curves import run
 from meta_train.symmetries import symmetry_of
 from tasks.data import Noisy, photos
 from tasks.residual import mlp_classifier

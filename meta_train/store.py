@@ -1,0 +1,130 @@
+"""What an evaluation is to do and what is done: the plan, its jobs, and ``runs.jsonl``."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meta_train.curves import Curve
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """A task by name, and what identifies its present content."""
+
+    steps: int
+    ceiling: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PlannedOptimizer:
+    """An optimizer by name, what identifies it if it is learned, its learning rates, and whether one for all tasks."""
+
+    name: str
+    theta: str
+    grid: tuple[float, ...] | None
+    shared: bool = False
+
+    @property
+    def rates(self) -> tuple[float | None, ...]:
+        return self.grid or (None,)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an evaluation is to measure: enough to tell from the store what is there and missing.
+
+    The tuning seeds are the first of the seeds: tuned baselines choose their rate on runs that also
+    count, which favours them and nobody else.
+    """
+
+    suite: str
+    tasks: dict[str, PlannedTask]
+    optimizers: dict[str, PlannedOptimizer]  # label -> optimizer
+    seeds: int
+    tuning_seeds: int
+    horizon: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Plan":
+        tasks = {name: PlannedTask(**t) for name, t in data["tasks"].items()}
+        optimizers = {
+            label: PlannedOptimizer(**{**o, "grid": tuple(o["grid"]) if o["grid"] else None})
+            for label, o in data["optimizers"].items()
+        }
+        return cls(**{**data, "tasks": tasks, "optimizers": optimizers})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, by names alone: a worker process builds the task and the optimizer from them."""
+
+    suite: str
+    task: str
+    fingerprint: str
+    optimizer: str
+    theta: str
+    lr: float | None
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> tuple:
+        # A learned optimizer is what it does (theta), not the path it was loaded from.
+        name = "learned" if self.theta else self.optimizer
+        return (self.suite, self.task, self.fingerprint, name, self.theta, self.lr, self.seed) + (self.steps,)
+
+
+Runs = dict[tuple, Curve]
+
+
+@dataclass
+class Store:
+    """``runs.jsonl``: one line a plan or a finished run, only ever appended to."""
+
+    path: Path
+    runs: Runs = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path.exists():
+            return
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut off by a crash: that run is done again
+                continue
+            if "plan" in record:
+                self.plan = Plan.from_dict(record["plan"])
+            else:
+                self.runs[Job(**record["job"]).key] = _curve_from(record["curve"])
+
+    def add_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        self._append({"plan": asdict(plan)})
+
+    def add(self, job: Job, curve: Curve) -> None:
+        self.runs[job.key] = curve
+        values = {**asdict(curve), "train": _finite(curve.train)}
+        self._append({"job": asdict(job), "curve": {**values, "held_out": _finite(curve.held_out)}})
+
+    def _append(self, record: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            if file.tell() > 0:  # a line that a crash cut off must not swallow this one
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+
+def _finite(losses: list[float]) -> list[float | None]:
+    return [float(f"{x:.6g}") if math.isfinite(x) else None for x in losses]
+
+
+def _curve_from(data: dict[str, Any]) -> Curve:
+    losses = {k: [math.inf if x is None else x for x in data[k]] for k in ("train", "held_out")}
+    return Curve(**{**data, **losses})
