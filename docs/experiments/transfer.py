@@ -1,12 +1,12 @@
-"""How the learned rule carries over to wider, deeper and longer runs than those of its meta-training.
+"""How NFNOpt carries over to wider, deeper and longer runs than those that it was made on.
 
-    python docs/experiments/transfer.py [--rule nfn] [--out docs/transfer] [--seeds 2] [--workers 2]
+    python docs/experiments/transfer.py [--rule paced] [--out docs/transfer] [--seeds 2] [--workers 2]
 
 Residual MLPs with LayerNorm on photographs, as in TRAIN, where they have widths up to 48 and up to 3 blocks and runs of
-at most 700 steps. Per cell the horizon speed-up over the nominal term alone: 1/r for the fraction r of the steps at
-which the rule, told that shorter horizon, has the nominal term's final train loss, interpolated between the fractions
-that were run (and below 1, where the nominal term is faster, by the nominal term's own shorter runs). Writes a table
-and a picture.
+at most 700 steps. Per cell the horizon speed-up over the study's nominal term (`polar`): 1/r for the fraction r of the
+steps at which the rule, told that shorter horizon, has the nominal term's final train loss, interpolated between the
+fractions that were run (and below 1, where the nominal term is faster, by its own shorter runs). Writes a
+table and a picture.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tasks.residual import mlp_classifier
 
 WIDTHS, DEPTHS, STEPS = (48, 160, 480), (3, 9), (600, 3000)
 FRACTIONS = (1.0, 0.8, 0.64, 0.5)
-NOMINAL = "nominal"
+NOMINAL = "polar"
 
 
 def make_task(width: int, depth: int, steps: int):
@@ -82,7 +82,7 @@ def _crossing(losses: dict[float, float], target: float) -> float:
 def main() -> None:
     """Run what is missing, write ``transfer.md`` and ``transfer.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rule", default="nfn")
+    parser.add_argument("--rule", default="paced")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
