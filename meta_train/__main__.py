@@ -91,7 +91,7 @@ def evaluate(
     tuning_seeds: int = 2,
     out: Path = Path("runs/evaluation"),
     workers: int = 2,
-    horizon: str = "",
+    horizon: tuple[str, ...] = (),
     steps: int = 0,
     data: Path | None = None,
 ) -> None:
@@ -111,7 +111,8 @@ def evaluate(
         tuning_seeds: the first so many of these choose the learning rates.
         out: folder of the results.
         workers: processes, each with one thread.
-        horizon: also measure the horizon speed-up over this optimizer (about 3 times the runs).
+        horizon: also measure horizon speed-ups, each LABEL/OPPONENT, or OPPONENT for that of all over it (up to
+            5 times the runs).
         steps: steps of every run; the task's own if 0.
         data: folder of optional data (mnist/ in IDX format, ag_news/test.csv), for HELD_OUT.
     """
@@ -123,7 +124,7 @@ def evaluate(
         seeds=seeds,
         tuning_seeds=tuning_seeds,
         workers=workers,
-        horizon=horizon or None,
+        horizon=_split(horizon),
         steps=steps or None,
         data=None if data is None else str(data),
     )

@@ -89,7 +89,7 @@ def evaluate(
     seeds: int = 3,
     tuning_seeds: int = 2,
     workers: int = 1,
-    horizon: str | None = None,
+    horizon: Sequence[str] = (),
     data: str | None = None,
     steps: int | None = None,
     grids: Mapping[str, tuple[float, ...]] | None = None,
@@ -106,7 +106,7 @@ def evaluate(
         seeds: runs 0 .. seeds-1 of each tuned optimizer on each task.
         tuning_seeds: how many of these choose the learning rate, by their mean final train loss.
         workers: processes, one thread each; 1 runs in this process.
-        horizon: label of the opponent for the horizon speed-up; None leaves it out.
+        horizon: horizon speed-ups to measure, each ``LABEL/OPPONENT``, or ``OPPONENT`` for that of every label.
         data: folder of downloaded data sets (also in the workers).
         steps: replaces the horizon of every task.
         grids: other learning-rate grids, by optimizer name.
@@ -124,7 +124,7 @@ def evaluate(
         done = partial(_finish, store, execute, report, data, steps)
         done("tuning", tuning_jobs(plan))
         done("final runs", final_jobs(plan, store.runs))
-        while plan.horizon is not None and (jobs := horizon_jobs(plan, store.runs)):
+        while jobs := horizon_jobs(plan, store.runs):
             done("shorter horizons", jobs)
     return outcomes(plan, store.runs)
 
@@ -135,7 +135,7 @@ def make_plan(
     optimizers: Sequence[str],
     seeds: int,
     tuning_seeds: int,
-    horizon: str | None,
+    horizon: Sequence[str],
     data: str | None,
     steps: int | None,
     grids: Mapping[str, tuple[float, ...]] | None,
@@ -154,13 +154,15 @@ def make_plan(
         planned[label] = PlannedOptimizer(name, theta, grid, shared)
     if planned[REFERENCE].name != REFERENCE:
         raise ValueError(f"the label {REFERENCE!r} is taken: all speed-ups are measured against it.")
-    if horizon is not None and horizon not in planned:
-        raise UnknownName(f"horizon opponent {horizon!r} is not evaluated. Valid labels: {', '.join(planned)}.")
+    pairs = [(label, opponent) for label, _, opponent in (spec.rpartition("/") for spec in horizon)]
+    for label in {label for pair in pairs for label in pair if label} - planned.keys():
+        raise UnknownName(f"--horizon: {label!r} is not evaluated. Valid labels: {', '.join(planned)}.")
+    pairs = [(mine, other) for label, other in pairs for mine in ([label] if label else planned) if mine != other]
     infos = {}
     for name in tasks or suite_named(suite, data):
         task = task_named(suite, name, data, steps)
         infos[name] = PlannedTask(task.steps, float(task.ceiling), task_fingerprint(task))
-    return Plan(suite, infos, planned, seeds, min(tuning_seeds, seeds), horizon)
+    return Plan(suite, infos, planned, seeds, min(tuning_seeds, seeds), tuple(dict.fromkeys(pairs)))
 
 
 def job(plan: Plan, task: str, label: str, lr: float | None, seed: int, steps: int) -> Job:
@@ -217,19 +219,18 @@ def tuned_rate(plan: Plan, runs: Runs, task: str, label: str) -> float | None:
 
 def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
     """The next run that each horizon speed-up waits for: fractions from the smallest up."""
-    jobs = []
-    for task, label, seed in _cells(plan):
-        if label != plan.horizon:
-            found = _search_horizon(plan, runs, task, label, seed)
-            if isinstance(found, Job):
-                jobs.append(found)
-    return jobs
+    searches = [
+        _search_horizon(plan, runs, task, *pair, seed)
+        for task in plan.tasks
+        for pair in plan.horizon
+        for seed in range(plan.seeds)
+    ]
+    return [found for found in searches if isinstance(found, Job)]
 
 
-def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> "float | Job":
+def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
     """The horizon speed-up, or the run that has to be done to know it."""
-    assert plan.horizon is not None
-    target = final_curve(plan, runs, task, plan.horizon, seed).final_train
+    target = final_curve(plan, runs, task, opponent, seed).final_train
     lr = tuned_rate(plan, runs, task, label)
     for fraction in sorted(HORIZONS):
         steps = max(1, round(fraction * plan.tasks[task].steps))
@@ -379,7 +380,7 @@ class Outcome:
     speed_up: float  # over LR-tuned constant-rate Adam; 0 = diverged
     capped: bool  # Adam did not get there in CAP times the steps: speed_up is CAP, "6+"
     loss_ratio: float  # tuned Adam's final train loss / this one's
-    horizon_speed_up: float | None  # None: not asked for, or runs are missing
+    horizon_speed_ups: dict[str, float]  # opponent -> over it, where it is asked for and no runs are missing
 
 
 def outcomes(plan: Plan, runs: Runs) -> list[Outcome]:
@@ -401,10 +402,9 @@ def _outcome(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> Outcom
     adam_long = runs[job(plan, task, REFERENCE, adam_rate, seed, CAP * info.steps).key]
     adam_final = adam_long.until(info.steps, info.ceiling).final_train
     factor, capped = speed_up(adam_long, curve)
-    horizon = None
-    if plan.horizon is not None and label != plan.horizon:
-        reached = _search_horizon(plan, runs, task, label, seed)
-        horizon = None if isinstance(reached, Job) else reached
+    opponents = [other for mine, other in plan.horizon if mine == label]
+    reached = {other: _search_horizon(plan, runs, task, label, other, seed) for other in opponents}
+    horizon = {other: found for other, found in reached.items() if not isinstance(found, Job)}
     grid = plan.optimizers[label].grid
     at_edge = grid is not None and len(grid) > 1 and lr in (min(grid), max(grid))
     ratio = loss_ratio(adam_final, curve, info.ceiling)

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,9 @@ def markdown(plan: Plan, found: Sequence[Outcome]) -> str:
         ]
     parts += [summary_table(plan, found), "", _legend(plan), ""]
     parts += ["## Speed-up per task (median over seeds)", "", speed_up_table(plan, found), ""]
+    for label, other in plan.horizon:
+        parts += [f"## Horizon speed-up of {label} over {other} (median over seeds)", ""]
+        parts += [horizon_table(plan, found, label, other), ""]
     parts += ["## Final train loss per task", "", loss_table(plan, found, "final_train"), ""]
     parts += ["## Final held-out loss per task", "", loss_table(plan, found, "final_held_out"), ""]
     parts += ["## Best held-out loss per task", "", loss_table(plan, found, "best_held_out"), ""]
@@ -70,7 +74,8 @@ def summary_table(plan: Plan, found: Sequence[Outcome]) -> str:
     """One row an optimizer, the fastest first; interquartile means over task x seed."""
     header = ["optimizer", "tuned", "speed-up [95 %]", "loss ratio [95 %]", "held-out final"]
     header += ["held-out best", "diverged", "time per step"]
-    header += [f"horizon speed-up over {plan.horizon}"] if plan.horizon else []
+    opponents = list(dict.fromkeys(other for _, other in plan.horizon))
+    header += [f"horizon speed-up over {other}" for other in opponents]
     rows = []
     for label in _ranked(plan, found):
         mine = _of(found, label)
@@ -82,11 +87,15 @@ def summary_table(plan: Plan, found: Sequence[Outcome]) -> str:
             _against_adam(found, mine, "best_held_out"),
         ]
         row += [f"{sum(o.curve.diverged for o in mine)} of {len(mine)}", _time_ratio(found, mine)]
-        if plan.horizon:
-            missing = any(o.horizon_speed_up is None for o in mine)
-            row += ["-" if missing else _iqm_text(mine, lambda o: o.horizon_speed_up or 0.0)]
+        for other in opponents:
+            there = all(other in o.horizon_speed_ups for o in mine)
+            row += [_iqm_text(mine, partial(_horizon, other)) if there else "-"]
         rows.append(row)
     return table(header, rows)
+
+
+def _horizon(opponent: str, outcome: Outcome) -> float:
+    return outcome.horizon_speed_ups[opponent]
 
 
 def _legend(plan: Plan) -> str:
@@ -104,7 +113,7 @@ def _legend(plan: Plan) -> str:
     if plan.horizon:
         lines.append(
             "Horizon speed-up: 1/r for the smallest fraction r of the steps with which the "
-            f"optimizer, told that shorter horizon, reaches {plan.horizon}'s final train loss; "
+            "optimizer, told that shorter horizon, reaches the other's final train loss; "
             "0 if not even r = 1 does."
         )
     return "\n".join(lines)
@@ -119,6 +128,16 @@ def speed_up_table(plan: Plan, found: Sequence[Outcome]) -> str:
         return f"{CAP}+" if reached_cap else f"{value:.2f}"
 
     return _task_table(plan, found, cell)
+
+
+def horizon_table(plan: Plan, found: Sequence[Outcome], label: str, other: str) -> str:
+    """Median over seeds, of one optimizer over another."""
+    over = [o for o in found if o.optimizer == label and other in o.horizon_speed_ups]
+
+    def cell(mine: Sequence[Outcome]) -> str:
+        return f"{np.median([o.horizon_speed_ups[other] for o in mine]):.2f}"
+
+    return _task_table(plan, over, cell, [label])
 
 
 def loss_table(plan: Plan, found: Sequence[Outcome], measure: str) -> str:

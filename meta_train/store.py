@@ -46,7 +46,7 @@ class Plan:
     optimizers: dict[str, PlannedOptimizer]  # label -> optimizer
     seeds: int
     tuning_seeds: int
-    horizon: str | None = None
+    horizon: tuple[tuple[str, str], ...] = ()  # (label, opponent): shorter runs of the one that match the other
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
@@ -55,7 +55,8 @@ class Plan:
             label: PlannedOptimizer(**{**o, "grid": tuple(o["grid"]) if o["grid"] else None})
             for label, o in data["optimizers"].items()
         }
-        return cls(**{**data, "tasks": tasks, "optimizers": optimizers})
+        pairs = tuple(tuple(pair) for pair in data["horizon"] or ())
+        return cls(**{**data, "tasks": tasks, "optimizers": optimizers, "horizon": pairs})
 
 
 @dataclass(frozen=True)

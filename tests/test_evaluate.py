@@ -506,8 +506,8 @@ def test_more_seeds_run_only_what_is_new_and_another_task_of_that_name_everythin
 
 def test_horizon_speed_up(tmp_path):
     grids = {"sgdm": (1e-1,), "adam": (1e-3,)}
-    found = measure(tmp_path, ["sgdm"], seeds=1, horizon="adam", grids=grids)
-    value = next(o.horizon_speed_up for o in found if o.optimizer == "sgdm")
+    found = measure(tmp_path, ["sgdm"], seeds=1, horizon=["adam"], grids=grids)
+    value = next(o.horizon_speed_ups["adam"] for o in found if o.optimizer == "sgdm")
     target = next(o.curve.final_train for o in found if o.optimizer == "adam")
     reaches = [
         r
@@ -517,6 +517,10 @@ def test_horizon_speed_up(tmp_path):
     assert value == pytest.approx(1 / min(reaches))
     assert value > 1
     assert "horizon speed-up over adam" in rp.report(tmp_path)
+    rows = [line.split() for line in rp.report(tmp_path).splitlines()]
+    assert ["|", "sgdm", "|", f"{value:.2f}", "|"] in [row[:5] for row in rows]
+    pair = measure(tmp_path, ["sgdm"], seeds=1, horizon=["sgdm/adam"], grids=grids)
+    assert [o.horizon_speed_ups for o in pair] == [o.horizon_speed_ups for o in found]
 
 
 def test_workers_give_what_one_process_gives(tmp_path):
@@ -606,7 +610,7 @@ def test_unknown_names_list_the_valid_ones(tmp_path):
     with pytest.raises(UnknownName, match="VALID, HELD_OUT"):
         measure(tmp_path, suite="no.such.module:SUITE")
     with pytest.raises(UnknownName, match="Valid labels: adam, sgdm"):
-        measure(tmp_path, horizon="muon")
+        measure(tmp_path, horizon=["muon"])
     assert not (tmp_path / "runs.jsonl").exists()
 
 
