@@ -229,18 +229,24 @@ def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
 
 
 def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
-    """The horizon speed-up, or the run that has to be done to know it."""
+    """The horizon speed-up, or the run that has to be done to know it: bisection, as longer runs get further."""
     target = final_curve(plan, runs, task, opponent, seed).final_train
     lr = tuned_rate(plan, runs, task, label)
-    for fraction in sorted(HORIZONS):
-        steps = max(1, round(fraction * plan.tasks[task].steps))
-        needed = job(plan, task, label, lr, seed, steps)
-        curve = runs.get(needed.key)
-        if curve is None:
+
+    def reaches(curve: Curve) -> bool:
+        return not curve.diverged and curve.final_train <= target
+
+    if not reaches(final_curve(plan, runs, task, label, seed)):
+        return 0.0
+    fractions = sorted(HORIZONS)
+    low, high = 0, len(fractions) - 1  # the first fraction that reaches the target is among them
+    while low < high:
+        middle = (low + high) // 2
+        needed = job(plan, task, label, lr, seed, max(1, round(fractions[middle] * plan.tasks[task].steps)))
+        if needed.key not in runs:
             return needed
-        if not curve.diverged and curve.final_train <= target:
-            return 1 / fraction
-    return 0.0
+        low, high = (low, middle) if reaches(runs[needed.key]) else (middle + 1, high)
+    return 1 / fractions[low]
 
 
 def final_curve(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> Curve:
