@@ -10,6 +10,7 @@ import copy
 import importlib
 import math
 import multiprocessing
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +28,7 @@ from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Sto
 from meta_train.symmetries import symmetry_of
 
 HORIZONS = (1.0, 0.8, 0.67, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
+_LABEL = re.compile("([^=:@]+)=")  # but for nfn:RULE@lr=0.3
 SHARED = "@all"  # after an optimizer's name: one learning rate for all tasks
 REFERENCE = "adam"  # the optimizer that the speed-up is measured against
 
@@ -145,8 +147,9 @@ def make_plan(
         raise ValueError(f"seeds and tuning_seeds must be 1 or more, got {seeds}, {tuning_seeds}.")
     planned: dict[str, PlannedOptimizer] = {}
     for spec in [REFERENCE, *optimizers]:
-        label, _, name = spec.rpartition("=")
-        label, shared, name = label or name, name.endswith(SHARED), name.removesuffix(SHARED)
+        labelled = _LABEL.match(spec)
+        label, name = (labelled[1], spec[labelled.end() :]) if labelled else (spec, spec)
+        shared, name = name.endswith(SHARED), name.removesuffix(SHARED)
         entry, theta = optimizer_named(name)
         grid = (grids or {}).get(name, entry.grid)
         if shared and grid is None:

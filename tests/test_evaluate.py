@@ -420,6 +420,11 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     assert (group("nfn:nominal")["lr"], group("nfn:nominal")["total_steps"]) == (1, 7)
     assert (group("nfn:nominal@lr=0.3")["lr"], group("nfn:nominal@lr=0.3")["total_steps"]) == (0.3, 7)
     assert (group("nfn:nominal@untold@lr=3")["lr"], group("nfn:nominal@untold")["total_steps"]) == (3, None)
+    plan = ev.make_plan(
+        "VALID", ["vit-digits"], ["low=nfn:nominal@lr=0.3", "nfn:nominal@lr=3"], 1, 1, (), None, 9, None
+    )
+    assert [o.name for o in plan.optimizers.values()] == ["adam", "nfn:nominal@lr=0.3", "nfn:nominal@lr=3"]
+    assert list(plan.optimizers) == ["adam", "low", "nfn:nominal@lr=3"]
     thetas = {op.optimizer_named(f"nfn:nominal{option}")[1] for option in ("", "@lr=3", "@lr=0.3", "@untold")}
     assert len(thetas) == 4  # else one would take the other's runs for its own
     for wrong in ("lr", "lr=fast", "told"):
