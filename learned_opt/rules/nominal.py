@@ -164,7 +164,7 @@ class Nominal(UpdateRule):
         for n, wd in decay.items():
             if wd and n in updates:
                 updates[n] = updates[n] - rate * wd * params[n]
-        return updates, state
+        return updates, self.remember(updates, state)
 
     def _views(self, params: Weights, grads: Weights, state: State, symmetry: Symmetry) -> tuple[list[View], Layout]:
         layout = layout_of(symmetry, tuple(grads), next(iter(grads.values())).device)
@@ -187,6 +187,10 @@ class Nominal(UpdateRule):
     ) -> tuple[Tensor, State]:
         """What the directions are multiplied by at a step (0-d), and the next state."""
         return RATE * self.schedule(clock, total_steps), state
+
+    def remember(self, updates: Weights, state: State) -> State:
+        """The next state, once the updates are known."""
+        return state
 
     def schedule(self, step: Tensor, total_steps: float | Tensor | None) -> Tensor:
         """Multiple of the rate: :func:`schedule`."""

@@ -12,14 +12,11 @@ of the evidence for longer steps, in [-1, 1], and begins as a warm-up. Later slo
 then end on rising ground at any rate (measured, docs/experiments.md, 20).
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from learned_opt.rules.base import State, Weights
 from learned_opt.rules.nominal import RATE, Nominal, View, decay, schedule
-from learned_opt.symmetry import Symmetry
 
 START = -1.0  # rho at the first step; the state holds what it has gained since
 GAIN = 0.3  # of a step's evidence in rho
@@ -42,19 +39,9 @@ class Paced(Nominal):
             n: {**s, "moved": torch.zeros_like(s["m"]), "slope": zero[n], "gained": zero[n]} for n, s in state.items()
         }
 
-    def forward(
-        self,
-        params: Weights,
-        grads: Weights,
-        state: State,
-        symmetry: Symmetry,
-        *,
-        total_steps: float | Tensor | None = None,
-        weight_decay: float | Mapping[str, float] = 0.0,
-    ) -> tuple[Weights, State]:
-        step = super().forward
-        updates, state = step(params, grads, state, symmetry, total_steps=total_steps, weight_decay=weight_decay)
-        return updates, {n: {**s, "moved": updates.get(n, torch.zeros_like(s["moved"]))} for n, s in state.items()}
+    def remember(self, updates: Weights, state: State) -> State:
+        """The last update, zero for a tensor that sat out."""
+        return {n: {**s, "moved": updates.get(n, torch.zeros_like(s["moved"]))} for n, s in state.items()}
 
     def rate(
         self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
