@@ -111,8 +111,8 @@ def evaluate(
         tuning_seeds: the first so many of these choose the learning rates.
         out: folder of the results.
         workers: processes, each with one thread.
-        horizon: also measure horizon speed-ups, each LABEL/OPPONENT, or OPPONENT for that of all over it (up to
-            5 times the runs).
+        horizon: also measure horizon speed-ups, each LABEL/OPPONENT, or OPPONENT for that of all over it (about
+            3 times the runs).
         steps: steps of every run; the task's own if 0.
         data: folder of optional data (mnist/ in IDX format, ag_news/test.csv), for HELD_OUT.
     """

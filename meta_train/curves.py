@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +175,29 @@ def speed_up(adam_long: Curve, curve: Curve) -> tuple[float, bool]:
         done = (best[k - 1] - target) / (best[k - 1] - best[k])
         step = adam_long.at[k - 1] + done * (adam_long.at[k] - adam_long.at[k - 1])
     return min(float(CAP), step / curve.at[-1]), False
+
+
+def horizon_speed_up(losses: Mapping[float, float], target: float) -> float:
+    """``1 / r`` for the multiple r of a task's steps at which an optimizer that is told it ends at ``target``.
+
+    Args:
+        losses: final train loss by the multiple of the steps. Between the shortest run that reaches the target and
+            the next shorter one r is interpolated, its logarithm linearly in that of the loss.
+        target: the final train loss to reach.
+
+    Returns:
+        0 where no run reaches the target, ``1 / r`` of the shortest run where every run does.
+    """
+    reached = [r for r, loss in losses.items() if loss <= target]
+    if not reached:
+        return 0.0
+    above = min(reached)
+    below = max((r for r in losses if r < above), default=above)
+    if below == above or not math.isfinite(losses[below]):
+        return 1 / above
+    worse, better, wanted = (math.log(max(x, 1e-30)) for x in (losses[below], losses[above], target))
+    done = (worse - wanted) / (worse - better)
+    return math.exp(-(math.log(below) + done * (math.log(above) - math.log(below))))
 
 
 def _median_of_three(x: np.ndarray) -> np.ndarray:

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from meta_train.curves import CAP, DIVERGED, Curve, loss_ratio, run, speed_up
+from meta_train.curves import CAP, DIVERGED, Curve, horizon_speed_up, loss_ratio, run, speed_up
 from meta_train.optimizers import UnknownName, digest, optimizer_named
 from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
 from meta_train.symmetries import symmetry_of
 
-HORIZONS = (1.0, 0.8, 0.67, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
+HORIZONS = (0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5, 0.67, 0.8, 1.0, 1.25, 1.6, 2.0)  # times a task's own steps
 _LABEL = re.compile("([^=:@]+)=")  # but for nfn:RULE@lr=0.3
 SHARED = "@all"  # after an optimizer's name: one learning rate for all tasks
 REFERENCE = "adam"  # the optimizer that the speed-up is measured against
@@ -221,7 +221,7 @@ def tuned_rate(plan: Plan, runs: Runs, task: str, label: str) -> float | None:
 
 
 def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
-    """The next run that each horizon speed-up waits for: fractions from the smallest up."""
+    """The next run that each horizon speed-up waits for."""
     searches = [
         _search_horizon(plan, runs, task, *pair, seed)
         for task in plan.tasks
@@ -233,23 +233,22 @@ def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
 
 def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
     """The horizon speed-up, or the run that has to be done to know it: bisection, as longer runs get further."""
-    target = final_curve(plan, runs, task, opponent, seed).final_train
+    target = final_curve(plan, runs, task, opponent, seed)
     lr = tuned_rate(plan, runs, task, label)
-
-    def reaches(curve: Curve) -> bool:
-        return not curve.diverged and curve.final_train <= target
-
-    if not reaches(final_curve(plan, runs, task, label, seed)):
-        return 0.0
-    fractions = sorted(HORIZONS)
-    low, high = 0, len(fractions) - 1  # the first fraction that reaches the target is among them
-    while low < high:
-        middle = (low + high) // 2
-        needed = job(plan, task, label, lr, seed, max(1, round(fractions[middle] * plan.tasks[task].steps)))
-        if needed.key not in runs:
-            return needed
-        low, high = (low, middle) if reaches(runs[needed.key]) else (middle + 1, high)
-    return 1 / fractions[low]
+    losses: dict[float, float] = {}
+    low, high, k = -1, len(HORIZONS), HORIZONS.index(1.0)  # low does not reach the target, high does
+    while high - low > 1:
+        if HORIZONS[k] == 1:
+            curve = final_curve(plan, runs, task, label, seed)
+        else:
+            needed = job(plan, task, label, lr, seed, max(1, round(HORIZONS[k] * plan.tasks[task].steps)))
+            if needed.key not in runs:
+                return needed
+            curve = runs[needed.key]
+        losses[HORIZONS[k]] = math.inf if curve.diverged else curve.final_train
+        low, high = (low, k) if losses[HORIZONS[k]] <= target.final_train else (k, high)
+        k = (low + high + 1) // 2
+    return horizon_speed_up(losses, target.final_train)
 
 
 def final_curve(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> Curve:

@@ -112,9 +112,9 @@ def _legend(plan: Plan) -> str:
     ]
     if plan.horizon:
         lines.append(
-            "Horizon speed-up: 1/r for the smallest fraction r of the steps with which the "
-            "optimizer, told that shorter horizon, reaches the other's final train loss; "
-            "0 if not even r = 1 does."
+            "Horizon speed-up: 1/r for the multiple r of the steps with which the optimizer, told that horizon, "
+            "ends at the other's final train loss, interpolated between the horizons that were run; below 1 where "
+            "it needs longer than the other, 0 if twice as long is not enough."
         )
     return "\n".join(lines)
 

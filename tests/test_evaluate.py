@@ -509,23 +509,33 @@ def test_more_seeds_run_only_what_is_new_and_another_task_of_that_name_everythin
     assert {job.seed for job in done} == {0, 1, 2}
 
 
-def test_horizon_speed_up(tmp_path):
-    grids = {"sgdm": (1e-1,), "adam": (1e-3,)}
+def test_horizon_speed_up_is_interpolated_between_runs():
+    power = {r: r**-0.5 for r in (0.25, 0.5, 1.0, 2.0)}  # a power law: the interpolation is exact
+    for r in (0.25, 0.3, 0.5, 0.9, 1.0, 1.3, 2.0):
+        assert cv.horizon_speed_up(power, r**-0.5) == pytest.approx(1 / r)
+    assert cv.horizon_speed_up(power, 0.7) == 0  # twice the steps are not enough
+    assert cv.horizon_speed_up(power, 10.0) == 4  # the shortest run already reaches it
+    assert cv.horizon_speed_up({0.5: math.inf, 1.0: 1.0}, 1.5) == 1  # nothing to interpolate with
+
+
+@pytest.mark.parametrize("rate", [1e-1, 1e-4])
+def test_horizon_speed_up(tmp_path, rate):
+    grids = {"sgdm": (rate,), "adam": (1e-3,)}
     found = measure(tmp_path, ["sgdm"], seeds=1, horizon=["adam"], grids=grids)
     value = next(o.horizon_speed_ups["adam"] for o in found if o.optimizer == "sgdm")
     target = next(o.curve.final_train for o in found if o.optimizer == "adam")
-    reaches = [
-        r
-        for r in ev.HORIZONS
-        if cv.run(Quadratic(), lambda m, steps: op.sgdm(m, 0.1, steps), 0, round(40 * r)).final_train <= target
-    ]
-    assert value == pytest.approx(1 / min(reaches))
-    assert value > 1
+
+    def loss(r):
+        return cv.run(Quadratic(), lambda m, steps: op.sgdm(m, rate, steps), 0, round(40 * r)).final_train
+
+    assert value == pytest.approx(cv.horizon_speed_up({r: loss(r) for r in ev.HORIZONS}, target))
+    assert value > 1 if rate == 1e-1 else value < 1
     assert "horizon speed-up over adam" in rp.report(tmp_path)
     rows = [line.split() for line in rp.report(tmp_path).splitlines()]
     assert ["|", "sgdm", "|", f"{value:.2f}", "|"] in [row[:5] for row in rows]
     pair = measure(tmp_path, ["sgdm"], seeds=1, horizon=["sgdm/adam"], grids=grids)
-    assert [o.horizon_speed_ups for o in pair] == [o.horizon_speed_ups for o in found]
+    read = [o.horizon_speed_ups for o in pair]  # from runs.jsonl: six digits
+    assert read == [pytest.approx(o.horizon_speed_ups, rel=1e-3) for o in found]
 
 
 def test_workers_give_what_one_process_gives(tmp_path):

@@ -3,10 +3,9 @@
     python docs/experiments/transfer.py [--rule paced] [--out docs/transfer] [--seeds 2] [--workers 2]
 
 Residual MLPs with LayerNorm on photographs, as in TRAIN, where they have widths up to 48 and up to 3 blocks and runs of
-at most 700 steps. Per cell the horizon speed-up over the study's nominal term (`polar`): 1/r for the fraction r of the
-steps at which the rule, told that shorter horizon, has the nominal term's final train loss, interpolated between the
-fractions that were run (and below 1, where the nominal term is faster, by its own shorter runs). Writes a
-table and a picture.
+at most 700 steps. Per cell the horizon speed-up over the study's nominal term (`polar`): 1/r for the multiple r of the
+steps at which the rule, told that horizon, has the nominal term's final train loss, interpolated between the multiples
+that are run. Writes a table and a picture.
 """
 
 import argparse
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 
 from learned_opt import NFNOpt
-from meta_train.curves import run
+from meta_train.curves import horizon_speed_up, run
 from meta_train.symmetries import symmetry_of
 from tasks.data import Noisy, photos
 from tasks.residual import mlp_classifier
 
 WIDTHS, DEPTHS, STEPS = (48, 160, 480), (3, 9), (600, 3000)
-FRACTIONS = (1.0, 0.8, 0.64, 0.5)
+MULTIPLES = (0.5, 0.67, 0.8, 1.0, 1.25)  # of the steps
 NOMINAL = "polar"
 
 
@@ -51,32 +50,14 @@ def cells() -> list[tuple[int, int, int]]:
 
 def final_loss(job: tuple[str, int, int, int, int, float]) -> float:
     """Final train loss of one run."""
-    rule, width, depth, steps, seed, fraction = job
+    rule, width, depth, steps, seed, multiple = job
     torch.set_num_threads(1)
     task = make_task(width, depth, steps)
 
     def make(model, *, steps):
         return NFNOpt(model.named_parameters(), symmetry=symmetry_of(task), total_steps=steps, rule=rule), None
 
-    return run(task, make, seed, round(fraction * steps)).final_train
-
-
-def speed_up(rule: dict[float, float], nominal: dict[float, float]) -> float:
-    """From log losses at fractions of the horizon."""
-    target = nominal[1.0]
-    if rule[1.0] <= target:
-        return _crossing(rule, target)
-    return 1 / _crossing(nominal, rule[1.0])
-
-
-def _crossing(losses: dict[float, float], target: float) -> float:
-    """1 / the smallest fraction with a loss of at most ``target``, which the largest fraction has."""
-    fractions = sorted(losses, reverse=True)
-    for high, low in zip(fractions, fractions[1:], strict=False):
-        if losses[low] > target:
-            part = (losses[low] - target) / (losses[low] - losses[high])
-            return math.exp(-(math.log(low) + part * (math.log(high) - math.log(low))))
-    return 1 / fractions[-1]
+    return run(task, make, seed, round(multiple * steps)).final_train
 
 
 def main() -> None:
@@ -92,11 +73,11 @@ def main() -> None:
     lines = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
     done = {tuple(r["job"]): r["loss"] for r in lines}
     jobs = [
-        (rule, *cell, seed, fraction)
+        (rule, *cell, seed, multiple)
         for cell in cells()
         for seed in range(args.seeds)
-        for fraction in FRACTIONS
-        for rule in (args.rule, NOMINAL)
+        for rule, multiples in ((args.rule, MULTIPLES), (NOMINAL, (1.0,)))
+        for multiple in multiples
     ]
     missing = sorted((j for j in jobs if j not in done), key=lambda j: j[1] * j[2] * j[3])
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool, store.open("a") as file:
@@ -105,10 +86,10 @@ def main() -> None:
             file.write(json.dumps({"job": job, "loss": loss}) + "\n")
             file.flush()
             print(*job, f"{loss:.4g}", flush=True)
-    logs = {job: math.log(loss) if math.isfinite(loss) else math.inf for job, loss in done.items()}
+    losses = {job: loss if math.isfinite(loss) else math.inf for job, loss in done.items()}
     found = {
         cell: [
-            speed_up(*({f: logs[rule, *cell, s, f] for f in FRACTIONS} for rule in (args.rule, NOMINAL)))
+            horizon_speed_up({m: losses[args.rule, *cell, s, m] for m in MULTIPLES}, losses[NOMINAL, *cell, s, 1.0])
             for s in range(args.seeds)
         ]
         for cell in cells()
