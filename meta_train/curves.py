@@ -160,21 +160,27 @@ def _bad(loss: float, ceiling: float) -> bool:
 def speed_up(adam_long: Curve, curve: Curve) -> tuple[float, bool]:
     """``(steps Adam needs to reach curve's final train loss / curve's steps, never reached)``.
 
-    Adam's curve is smoothed (median of three points), made a running minimum and interpolated
-    between the evaluation points; where it never arrives the value is ``CAP``; divergence is 0.
+    Where Adam never arrives the value is ``CAP``; divergence is 0.
     """
     if curve.diverged:
         return 0.0, False
-    best = np.minimum.accumulate(_median_of_three(np.array(adam_long.train)))
-    target = curve.final_train
+    step = first_reaching(adam_long, curve.final_train)
+    return (float(CAP), True) if step is None else (min(float(CAP), step / curve.at[-1]), False)
+
+
+def first_reaching(curve: Curve, target: float) -> float | None:
+    """The step at which a curve arrives at a train loss, None if it never does.
+
+    The curve is smoothed (median of three points), made a running minimum and interpolated between the points.
+    """
+    best = np.minimum.accumulate(_median_of_three(np.array(curve.train)))
     if not best[-1] <= target:
-        return float(CAP), True
+        return None
     k = int(np.argmax(best <= target))
-    step = float(adam_long.at[k])
-    if k > 0:
-        done = (best[k - 1] - target) / (best[k - 1] - best[k])
-        step = adam_long.at[k - 1] + done * (adam_long.at[k] - adam_long.at[k - 1])
-    return min(float(CAP), step / curve.at[-1]), False
+    if k == 0:
+        return float(curve.at[0])
+    done = (best[k - 1] - target) / (best[k - 1] - best[k])
+    return curve.at[k - 1] + done * (curve.at[k] - curve.at[k - 1])
 
 
 def horizon_speed_up(losses: Mapping[float, float], target: float) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from meta_train.curves import CAP, DIVERGED, Curve, horizon_speed_up, loss_ratio, run, speed_up
+from meta_train.curves import CAP, DIVERGED, Curve, first_reaching, horizon_speed_up, loss_ratio, run, speed_up
 from meta_train.optimizers import UnknownName, digest, optimizer_named
 from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
 from meta_train.symmetries import symmetry_of
@@ -234,6 +234,8 @@ def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
 def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
     """The horizon speed-up, or the run that has to be done to know it: bisection, as longer runs get further."""
     target = final_curve(plan, runs, task, opponent, seed)
+    if plan.optimizers[label].untold:
+        return _search_curve(plan, runs, task, label, seed, target.final_train)
     lr = tuned_rate(plan, runs, task, label)
     losses: dict[float, float] = {}
     low, high, k = -1, len(HORIZONS), HORIZONS.index(1.0)  # low does not reach the target, high does
@@ -249,6 +251,19 @@ def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str
         low, high = (low, k) if losses[HORIZONS[k]] <= target.final_train else (k, high)
         k = (low + high + 1) // 2
     return horizon_speed_up(losses, target.final_train)
+
+
+def _search_curve(plan: Plan, runs: Runs, task: str, label: str, seed: int, target: float) -> "float | Job":
+    """As :func:`_search_horizon`, for an optimizer that is not told a horizon: one run tells of all shorter ones."""
+    steps = plan.tasks[task].steps
+    for multiple in (1, round(HORIZONS[-1])):
+        needed = job(plan, task, label, None, seed, multiple * steps)
+        if needed.key not in runs:
+            return needed
+        at = first_reaching(runs[needed.key], target)
+        if at is not None:
+            return steps / max(at, HORIZONS[0] * steps)
+    return 0.0
 
 
 def final_curve(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> Curve:

@@ -29,6 +29,11 @@ class PlannedOptimizer:
     shared: bool = False
 
     @property
+    def untold(self) -> bool:
+        """Whether it does not know how long it will run: every beginning of a run is a shorter run."""
+        return "@untold" in self.name
+
+    @property
     def rates(self) -> tuple[float | None, ...]:
         return self.grid or (None,)
 

@@ -435,6 +435,20 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
 # ------------------------------------------------------------------------------- whole evaluations
 
 
+def test_horizon_speed_up_of_an_untold_optimizer_is_read_off_its_curve(tmp_path):
+    spec = "free=nfn:nominal@untold"
+    found = measure(tmp_path, [spec], tasks=["regression"], seeds=1, horizon=["free/adam"], grids={"adam": (1e-4,)})
+    (free,) = (o for o in found if o.optimizer == "free")
+    (adam,) = (o for o in found if o.optimizer == "adam")
+    task = Regression()
+    at = cv.first_reaching(free.curve, adam.curve.final_train)
+    expected = task.steps / max(at, 0.1 * task.steps)
+    assert free.horizon_speed_ups["adam"] == pytest.approx(expected, rel=1e-3)
+    assert expected > 1
+    runs = [r["job"]["steps"] for r in map(json.loads, (tmp_path / "runs.jsonl").open()) if "job" in r]
+    assert runs.count(task.steps) == 2  # Adam's tuning run and one of the rule
+
+
 def test_adam_is_its_own_reference(tmp_path):
     # So small a rate that nothing oscillates: the curve falls until the end.
     found = measure(tmp_path, [], tasks=["regression"], grids={"adam": (1e-3,)})
