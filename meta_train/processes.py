@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -47,7 +47,7 @@ class Processes:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """``make()`` of process 0; elsewhere a copy of it. An error there is raised everywhere."""
-        value: T | None = None
+        value: Any = None  # of type T, once it is made or told
         error: Exception | None = None
         if self.rank == 0:
             try:
@@ -62,7 +62,7 @@ class Processes:
                 raise SystemExit(1)  # process 0 says why
         if error is not None:
             raise error
-        return value  # type: ignore[return-value]
+        return value
 
     def deal(self, things: Sequence[K], cost: Mapping[K, float]) -> list[K]:
         """Those of ``things`` that are this process's: dearest first, each to whom has least to do so far."""

@@ -94,7 +94,7 @@ def burgers_residual(u: Callable[[Tensor], Tensor], points: Tensor, viscosity: f
     def u_and_u_x(at: Tensor) -> tuple[Tensor, ...]:
         return jvp(u, (at,), (along_x,))
 
-    (value, u_x), (_, u_xx) = jvp(u_and_u_x, (points,), (along_x,))  # type: ignore[misc]
+    (value, u_x), (_, u_xx) = jvp(u_and_u_x, (points,), (along_x,))[:2]
     u_t = jvp(u, (points,), (along_t,))[1]
     return u_t + value * u_x - viscosity * u_xx
 

@@ -14,7 +14,7 @@ from typing import Any
 from learned_opt.inference import axes as trees
 from learned_opt.inference.axes import Atom, Number, Tree, Unit, Variable, normal, together, units
 from learned_opt.inference.graph import Network, Propagation
-from learned_opt.symmetry import Axis, Label, Leaf, Prod, Role, Scale, Spec, Sum, Symmetry
+from learned_opt.symmetry import Axis, Kind, Label, Leaf, Prod, Role, Scale, Spec, Sum, Symmetry
 
 Generator = dict[Variable, int]
 
@@ -63,12 +63,12 @@ class _Assembly:
                 self.t.restrict(Unit(atom), "not used by the model on the example inputs")
 
     # -- scales
-    def _generators(self, atom: Atom, places: list[Variable]) -> list[tuple[str, Generator]]:
+    def _generators(self, atom: Atom, places: list[Variable]) -> list[tuple[Kind, Generator]]:
         if atom.scaleless:
             return []
         positive = _nullspace([dict(f) for f in self.t.positive.get(atom, [])], places)
         signs = _nullspace_mod2(self.t.sign.get(atom, []), places)
-        found: list[tuple[str, Generator]] = []
+        found: list[tuple[Kind, Generator]] = []
         spanned: list[frozenset[Variable]] = []
         for g in positive:
             odd = frozenset(v for v, c in g.items() if c % 2)
@@ -90,7 +90,7 @@ class _Assembly:
             if found and inner:
                 self.scales[base] = [g for g in found if not self._implied(g, inner)]
 
-    def _implied(self, scale: tuple[str, Generator], inner: Sequence[tuple[str, Generator]]) -> bool:
+    def _implied(self, scale: tuple[Kind, Generator], inner: Sequence[tuple[Kind, Generator]]) -> bool:
         kind, g = scale
         usable = {"positive": ("positive", "real"), "real": ("real",), "sign": ("sign", "real")}[kind]
         others = [self._on_pieces(h) for k, h in inner if k in usable]
@@ -153,7 +153,7 @@ class _Assembly:
             for kind, g in found:
                 writer = max(g, key=lambda v: g[v] > 0 and not self._reads(v))
                 name = _unique(_module(writer[0]), scales)
-                scales[name] = Scale(kind, atom.size, self.names.get(atom))  # type: ignore[arg-type]
+                scales[name] = Scale(kind, atom.size, self.names.get(atom))
                 for v, c in g.items():
                     leaf_scales.setdefault(v, []).append((name, c))
         labels = {

@@ -39,7 +39,8 @@ def make_predictor(space: Space, outputs: int, kind: str | None, options: Mappin
         signed = not any(s.kind != "positive" for s in space.scales.values())
         pool = GeneralPool(space, widths[-1], signed=signed)
         return nn.Sequential(*layers, pool, head(pool.out_features, options.get("head_width", 200), outputs))
-    return InvariantNFN(space, outputs, kind or ("monomial" if space.scale else "hnp"), **options)  # type: ignore[arg-type]
+    name: Any = kind or ("monomial" if space.scale else "hnp")  # InvariantNFN refuses one that is no Kind
+    return InvariantNFN(space, outputs, name, **options)
 
 
 class _TransformerEditor(nn.Module):
@@ -82,7 +83,8 @@ def make_editor(space: Space, kind: str | None, options: Mapping[str, Any]) -> n
         return _TransformerEditor(space, **options)
     if isinstance(space, Symmetry):
         return _GeneralEditor(space, **options)
-    return EquivariantNFN(space, kind or ("exact" if space.scale else "hnp"), **options)  # type: ignore[arg-type]
+    name: Any = kind or ("exact" if space.scale else "hnp")  # EquivariantNFN refuses one that is no EditKind
+    return EquivariantNFN(space, name, **options)
 
 
 def network_outputs(model: nn.Module, inputs: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:

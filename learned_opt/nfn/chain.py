@@ -130,8 +130,9 @@ class Chain:
         if vectors:
             raise SymmetryError(f"{', '.join(vectors)}: belongs to no weight of a chain (a norm?). {_REFUSED}")
         hidden = scales[:-1]
-        common = [k for k in ("positive", "sign") if hidden and all(k in kinds for kinds in hidden)]
-        return cls(tuple(layers), common[0] if common else None)  # type: ignore[arg-type]
+        candidates: tuple[ScaleKind, ...] = ("positive", "sign")
+        common = [k for k in candidates if hidden and all(k in kinds for kinds in hidden)]
+        return cls(tuple(layers), common[0] if common else None)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], scale: ScaleKind | None = None) -> "Chain":

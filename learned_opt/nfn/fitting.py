@@ -117,8 +117,10 @@ class _Fitted:
 
     @torch.no_grad()
     def _chunks(self, function: Callable[[Data], Data], data: Data, count: int) -> Data:
-        rows = (slice(i, i + self.chunk) for i in range(0, count, self.chunk))
-        return join_data([function(map_data(lambda x, r=r: x[r], data)) for r in rows])  # type: ignore[misc]
+        def part(start: int) -> Data:
+            return map_data(lambda x: x[start : start + self.chunk], data)
+
+        return join_data([function(part(i)) for i in range(0, count, self.chunk)])
 
     def _features(self, table: Weights) -> Features:
         device, dtype = self._place()
@@ -341,9 +343,9 @@ class WeightSpacePredictor(_Fitted):
 
     def _forward(self, data: Data) -> Tensor:
         if self._stage is None:
-            return self.module(data)  # type: ignore[no-any-return]
+            return self.module(data)
         assert isinstance(self.module, InvariantNFN)
-        return self.module.head(data)  # type: ignore[no-any-return]
+        return self.module.head(data)
 
     def _loss(self, data: Data, targets: Tensor) -> Tensor:
         return self.loss.function(self._forward(data), targets)
@@ -356,7 +358,7 @@ class WeightSpacePredictor(_Fitted):
         table = self._table(states)
         self.module.eval()
         count = len(next(iter(table.values())))
-        return self._chunks(self._forward, self._prepared(table), count).cpu()  # type: ignore[no-any-return]
+        return self._chunks(self._forward, self._prepared(table), count).cpu()
 
     def predict(self, states: States) -> Tensor:
         """``[networks]`` (or ``[networks, outputs]``): numbers (in [0, 1] for bce), or classes."""

@@ -138,8 +138,9 @@ def _encoders(
         layers += [MonomialSignLinear(chain, front, 1), Magnitude()]
         width = 1
     if fourier is not None:
-        layers.append(FourierFeatures(width, scale=fourier))
-        width = layers[-1].out_channels  # type: ignore[assignment]
+        waves = FourierFeatures(width, scale=fourier)
+        layers.append(waves)
+        width = waves.out_channels
     if io_bands:
         layers.append(IOSinusoidal(chain, bands=io_bands))
         width += 2 * io_bands + 1

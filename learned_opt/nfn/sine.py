@@ -242,7 +242,7 @@ class SineNFN(nn.Module):
         heard = [found.outputs.flatten(1)]
         if self.body is not None and self.features is not None:
             heard.append(self.body(self.features(features, found)))
-        return self.head(torch.cat(heard, 1))  # type: ignore[no-any-return]
+        return self.head(torch.cat(heard, 1))
 
 
 class SineEditor(nn.Module):

@@ -26,7 +26,7 @@ from tasks.zoo.zoo import Zoo
 Flat = tyro.conf.arg(name="")  # the fields are options themselves
 SCALES = (1, 10, 100, 1000, 10000)
 # name -> activation, highest scale of the copies (None: no copies; for tanh a copy has random signs)
-DATASETS: dict[str, tuple[str, float | None]] = {
+DATASETS: dict[str, tuple[zoos.Activation, float | None]] = {
     "relu": ("relu", None),
     **{f"relu-{high}": ("relu", float(high)) for high in SCALES},
     "tanh": ("tanh", None),
@@ -83,11 +83,11 @@ DEFAULTS = Settings()
 
 
 # ------------------------------------------------------------------------------------------ data
-def whole_zoo(folder: Path, activation: str, count: int, data: Path | None = None) -> Zoo:
+def whole_zoo(folder: Path, activation: zoos.Activation, count: int, data: Path | None = None) -> Zoo:
     """All checkpoints of a zoo of CNNs, whose generation is begun or gone on with where it is not finished."""
     chunks = sorted((folder / "chunks").glob("*.safetensors"))
     if not chunks or int(chunks[-1].stem.rpartition("-")[2]) < count:  # named by their networks, first-last
-        settings = zoos.Settings(activation=activation, precision="bfloat16")  # type: ignore[arg-type]
+        settings = zoos.Settings(activation=activation, precision="bfloat16")
         zoos.make(settings, folder, count, data)
         chunks = sorted((folder / "chunks").glob("*.safetensors"))
     return Zoo.join([Zoo.load(path) for path in chunks])

@@ -19,11 +19,9 @@ from torch.nn import functional
 
 from learned_opt.nfn import (
     Chain,
-    EquivariantNFN,
     Features,
     Fit,
     HNPLinear,
-    InvariantNFN,
     MAGEPLinear,
     MonomialLinear,
     NPLinear,
@@ -34,6 +32,7 @@ from learned_opt.nfn import (
     WeightSpacePredictor,
     pointwise,
 )
+from learned_opt.nfn.builders import make_editor, make_predictor
 from learned_opt.rules.checkpoint import write_atomically
 from meta_train.weights.runs import Grid, Job, Measures, Published, cells, draw, run_grid, write_results
 from tasks.zoo import inr as zoos
@@ -147,13 +146,13 @@ def classifier(chain: Chain, method: Method, seed: int, inputs: str) -> WeightSp
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if inputs == "canonical":
-            body = InvariantNFN(chain, 10, method.kind, **method.options)  # type: ignore[arg-type]
+            body = make_predictor(chain, 10, method.kind, method.options)
             module: nn.Module = nn.Sequential(SineCanonical(chain), body)
         elif method.kind == "sine":
             module = SineNFN(chain, 10, **method.front)
         else:
             options = {"in_channels": method.front["in_channels"], **method.options}
-            body = InvariantNFN(chain, 64, method.kind, **options)  # type: ignore[arg-type]
+            body = make_predictor(chain, 64, method.kind, options)
             module = SineNFN(chain, 10, body=body, width=64, **method.front)
     return WeightSpacePredictor(chain, module=module, outputs=10, loss="cross_entropy")
 
@@ -316,7 +315,7 @@ def editor(chain: Chain, method: Method, pixels: int, size: int, seed: int) -> W
             )
             module: nn.Module = SineEditor(chain, layers, **method.front)
         else:
-            module = EquivariantNFN(chain, method.kind, **method.options)  # type: ignore[arg-type]
+            module = make_editor(chain, method.kind, method.options)
     return WeightSpaceEditor(chain, module=module, loss=loss)
 
 

@@ -36,7 +36,7 @@ from tasks.zoo.zoo import Zoo, ZooError
 Flat = tyro.conf.arg(name="")  # the fields are options themselves
 Features = Mapping[str, Tensor]
 Table = dict[str, Tensor]  # {name: [networks, *shape]}
-TASKS = ("mnist", "ag_news")
+TASKS: tuple[zoos.Task, ...] = ("mnist", "ag_news")
 CUT_OFFS = (0, 20, 40, 60, 80)  # percent
 # name -> task, least accuracy
 DATASETS = {t if not c else f"{t}-{c}": (t, c / 100) for t in TASKS for c in CUT_OFFS}
@@ -230,15 +230,15 @@ def rows(method: Method, table: Table) -> Any:
 
 
 # ------------------------------------------------------------------------------------ data
-def whole_zoo(folder: Path, task: str, count: int, data: Path | None = None) -> Zoo:
+def whole_zoo(folder: Path, task: zoos.Task, count: int, data: Path | None = None) -> Zoo:
     """All checkpoints of a zoo of transformers, generated where it is not there yet."""
     if not (folder / "zoo.safetensors").is_file():
-        return zoos.make(zoos.Settings(task=task), folder, count, data)  # type: ignore[arg-type]
+        return zoos.make(zoos.Settings(task=task), folder, count, data)
     return Zoo.load(folder / "zoo.safetensors")
 
 
 @lru_cache(maxsize=2)
-def prepared(folder: Path, task: str, count: int) -> tuple[TransformerSpec, Zoo]:
+def prepared(folder: Path, task: zoos.Task, count: int) -> tuple[TransformerSpec, Zoo]:
     """The spec, and the zoo with two more entries of every network: its statistics and its invariants."""
     zoo = whole_zoo(folder, task, count)
     spec = zoo_spec(zoo.state_dict(0))

@@ -31,13 +31,14 @@ from tasks.zoo.zoo import Zoo, ZooError, generator_of, number, read_table, to_co
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh}
 FILTERS, CLASSES, LAYERS = 16, 10, 3
+Activation = Literal["relu", "tanh"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a CNN zoo depends on."""
 
-    activation: Literal["relu", "tanh"] = "relu"
+    activation: Activation = "relu"
     images: int = 5000  # to train on; all others are tested on
     steps: int = 600
     checkpoints: tuple[int, ...] = (60, 200, 600)  # the column "step"
@@ -276,7 +277,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
 
 def load_published(
     folder: str | Path,
-    activation: Literal["relu", "tanh"] | None = None,
+    activation: Activation | None = None,
     order: str | Path | None = None,
 ) -> Zoo:
     """A zoo in the published format, by the published protocol: see `published_protocol`.

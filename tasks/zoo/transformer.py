@@ -27,6 +27,7 @@ from tasks.zoo.training import Weights
 from tasks.zoo.zoo import Zoo, ZooError, generator_of, number, read_table, to_columns, write_atomically
 
 WIDTH, HEADS, HIDDEN, BLOCKS, PATCH = 32, 2, 64, 2, 4
+Task = Literal["mnist", "ag_news"]
 
 # the published grid (v2): the rest is common to all optimizers
 GRID: dict[str, dict[str, tuple[float, ...]]] = {
@@ -52,7 +53,7 @@ ACCURACY = {"mnist": "test_top1_accuracy", "digits": "test_top1_accuracy", "ag_n
 class Settings:
     """What a transformer zoo depends on."""
 
-    task: Literal["mnist", "ag_news"] = "mnist"  # mnist: scikit-learn's digits where the data folder has no MNIST
+    task: Task = "mnist"  # mnist: scikit-learn's digits where the data folder has no MNIST
     examples: int = 5000  # to train on
     size: int = 16  # side of an image: fewer tokens, so more steps for the same time; the published zoo has 28
     length: int = 16  # words of a text

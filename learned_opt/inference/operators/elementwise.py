@@ -71,7 +71,7 @@ def div(t: Engine, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
     if rounding_mode is not None:
         raise UnknownOperator(f"div({rounding_mode})")
     if not isinstance(b, Value):
-        return a  # type: ignore[no-any-return]
+        return a
     if not isinstance(a, Value):
         return t.unary(b, -1, "odd")
     return t.mul(a, b, inverse=True)

@@ -8,6 +8,7 @@ from learned_opt.inference.axes import ONE, Tree, normal, product, size_of
 from learned_opt.inference.engine import Engine, UnknownOperator, Value
 from learned_opt.inference.operators.registry import register_rule
 from learned_opt.inference.operators.shape import spatial
+from learned_opt.symmetry import Role
 
 
 @register_rule("batch_norm", "cudnn_batch_norm")
@@ -23,9 +24,10 @@ def batch_norm(
     for axis in (*x.axes[:1], *x.axes[2:]):
         t.unscaled(axis)
     c = normal(x.axes[1])
-    for v, role in ((w, "gain"), (b, "out"), (mean, "out"), (var, "out")):
+    roles: list[tuple[Value | None, Role]] = [(w, "gain"), (b, "out"), (mean, "out"), (var, "out")]
+    for v, role in roles:
         if v is not None:
-            t.role(v, {0: role})  # type: ignore[dict-item]
+            t.role(v, {0: role})
             t.unify(c, v.axes[0], "a batch norm")
     c = normal(c)
     t.note(Value((c,)))  # the statistics, without the other axes

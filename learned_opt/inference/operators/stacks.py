@@ -100,8 +100,9 @@ def _view(t: Engine, x: Stack, *args: Any) -> Any:
         at = len(new) - (len(old) - d)
     else:
         return None
-    pieces = tuple(t.view(p, [*new[:at], *new[at + 1 :]]) for p in x.pieces)
-    return Stack(at, pieces) if all(isinstance(p, Value) for p in pieces) else None  # type: ignore[arg-type]
+    views = [t.view(p, [*new[:at], *new[at + 1 :]]) for p in x.pieces]
+    pieces = tuple(v for v in views if isinstance(v, Value))
+    return Stack(at, pieces) if len(pieces) == len(views) else None
 
 
 _STACKED: dict[str, Callable[..., Any]] = {
