@@ -3,15 +3,16 @@
 from learned_opt.nfn.baselines import FlatWeights, GraphPool, StatNN, statistics
 from learned_opt.nfn.builders import network_outputs
 from learned_opt.nfn.chain import Chain, ChainLayer, Features
+from learned_opt.nfn.editor import WeightSpaceEditor
 from learned_opt.nfn.encodings import ChannelDropout, FourierFeatures, IOSinusoidal, LearnedScale
 from learned_opt.nfn.features import features_of, map_features, split_channels, stack, unstack
-from learned_opt.nfn.fitting import WeightSpaceEditor, WeightSpacePredictor
 from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, frame_of
 from learned_opt.nfn.magep import MAGEPInvariant, MAGEPLinear
 from learned_opt.nfn.models import EquivariantNFN, InvariantNFN, inr_classifier
 from learned_opt.nfn.monomial import GradientGate, MonomialLinear, MonomialSignLinear
 from learned_opt.nfn.permutation import HNPLinear, NPLinear
 from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, NPPool, Pointwise, pointwise
+from learned_opt.nfn.predictor import WeightSpacePredictor
 from learned_opt.nfn.scores import kendall_tau, r2
 from learned_opt.nfn.sine import SineCanonical, SineEditor, SineFeatures, SineMessages, SineNFN
 from learned_opt.nfn.training import Fit
