@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from learned_opt.axes import Axis, Leaf, Prod, Sum
 from learned_opt.capture import Call
-from learned_opt.symmetry import Axis, Leaf, Prod, Spec, Sum, Symmetry, SymmetryError, independent
+from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
 
 logger = logging.getLogger(__name__)
 

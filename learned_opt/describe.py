@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypedDict
 
-from learned_opt.symmetry import Axis, Leaf, Prod, Scale, Sum, Symmetry
+from learned_opt.axes import Axis, Leaf, Prod, Sum
+from learned_opt.symmetry import Scale, Symmetry
 
 LEGEND = (
     "name:4 is an axis of 4 units with that label; + its units' scale multiplies, - divides, ^2 its power; a plain\n"

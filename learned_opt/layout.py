@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.symmetry import Block, Leaf, Symmetry, _base_dim, _lay
+from learned_opt.axes import Leaf
+from learned_opt.symmetry import Block, Symmetry, _base_dim, _lay
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,8 @@
 A network does not change when its hidden units are permuted, or rescaled (ReLU) or sign-flipped (tanh, sin) on the
 side that writes them and inversely on the side that reads them. A :class:`Symmetry` says so, axis by axis:
 
-* a **leaf** is one index of a tensor: its size, its *permutation label* (leaves with one label are permuted by one
-  permutation; ``None`` is fixed) and its *scale labels* with exponents (+1 written, -1 read);
-* an **axis** is a leaf, a product of axes (row-major: ``heads x head_dim``, ``channel x height x width``) or a sum of
-  axes (concatenation: ``q | k | v``);
+* an axis (:mod:`learned_opt.axes`) is made of leaves, each with the *permutation label* of its units and their *scale
+  labels*;
 * a permutation label may be **over** others (a fibre): head_dim has one permutation for every head, and heads move
   as wholes.
 
@@ -20,14 +18,47 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from learned_opt.axes import (
+    Axis,
+    Leaf,
+    Prod,
+    Sum,
+    alternatives,
+    assembled,
+    axis_from_data,
+    axis_to_data,
+    choices,
+    pieces_of,
+    size_of,
+)
+
 if TYPE_CHECKING:
     from learned_opt.describe import Summary
+
+# whoever writes a symmetry by hand finds its axes here too (docs/symmetry.md)
+__all__ = [
+    "Axis",
+    "Block",
+    "Element",
+    "Kind",
+    "Label",
+    "Leaf",
+    "Prod",
+    "Role",
+    "Scale",
+    "Shape",
+    "Spec",
+    "Sum",
+    "Symmetry",
+    "SymmetryError",
+    "independent",
+    "randomised",
+]
 
 Role = Literal["out", "in", "kernel", "lookup", "gain"]
 Kind = Literal["positive", "sign", "real"]
@@ -36,82 +67,6 @@ Shape = tuple[int, ...]
 
 class SymmetryError(ValueError):
     """A symmetry that does not fit the tensors, or contradicts itself."""
-
-
-# ---------------------------------------------------------------------------------------------- axes
-@dataclass(frozen=True)
-class Leaf:
-    """One index: ``size`` positions, permuted by ``label`` (None: fixed), scaled by each of ``scale``."""
-
-    size: int
-    label: str | None = None
-    scale: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Prod:
-    """A row-major composite axis, such as ``heads x head_dim``."""
-
-    factors: tuple["Axis", ...]
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A concatenated axis, such as ``q | k | v``."""
-
-    parts: tuple["Axis", ...]
-
-
-Axis = Leaf | Prod | Sum
-
-
-def size_of(axis: Axis) -> int:
-    """Number of positions of an axis."""
-    if isinstance(axis, Leaf):
-        return axis.size
-    if isinstance(axis, Prod):
-        return math.prod(size_of(a) for a in axis.factors)
-    return sum(size_of(a) for a in axis.parts)
-
-
-def _alternatives(axis: Axis) -> list[tuple[Leaf, ...]]:
-    """An axis as a list of pieces, each a row-major product of leaves (Sum distributes over Prod)."""
-    if isinstance(axis, Leaf):
-        return [(axis,)]
-    if isinstance(axis, Sum):
-        return [piece for part in axis.parts for piece in _alternatives(part)]
-    return [sum(choice, ()) for choice in product(*(_alternatives(a) for a in axis.factors))]
-
-
-def _split(tensor: Tensor, dim: int, axis: Axis) -> list[Tensor]:
-    """Views of ``tensor``, one per alternative, with ``dim`` unfolded into the alternative's leaves."""
-    if isinstance(axis, Leaf):
-        return [tensor]
-    if isinstance(axis, Sum):
-        parts = tensor.split([size_of(a) for a in axis.parts], dim)
-        return [v for part, a in zip(parts, axis.parts, strict=True) for v in _split(part, dim, a)]
-    views = [tensor.unflatten(dim, [size_of(a) for a in axis.factors])]
-    for offset, factor in reversed(list(enumerate(axis.factors))):
-        views = [piece for v in views for piece in _split(v, dim + offset, factor)]
-    return _reorder(views, [len(_alternatives(a)) for a in reversed(axis.factors)])
-
-
-def _join(pieces: list[Tensor], dim: int, axis: Axis) -> Tensor:
-    """Inverse of :func:`_split`."""
-    if isinstance(axis, Leaf):
-        return pieces[0]
-    if isinstance(axis, Sum):
-        joined, start = [], 0
-        for a in axis.parts:
-            count = len(_alternatives(a))
-            joined.append(_join(pieces[start : start + count], dim, a))
-            start += count
-        return torch.cat(joined, dim)
-    counts = [len(_alternatives(a)) for a in axis.factors]
-    for offset, factor in enumerate(axis.factors):
-        rest = math.prod(counts[offset + 1 :])
-        pieces = [_join(pieces[k::rest], dim + offset, factor) for k in range(rest)]
-    return pieces[0].flatten(dim, dim + len(axis.factors) - 1)
 
 
 # --------------------------------------------------------------------------------------------- tensors
@@ -230,7 +185,7 @@ class Symmetry:
                         " itself, and what they are over must be listed too"
                     )
         for name, spec in self.specs.items():
-            for leaf in (leaf for axis in spec.axes for alt in _alternatives(axis) for leaf in alt):
+            for leaf in (leaf for axis in spec.axes for alt in alternatives(axis) for leaf in alt):
                 if leaf.label is not None:
                     group = self.labels.get(leaf.label)
                     if group is None or group.size != leaf.size:
@@ -253,7 +208,7 @@ class Symmetry:
         return {name: tuple(self._blocks(name, spec)) for name, spec in self.specs.items()}
 
     def _blocks(self, name: str, spec: Spec) -> Iterable[Block]:
-        for choice in product(*(_alternatives(a) for a in spec.axes)):
+        for choice in choices(spec.axes):
             leaves = [leaf for piece in choice for leaf in piece]
             roles = [r for r, piece in zip(spec.roles, choice, strict=True) for _ in piece]
             yield self._block(name, leaves, roles)
@@ -279,21 +234,11 @@ class Symmetry:
 
     def pieces(self, name: str, tensor: Tensor) -> list[Tensor]:
         """Views of a tensor, one per block, with one dimension per leaf."""
-        views = [tensor]
-        for dim, axis in reversed(list(enumerate(self.specs[name].axes))):
-            views = [piece for v in views for piece in _split(v, dim, axis)]
-        # splitting from the last axis leaves the last axis varying slowest: bring into product order
-        counts = [len(_alternatives(a)) for a in self.specs[name].axes]
-        return _reorder(views, counts[::-1])
+        return pieces_of(tensor, self.specs[name].axes)
 
     def assemble(self, name: str, pieces: list[Tensor]) -> Tensor:
         """Inverse of :meth:`pieces`."""
-        axes = self.specs[name].axes
-        counts = [len(_alternatives(a)) for a in axes]
-        for dim, axis in enumerate(axes):
-            rest = math.prod(counts[dim + 1 :])
-            pieces = [_join(pieces[k::rest], dim, axis) for k in range(rest)]
-        return pieces[0]
+        return assembled(pieces, self.specs[name].axes)
 
     def split(self, name: str, tensor: Tensor) -> list[Tensor]:
         """A tensor as its blocks' matrices, each ``[B, R, C]``."""
@@ -379,9 +324,8 @@ class Symmetry:
                 moved[name] = tensor
                 continue
             pieces = self.pieces(name, tensor)
-            alternatives = product(*(_alternatives(a) for a in self.specs[name].axes))
             out = []
-            for piece, choice in zip(pieces, alternatives, strict=True):
+            for piece, choice in zip(pieces, choices(self.specs[name].axes), strict=True):
                 leaves = tuple(leaf for part in choice for leaf in part)
                 piece = self._permute(g, piece, [leaf.label for leaf in leaves])
                 out.append(self._scale(g, piece, leaves, dual))
@@ -471,7 +415,7 @@ class Symmetry:
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, strings, numbers) for checkpoints and JSON."""
         return {
-            "specs": {n: [[_axis_to_data(a) for a in s.axes], list(s.roles)] for n, s in self.specs.items()},
+            "specs": {n: [[axis_to_data(a) for a in s.axes], list(s.roles)] for n, s in self.specs.items()},
             "labels": {n: [g.size, list(g.over), g.fixed] for n, g in self.labels.items()},
             "scales": {n: [s.kind, s.size, s.label] for n, s in self.scales.items()},
             "notes": list(self.notes),
@@ -482,7 +426,7 @@ class Symmetry:
         """Inverse of :meth:`to_dict`."""
         return cls(
             {
-                n: Spec(tuple(_axis_from_data(a) for a in axes), tuple(roles))
+                n: Spec(tuple(axis_from_data(a) for a in axes), tuple(roles))
                 for n, (axes, roles) in data["specs"].items()
             },
             {n: Label(size, tuple(over), *fixed) for n, (size, over, *fixed) in data["labels"].items()},
@@ -519,13 +463,6 @@ class Symmetry:
 
 
 # --------------------------------------------------------------------------------------------- helpers
-def _reorder(views: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """A list in product order of reversed axes -> product order of the axes."""
-    index = torch.arange(len(views)).reshape(counts or [1])
-    order = index.permute(*reversed(range(index.ndim))).flatten().tolist()
-    return [views[i] for i in order]
-
-
 def _base_dim(labels: list[str | None], base: str, dim: int) -> int:
     """Where a fibre's base label stands in a block: the nearest before it, else the first."""
     at = [i for i, name in enumerate(labels) if name == base]
@@ -552,22 +489,6 @@ def randomised(x: Tensor, generator: torch.Generator) -> Tensor:
     if x.numel() and bool((x > 0).all()):  # gains and variances stay positive
         return x * torch.exp(0.3 * noise)
     return x + (0.5 * x.square().mean().sqrt() + 0.1) * noise if x.numel() else x
-
-
-def _axis_to_data(axis: Axis) -> Any:
-    if isinstance(axis, Leaf):
-        return [axis.size, axis.label, [list(s) for s in axis.scale]]
-    key, parts = ("prod", axis.factors) if isinstance(axis, Prod) else ("sum", axis.parts)
-    return {key: [_axis_to_data(a) for a in parts]}
-
-
-def _axis_from_data(data: Any) -> Axis:
-    if isinstance(data, Mapping):
-        ((key, parts),) = data.items()
-        axes = tuple(_axis_from_data(a) for a in parts)
-        return Prod(axes) if key == "prod" else Sum(axes)
-    size, label, scale = data
-    return Leaf(size, label, tuple((name, exponent) for name, exponent in scale))
 
 
 def independent(tensors: Mapping[str, Tensor]) -> Symmetry:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch import nn
 
-from learned_opt.symmetry import Axis, Kind, Label, Leaf, Prod, Role, Scale, Spec, Sum, Symmetry, size_of
+from learned_opt.axes import Axis, Leaf, Prod, Sum, size_of
+from learned_opt.symmetry import Kind, Label, Role, Scale, Spec, Symmetry
 
 _LEAF = re.compile(r"([\w.]+)(?::(\d+))?((?:[\^/][\w.]+)*)")
 

@@ -19,8 +19,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as torch_modules
 
 from learned_opt import NFNOpt
+from learned_opt.axes import Leaf
 from learned_opt.capture import HOOKED, Watch, modules_behind
-from learned_opt.symmetry import Leaf, Spec, Symmetry, SymmetryError
+from learned_opt.symmetry import Spec, Symmetry, SymmetryError
 from tests.inferred import infer
 
 

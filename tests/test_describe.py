@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import learned_opt.inference
 from learned_opt import Symmetry, SymmetryError, independent, infer_symmetry
 from learned_opt.__main__ import main, model_of
+from learned_opt.axes import Leaf, Prod, Sum
 from learned_opt.describe import one_line
 from learned_opt.picture import draw, lines_of
-from learned_opt.symmetry import Label, Leaf, Prod, Scale, Spec, Sum
+from learned_opt.symmetry import Label, Scale, Spec
 from tasks.transformer import Transformer
 from tests.inferred import infer
 

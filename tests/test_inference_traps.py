@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from learned_opt import Symmetry, infer_symmetry
 from learned_opt.inference import register_rule
-from learned_opt.inference.axes import product
 from learned_opt.inference.engine import Engine, Value
 from learned_opt.inference.graph import Network, export
 from learned_opt.inference.operators import RULES
+from learned_opt.inference.trees import product
 from learned_opt.inference.verify import Check
 from learned_opt.symmetry import Kind
 

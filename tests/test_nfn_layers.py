@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from learned_opt import SymmetryError
+from learned_opt.axes import Leaf
 from learned_opt.nfn import (
     Chain,
     ChannelDropout,
@@ -33,7 +34,7 @@ from learned_opt.nfn import (
     stack,
     unstack,
 )
-from learned_opt.symmetry import Label, Leaf, Spec, Symmetry
+from learned_opt.symmetry import Label, Spec, Symmetry
 from tests.inferred import infer
 from tests.nfn_chains import NETWORKS, act, chain_of, error, mlp, network, random_features, zoo_cnn
 

@@ -554,7 +554,8 @@ def test_sparse_gradients_are_refused_by_name():
 # ------------------------------------------------------------------------------- names and symmetry
 def chain_symmetry(model):
     """Its hidden units are one label: what independent axes do not say."""
-    from learned_opt.symmetry import Label, Leaf, Spec, Symmetry
+    from learned_opt.axes import Leaf
+    from learned_opt.symmetry import Label, Spec, Symmetry
 
     def leaf(label=None, size=6):
         return Leaf(size, label)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from learned_opt.inference.axes import (
+from learned_opt.inference.trees import (
     NONE,
     ONE,
     Atom,

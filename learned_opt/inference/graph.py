@@ -18,10 +18,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from learned_opt.inference.axes import Atom, Exponent, Tree, Unit, each, normal
 from learned_opt.inference.engine import Engine, Profile, Stack, UnknownOperator, Value
 from learned_opt.inference.operators import RULES
 from learned_opt.inference.operators.stacks import on_stack
+from learned_opt.inference.trees import Atom, Exponent, Tree, Unit, each, normal
 from learned_opt.symmetry import SymmetryError
 
 logger = logging.getLogger(__name__)

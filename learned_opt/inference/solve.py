@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from learned_opt.inference import axes as trees
-from learned_opt.inference.axes import Atom, Number, Tree, Unit, Variable, normal, together, units
+from learned_opt.axes import Axis, Leaf, Prod, Sum
+from learned_opt.inference import trees
 from learned_opt.inference.graph import Network, Propagation
-from learned_opt.symmetry import Axis, Kind, Label, Leaf, Prod, Role, Scale, Spec, Sum, Symmetry
+from learned_opt.inference.trees import Atom, Number, Tree, Unit, Variable, normal, together, units
+from learned_opt.symmetry import Kind, Label, Role, Scale, Spec, Symmetry
 
 Generator = dict[Variable, int]
 

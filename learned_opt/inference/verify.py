@@ -16,8 +16,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
+from learned_opt.axes import Axis, Prod, Sum
 from learned_opt.inference.graph import Network, operator_name
-from learned_opt.symmetry import Axis, Element, Prod, Spec, Sum, Symmetry, randomised
+from learned_opt.symmetry import Element, Spec, Symmetry, randomised
 
 TOLERANCE = 1e-9
 _DROPOUTS = ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")

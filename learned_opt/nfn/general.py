@@ -11,16 +11,16 @@ Features are a dict ``{name: [batch, channels, *shape]}`` with the names of the 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from learned_opt.axes import Leaf, alternatives, assembled, choices, pieces_of
 from learned_opt.frame import potentials, scales
 from learned_opt.layout import layout_of
 from learned_opt.nfn.partitions import Dim, Dims, PartitionLinear, Scaling
-from learned_opt.symmetry import Leaf, Symmetry, SymmetryError, _alternatives, _base_dim, _join, _reorder, _split
+from learned_opt.symmetry import Symmetry, SymmetryError, _base_dim
 
 Features = dict[str, Tensor]
 Respect = Literal["none", "sign", "exact"]
@@ -43,8 +43,8 @@ def block_dims(symmetry: Symmetry, scale: Respect = "none") -> tuple[dict[str, l
             kinds[name] = "sign"
     blocks = {}
     for name, spec in symmetry.specs.items():
-        choices = product(*(_alternatives(a) for a in spec.axes))
-        blocks[name] = [_dims(symmetry, [leaf for part in choice for leaf in part], kinds) for choice in choices]
+        found = ([leaf for part in choice for leaf in part] for choice in choices(spec.axes))
+        blocks[name] = [_dims(symmetry, leaves, kinds) for leaves in found]
     return blocks, kinds
 
 
@@ -71,10 +71,7 @@ def split_blocks(symmetry: Symmetry, features: Mapping[str, Tensor]) -> list[Ten
     _check(symmetry, features)
     blocks = []
     for name, spec in symmetry.specs.items():
-        views = [features[name]]
-        for dim, axis in reversed(list(enumerate(spec.axes))):
-            views = [piece for v in views for piece in _split(v, dim + LEAD, axis)]
-        blocks += _reorder(views, [len(_alternatives(a)) for a in spec.axes][::-1])
+        blocks += pieces_of(features[name], spec.axes, LEAD)
     return blocks
 
 
@@ -82,13 +79,9 @@ def merge_blocks(symmetry: Symmetry, blocks: list[Tensor]) -> Features:
     """Inverse of :func:`split_blocks`."""
     features, start = {}, 0
     for name, spec in symmetry.specs.items():
-        counts = [len(_alternatives(a)) for a in spec.axes]
-        pieces = blocks[start : start + math.prod(counts)]
-        start += len(pieces)
-        for dim, axis in enumerate(spec.axes):
-            rest = math.prod(counts[dim + 1 :])
-            pieces = [_join(pieces[k::rest], dim + LEAD, axis) for k in range(rest)]
-        features[name] = pieces[0]
+        count = math.prod(len(alternatives(a)) for a in spec.axes)
+        features[name] = assembled(blocks[start : start + count], spec.axes, LEAD)
+        start += count
     return features
 
 

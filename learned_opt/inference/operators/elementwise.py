@@ -5,9 +5,9 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from learned_opt.inference.axes import ONE, normal, size_of
 from learned_opt.inference.engine import Engine, Parity, UnknownOperator, Value
 from learned_opt.inference.operators.registry import RULES, register_rule
+from learned_opt.inference.trees import ONE, normal, size_of
 
 # (degree, parity): f(d x) = d^degree f(x) for d > 0, None if for d = 1 only; f(-x) = -f(x), f(x) or neither
 _NEITHER = """gelu silu sigmoid exp exp2 log log2 log10 log1p expm1 elu selu celu softplus mish hardswish hardsigmoid

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from learned_opt.inference.axes import ONE, Concatenation, Tree, normal, size_of
 from learned_opt.inference.engine import Engine, Stack, UnknownOperator, Value
 from learned_opt.inference.operators.registry import register_rule
+from learned_opt.inference.trees import ONE, Concatenation, Tree, normal, size_of
 
 
 @register_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
@@ -88,7 +88,7 @@ def repeat_interleave(t: Engine, x: Value, repeats: Any, dim: int | None = None,
     """Every position ``repeats`` times: a new inner factor (grouped-query attention)."""
     if not isinstance(repeats, int) or dim is None:
         raise UnknownOperator("repeat_interleave with a tensor")
-    from learned_opt.inference.axes import product
+    from learned_opt.inference.trees import product
 
     dim %= len(x.axes)
     axis = product([normal(x.axes[dim]), t.atom(repeats)])

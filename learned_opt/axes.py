@@ -1,0 +1,135 @@
+"""Axes as data: what the indices of one dimension of a weight are, and tensors cut along them into pieces.
+
+* a **leaf** is one index: its size, its *permutation label* (leaves with one label are permuted by one permutation;
+  ``None`` is fixed) and its *scale labels* with exponents (+1 written, -1 read);
+* an **axis** is a leaf, a product of axes (row-major: ``heads x head_dim``, ``channel x height x width``) or a sum of
+  axes (concatenation: ``q | k | v``).
+
+These are finished axes; while labels are being inferred, axes are the trees of :mod:`learned_opt.inference.trees`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One index: ``size`` positions, permuted by ``label`` (None: fixed), scaled by each of ``scale``."""
+
+    size: int
+    label: str | None = None
+    scale: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Prod:
+    """A row-major composite axis, such as ``heads x head_dim``."""
+
+    factors: tuple["Axis", ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A concatenated axis, such as ``q | k | v``."""
+
+    parts: tuple["Axis", ...]
+
+
+Axis = Leaf | Prod | Sum
+
+
+def size_of(axis: Axis) -> int:
+    """Number of positions of an axis."""
+    if isinstance(axis, Leaf):
+        return axis.size
+    if isinstance(axis, Prod):
+        return math.prod(size_of(a) for a in axis.factors)
+    return sum(size_of(a) for a in axis.parts)
+
+
+def alternatives(axis: Axis) -> list[tuple[Leaf, ...]]:
+    """An axis as a list of pieces, each a row-major product of leaves (Sum distributes over Prod)."""
+    if isinstance(axis, Leaf):
+        return [(axis,)]
+    if isinstance(axis, Sum):
+        return [piece for part in axis.parts for piece in alternatives(part)]
+    return [sum(choice, ()) for choice in choices(axis.factors)]
+
+
+def choices(axes: Sequence[Axis]) -> Iterator[tuple[tuple[Leaf, ...], ...]]:
+    """One alternative of every axis, in all combinations, the last axis varying fastest."""
+    return product(*(alternatives(a) for a in axes))
+
+
+# ------------------------------------------------------------------------------------ tensors as pieces
+def pieces_of(tensor: Tensor, axes: Sequence[Axis], first: int = 0) -> list[Tensor]:
+    """Views of a tensor, one for each of :func:`choices`, with one dimension per leaf.
+
+    Args:
+        tensor: to be cut.
+        axes: of its dimensions from ``first`` on.
+        first: how many dimensions before them are left as they are.
+    """
+    views = [tensor]
+    for dim, axis in reversed(list(enumerate(axes, first))):
+        views = [piece for v in views for piece in _split(v, dim, axis)]
+    # splitting from the last axis leaves the last axis varying slowest: bring into product order
+    index = torch.arange(len(views)).reshape([len(alternatives(a)) for a in reversed(axes)] or [1])
+    order = index.permute(*reversed(range(index.ndim))).flatten().tolist()
+    return [views[i] for i in order]
+
+
+def _split(tensor: Tensor, dim: int, axis: Axis) -> list[Tensor]:
+    if isinstance(axis, Leaf):
+        return [tensor]
+    if isinstance(axis, Sum):
+        parts = tensor.split([size_of(a) for a in axis.parts], dim)
+        return [v for part, a in zip(parts, axis.parts, strict=True) for v in _split(part, dim, a)]
+    return pieces_of(tensor.unflatten(dim, [size_of(a) for a in axis.factors]), axis.factors, dim)
+
+
+def assembled(pieces: list[Tensor], axes: Sequence[Axis], first: int = 0) -> Tensor:
+    """Inverse of :func:`pieces_of`."""
+    counts = [len(alternatives(a)) for a in axes]
+    for i, axis in enumerate(axes):
+        rest = math.prod(counts[i + 1 :])
+        pieces = [_join(pieces[k::rest], first + i, axis) for k in range(rest)]
+    return pieces[0]
+
+
+def _join(pieces: list[Tensor], dim: int, axis: Axis) -> Tensor:
+    if isinstance(axis, Leaf):
+        return pieces[0]
+    if isinstance(axis, Sum):
+        joined, start = [], 0
+        for a in axis.parts:
+            count = len(alternatives(a))
+            joined.append(_join(pieces[start : start + count], dim, a))
+            start += count
+        return torch.cat(joined, dim)
+    return assembled(pieces, axis.factors, dim).flatten(dim, dim + len(axis.factors) - 1)
+
+
+# ------------------------------------------------------------------------------------ as plain data
+def axis_to_data(axis: Axis) -> Any:
+    """Plain data (JSON) that :func:`axis_from_data` reads."""
+    if isinstance(axis, Leaf):
+        return [axis.size, axis.label, [list(s) for s in axis.scale]]
+    key, parts = ("prod", axis.factors) if isinstance(axis, Prod) else ("sum", axis.parts)
+    return {key: [axis_to_data(a) for a in parts]}
+
+
+def axis_from_data(data: Any) -> Axis:
+    """Inverse of :func:`axis_to_data`."""
+    if isinstance(data, Mapping):
+        ((key, parts),) = data.items()
+        axes = tuple(axis_from_data(a) for a in parts)
+        return Prod(axes) if key == "prod" else Sum(axes)
+    size, label, scale = data
+    return Leaf(size, label, tuple((name, exponent) for name, exponent in scale))
