@@ -48,13 +48,13 @@ def adam_direction(m: Tensor, v: Tensor, step: Tensor) -> Tensor:
     """``m_hat / sqrt(v_hat)`` with an epsilon relative to the tensor's own mean square: ``[N, R, C]``."""
     m = m / (1 - MOMENTUM**step)
     v = v / (1 - SQUARE**step)
-    return m * _rsqrt(v + 1e-16 * v.mean((-2, -1), keepdim=True))
+    return m * rsqrt(v + 1e-16 * v.mean((-2, -1), keepdim=True))
 
 
 def quarter_power(v: Tensor, step: Tensor) -> Tensor:
     """``v_hat^(-1/4)``, epsilon as in :func:`adam_direction`; 1 where the whole matrix has none: ``[N, R, C]``."""
     v = v / (1 - SQUARE**step)
-    return _rsqrt(v + 1e-16 * v.mean((-2, -1), keepdim=True)).sqrt()
+    return rsqrt(v + 1e-16 * v.mean((-2, -1), keepdim=True)).sqrt()
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -70,11 +70,12 @@ def root_mean_square(x: Tensor) -> Tensor:
 
 def unit_rms(x: Tensor) -> Tensor:
     """Divide by the RMS over the matrix; zero stays zero."""
-    return x * _rsqrt(mean_square(x))
+    return x * rsqrt(mean_square(x))
 
 
-def _rsqrt(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 1).rsqrt()  # 1 where x = 0, with zero (not infinite) derivative
+def rsqrt(x: Tensor) -> Tensor:
+    """``1 / sqrt(x)``; 1 where x is zero, with zero (not infinite) derivative."""
+    return torch.where(x > 0, x, 1).rsqrt()
 
 
 def odd_features(g: Tensor, n: Tensor, slow: Tensor, w: Tensor, adam: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.layout import Layout, Units, _Identity, layout_of
+from learned_opt.layout import ByIdentity, Layout, Units, layout_of
 from learned_opt.symmetry import Symmetry
 
 SWEEPS = 3  # from the walk's start, labels that share a tensor one after the other
@@ -47,7 +47,7 @@ def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = S
     names = tuple(n for n in params if n in symmetry.specs)
     some = next(iter(params.values()))
     layout = layout_of(symmetry, names, some.device)
-    plan = _plan(_Identity(symmetry), names, str(some.device))
+    plan = _plan(ByIdentity(symmetry), names, str(some.device))
     squares = [w * w for w in layout.gather(params)]
     log_c = squares[0].new_zeros(layout.n_scales + 1)
     for visit in plan.walk:
@@ -125,7 +125,7 @@ def _norms(layout: Layout, squares: list[Tensor], log_c: Tensor, visit: _Visit) 
 
 
 @lru_cache(maxsize=256)
-def _plan(key: _Identity, names: tuple[str, ...], device: str) -> _Plan:
+def _plan(key: ByIdentity, names: tuple[str, ...], device: str) -> _Plan:
     symmetry = key.symmetry
     layout = layout_of(symmetry, names, torch.device(device))
     label_of, start = {}, 0

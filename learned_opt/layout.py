@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.axes import Leaf
-from learned_opt.symmetry import Block, Symmetry, _base_dim, _lay
+from learned_opt.symmetry import Block, Symmetry, base_dim, lay
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +74,10 @@ class Layout:
 
 def layout_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device) -> Layout:
     """The layout of some of a symmetry's tensors (cached: it depends on shapes only)."""
-    return _layout(_Identity(symmetry), names, str(device))
+    return _layout(ByIdentity(symmetry), names, str(device))
 
 
-class _Identity:
+class ByIdentity:
     """A symmetry as a cache key by identity: comparing two by value would cost more than a step."""
 
     def __init__(self, symmetry: Symmetry) -> None:
@@ -87,11 +87,11 @@ class _Identity:
         return id(self.symmetry)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.symmetry is self.symmetry
+        return isinstance(other, ByIdentity) and other.symmetry is self.symmetry
 
 
 @lru_cache(maxsize=256)
-def _layout(key: _Identity, names: tuple[str, ...], device: str) -> Layout:
+def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
     symmetry = key.symmetry
     label_start, n_units = _positions({n: symmetry.table_shape(n, g.size) for n, g in symmetry.labels.items()})
     scale_start, n_scales = _positions({n: symmetry.table_shape(s.label, s.size) for n, s in symmetry.scales.items()})
@@ -165,8 +165,8 @@ def _units(
     index, exponent = [], []
     for dim in own:
         for table, e in of(leaves[dim]):
-            at = [_base_dim(labels, base, dim) for base in symmetry.over(leaves[dim])]
-            index.append(_lay(table, [*at, dim], len(leaves)).expand(sizes).reshape(b, length))
+            at = [base_dim(labels, base, dim) for base in symmetry.over(leaves[dim])]
+            index.append(lay(table, [*at, dim], len(leaves)).expand(sizes).reshape(b, length))
             exponent.append(torch.full((b, length), float(e)))
     if not index:
         return torch.full((b, length, 0), dummy), torch.zeros(b, length, 0)

@@ -296,8 +296,8 @@ class Symmetry:
             if not over:
                 x = x.index_select(dim, index)
             else:
-                at = [_base_dim(labels, b, dim) for b in over]
-                x = x.gather(dim, _lay(index, [*at, dim], x.ndim).expand(x.shape))
+                at = [base_dim(labels, b, dim) for b in over]
+                x = x.gather(dim, lay(index, [*at, dim], x.ndim).expand(x.shape))
         return x
 
     def _depth(self, label: str | None) -> int:
@@ -308,9 +308,9 @@ class Symmetry:
         labels = [leaf.label for leaf in leaves]
         for dim, leaf in enumerate(leaves):
             for name, exponent in leaf.scale:
-                at = [_base_dim(labels, b, dim) for b in self.over(leaf)]
+                at = [base_dim(labels, b, dim) for b in self.over(leaf)]
                 d = g.scales[name].to(x) ** (-exponent if dual else exponent)
-                x = x * _lay(d, [*at, dim], x.ndim)
+                x = x * lay(d, [*at, dim], x.ndim)
         return x
 
     def act(self, g: Element, weights: Mapping[str, Tensor], *, dual: bool = False) -> dict[str, Tensor]:
@@ -463,7 +463,7 @@ class Symmetry:
 
 
 # --------------------------------------------------------------------------------------------- helpers
-def _base_dim(labels: list[str | None], base: str, dim: int) -> int:
+def base_dim(labels: list[str | None], base: str, dim: int) -> int:
     """Where a fibre's base label stands in a block: the nearest before it, else the first."""
     at = [i for i, name in enumerate(labels) if name == base]
     if not at:
@@ -472,7 +472,7 @@ def _base_dim(labels: list[str | None], base: str, dim: int) -> int:
     return before[-1] if before else at[0]
 
 
-def _lay(table: Tensor, dims: list[int], ndim: int) -> Tensor:
+def lay(table: Tensor, dims: list[int], ndim: int) -> Tensor:
     """View a table so that its i-th dimension stands at ``dims[i]`` of an ``ndim``-dimensional tensor."""
     order = sorted(range(len(dims)), key=dims.__getitem__)
     shape = [1] * ndim

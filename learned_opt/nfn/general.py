@@ -20,7 +20,7 @@ from learned_opt.axes import Leaf, alternatives, assembled, choices, pieces_of
 from learned_opt.frame import potentials, scales
 from learned_opt.layout import layout_of
 from learned_opt.nfn.partitions import Dim, Dims, PartitionLinear, Scaling
-from learned_opt.symmetry import Symmetry, SymmetryError, _base_dim
+from learned_opt.symmetry import Symmetry, SymmetryError, base_dim
 
 Features = dict[str, Tensor]
 Respect = Literal["none", "sign", "exact"]
@@ -54,7 +54,7 @@ def _dims(symmetry: Symmetry, leaves: list[Leaf], kinds: Mapping[str, Scaling]) 
     for i, leaf in enumerate(leaves):
         exponents = ((n, e % 2 if kinds[n] == "sign" else e) for n, e in leaf.scale if n in kinds)
         kept = tuple(sorted((n, e) for n, e in exponents if e))
-        base = tuple(_base_dim(labels, b, i) for b in symmetry.over(leaf))
+        base = tuple(base_dim(labels, b, i) for b in symmetry.over(leaf))
         fixed = leaf.label is None or symmetry.labels[leaf.label].fixed
         # fixed units that are scaled one by one can be tied to each other like units of a label
         label = f"fixed {leaf.size}" if leaf.label is None and kept else leaf.label
@@ -68,7 +68,7 @@ def split_blocks(symmetry: Symmetry, features: Mapping[str, Tensor]) -> list[Ten
     Raises:
         SymmetryError: when a tensor is missing, is not of the symmetry or has another shape.
     """
-    _check(symmetry, features)
+    check_features(symmetry, features)
     blocks = []
     for name, spec in symmetry.specs.items():
         blocks += pieces_of(features[name], spec.axes, LEAD)
@@ -85,7 +85,8 @@ def merge_blocks(symmetry: Symmetry, blocks: list[Tensor]) -> Features:
     return features
 
 
-def _check(symmetry: Symmetry, features: Mapping[str, Tensor]) -> None:
+def check_features(symmetry: Symmetry, features: Mapping[str, Tensor]) -> None:
+    """Raise :class:`SymmetryError` unless there is one tensor ``[batch, channels, *shape]`` for every name."""
     if features.keys() != symmetry.specs.keys():
         missing, more = symmetry.specs.keys() - features.keys(), features.keys() - symmetry.specs.keys()
         raise SymmetryError(
@@ -406,7 +407,7 @@ class Framed(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> Features | Tensor:
         """See the class."""
-        _check(self.symmetry, features)
+        check_features(self.symmetry, features)
         frame = frame_of(self.symmetry, {n: x[:, self.weights] for n, x in features.items()})
         frame = {n: s.unsqueeze(1) for n, s in frame.items()}
         result = self.module({n: self._canonical(x, frame[n]) for n, x in features.items()})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Chain, ChainLayer, Features
-from learned_opt.nfn.general import _check
+from learned_opt.nfn.general import check_features
 from learned_opt.nfn.partitions import Dim, Dims
 from learned_opt.nfn.transformer_space import BlockNames, TransformerFeatures, TransformerSpec
 from learned_opt.symmetry import Symmetry, SymmetryError
@@ -80,7 +80,7 @@ def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tenso
             "these tensors out."
         )
     if isinstance(space, Symmetry):
-        _check(space, {n: x for n, x in one.items() if n in known})
+        check_features(space, {n: x for n, x in one.items() if n in known})
     elif isinstance(space, Chain):
         space.validate(one)
     return {n: x for n, x in table.items() if n in known}

@@ -83,7 +83,7 @@ class NFN(Nominal):
         correction = (phi * x).sum(0) * size
         d = nominal * torch.exp(b.unsqueeze(2) + c.unsqueeze(1)) + correction
         # a zero nominal direction (no signal) stays zero, so the sizes' ratio is wanted only where both are positive
-        ratio = size * features._rsqrt(features.mean_square(d))
+        ratio = size * features.rsqrt(features.mean_square(d))
         return d * ratio * torch.exp(2 * torch.tanh(self.layer_gain(layer)))[..., None]
 
     def _nominal(self, view: View, adam: Tensor, x: Tensor, layer: Tensor) -> Tensor:
