@@ -29,7 +29,10 @@ def fresh(params: Mapping[str, Tensor], averages: Sequence[str] = AVERAGES) -> S
 
 
 def accumulate(grads: Weights, state: State) -> State:
-    """Exponential moving averages of the gradient (two horizons) and of its square; not bias-corrected."""
+    """Exponential moving averages of the gradient (two horizons) and of its square, those that the state has.
+
+    They are not bias-corrected.
+    """
     decays = {"m": MOMENTUM, "m_slow": SLOW, "v": SQUARE}
     new = {}
     for n, g in grads.items():

@@ -81,7 +81,7 @@ class Job:
     def key(self) -> tuple:
         # A learned optimizer is what it does (theta), not the path it was loaded from.
         name = "learned" if self.theta else self.optimizer
-        return (self.suite, self.task, self.fingerprint, name, self.theta, self.lr, self.seed) + (self.steps,)
+        return (self.suite, self.task, self.fingerprint, name, self.theta, self.lr, self.seed, self.steps)
 
 
 Runs = dict[tuple, Curve]

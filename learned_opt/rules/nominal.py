@@ -1,4 +1,4 @@
-"""The nominal rule: the strongest optimizer that we know which needs no tuning, in the frame.
+"""The nominal rule: steps in the frame that need no tuning. What NFNOpt takes, at a rate that the paced rule measures.
 
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
 of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
@@ -160,8 +160,8 @@ class Nominal(UpdateRule):
         rate, state = self.rate(views, state, clock, total_steps)
         steps = [v.leave(d) for v, d in zip(views, self.directions(layout, views, clock, total_steps), strict=True)]
         updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
-        decay = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
-        for n, wd in decay.items():
+        decays = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
+        for n, wd in decays.items():
             if wd and n in updates:
                 updates[n] = updates[n] - rate * wd * params[n]
         return updates, self.remember(updates, state)
