@@ -1,5 +1,6 @@
 """The learned rule: what it starts from, what its arithmetic is, what it is pure in, and what it couples."""
 
+import dataclasses
 import importlib
 import math
 from pathlib import Path
@@ -339,6 +340,26 @@ def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
     ours, theirs = (rule(params, grads, state, symmetry, total_steps=50)[0] for rule in rules)
     for n in params:
         assert_same(theirs[n], ours[n])
+
+
+@pytest.mark.parametrize("kind, lacks", [("cnn", {"embedding"}), ("transformer", {"first"})])
+def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("nominal")
+    symmetry, params, _, _ = make(kind)
+
+    def norm(**told):
+        rule = script.Variant(script.Options(**told))
+        state = rule.init(params)
+        for t in range(3):
+            updates, state = rule(params, noise_like(params, t), state, symmetry, total_steps=50)
+        return sum(float(u.norm()) for u in updates.values())
+
+    told = {f.name: 0.5 * f.default or 0.4 for f in dataclasses.fields(script.Options) if f.type is float}
+    told |= {"decay": "square", "frame": 0.0, "iterations": 5.0}
+    as_it_is = norm()
+    without = {name for name, value in told.items() if norm(**{name: value}) == pytest.approx(as_it_is, rel=1e-6)}
+    assert without == {"momentum", "horizon", *lacks}  # the first two are of the run, not of the rule
 
 
 # ------------------------------------------------------------------------------------- schedule

@@ -62,6 +62,8 @@ class Options:
 class Variant(Nominal):
     """The nominal rule with options."""
 
+    averages = features.AVERAGES  # with the slow one, for the option of that name
+
     def __init__(self, options: Options) -> None:
         super().__init__(frame=bool(options.frame))
         self.options = options
@@ -107,8 +109,8 @@ class Variant(Nominal):
         if o.size:
             step = step * (features.mean_square(v.w) * cols).clamp(1e-4, 9).sqrt() ** o.size
         step = step + o.shrink * features.root_mean_square(step) * features.unit_rms(v.w)
-        reads, writes = v.stack.fixed.to(step.dtype).T[..., None, None]
-        return step * torch.where(writes > 0, o.first, 1.0) * torch.where(reads > 0, o.last, 1.0)
+        last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs
+        return step * torch.where(first > 0, o.first, 1.0) * torch.where(last > 0, o.last, 1.0)
 
 
 @mock.patch.object(features, "MOMENTUM", features.MOMENTUM)  # restored afterwards
