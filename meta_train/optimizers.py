@@ -5,6 +5,7 @@ that are not torch's come from their authors (Prodigy, Schedule-Free) or from py
 extra ``benchmark``.
 """
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -205,13 +206,12 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
 
 
 def _option(text: str) -> tuple[str, float | bool]:
-    key, _, value = text.partition("=")
-    try:
-        return {"untold": lambda: ("told", False), "lr": lambda: ("factor", float(value))}[key]()
-    except (KeyError, ValueError):
-        raise UnknownName(
-            f"unknown option @{text} of NFNOpt: use @lr=NUMBER, or @untold to hide the horizon."
-        ) from None
+    if text == "untold":
+        return "told", False
+    if text.startswith("lr="):
+        with contextlib.suppress(ValueError):
+            return "factor", float(text.removeprefix("lr="))
+    raise UnknownName(f"unknown option @{text} of NFNOpt: use @lr=NUMBER, or @untold to hide the horizon.")
 
 
 def rule_fingerprint(rule: nn.Module) -> str:

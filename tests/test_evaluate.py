@@ -427,7 +427,7 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     assert list(plan.optimizers) == ["adam", "low", "nfn:nominal@lr=3"]
     thetas = {op.optimizer_named(f"nfn:nominal{option}")[1] for option in ("", "@lr=3", "@lr=0.3", "@untold")}
     assert len(thetas) == 4  # else one would take the other's runs for its own
-    for wrong in ("lr", "lr=fast", "told"):
+    for wrong in ("lr", "lr=fast", "told", "untold=1", "0.3"):
         with pytest.raises(UnknownName, match="@lr=NUMBER"):
             op.optimizer_named(f"nfn:nominal@{wrong}")
 

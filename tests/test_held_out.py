@@ -150,7 +150,7 @@ def test_the_inferred_symmetry_is_exact_and_its_halves_are_not(task):
     assert abs(alone / loss - 1) > 1e-7, matrix
 
 
-@pytest.mark.parametrize("rule", ["nominal", "nfn"])
+@pytest.mark.parametrize("rule", ["paced", "nfn"])
 def test_the_optimizer_and_the_evaluation_take_it(task, rule, request):
     if (task.name, rule) == ("topic-model", "nfn"):
         why = "the shipped theta diverges when it is told a horizon of two steps (docs/experiments.md, 19)"
