@@ -9,7 +9,7 @@ These are finished axes; while labels are being inferred, axes are the trees of 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -51,6 +51,24 @@ def size_of(axis: Axis) -> int:
     if isinstance(axis, Prod):
         return math.prod(size_of(a) for a in axis.factors)
     return sum(size_of(a) for a in axis.parts)
+
+
+def leaves_of(axis: Axis) -> Iterator[Leaf]:
+    """The leaves of an axis, from left to right."""
+    if isinstance(axis, Leaf):
+        yield axis
+    else:
+        for part in axis.factors if isinstance(axis, Prod) else axis.parts:
+            yield from leaves_of(part)
+
+
+def map_leaves(function: Callable[[Leaf], Leaf], axis: Axis) -> Axis:
+    """The same axis with other leaves."""
+    if isinstance(axis, Leaf):
+        return function(axis)
+    if isinstance(axis, Prod):
+        return Prod(tuple(map_leaves(function, a) for a in axis.factors))
+    return Sum(tuple(map_leaves(function, a) for a in axis.parts))
 
 
 def alternatives(axis: Axis) -> list[tuple[Leaf, ...]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum
+from learned_opt.axes import Leaf, map_leaves
 from learned_opt.capture import Call
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
 
@@ -193,15 +193,11 @@ def _prefixed(symmetry: Symmetry, specs: str = "", labels: str = "") -> Symmetry
     def named(label: str | None) -> str | None:
         return None if label is None else labels + label
 
-    def moved(axis: Axis) -> Axis:
-        if isinstance(axis, Leaf):
-            return Leaf(axis.size, named(axis.label), tuple((labels + s, e) for s, e in axis.scale))
-        if isinstance(axis, Prod):
-            return Prod(tuple(moved(a) for a in axis.factors))
-        return Sum(tuple(moved(a) for a in axis.parts))
+    def moved(leaf: Leaf) -> Leaf:
+        return Leaf(leaf.size, named(leaf.label), tuple((labels + s, e) for s, e in leaf.scale))
 
     return Symmetry(
-        {specs + n: Spec(tuple(moved(a) for a in s.axes), s.roles) for n, s in symmetry.specs.items()},
+        {specs + n: Spec(tuple(map_leaves(moved, a) for a in s.axes), s.roles) for n, s in symmetry.specs.items()},
         {labels + n: replace(g, over=tuple(labels + b for b in g.over)) for n, g in symmetry.labels.items()},
         {labels + n: replace(s, label=named(s.label)) for n, s in symmetry.scales.items()},
         tuple(specs + note for note in symmetry.notes),

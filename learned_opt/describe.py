@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypedDict
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum
+from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of
 from learned_opt.symmetry import Scale, Symmetry
 
 LEGEND = (
@@ -88,15 +88,6 @@ def counted(n: int, noun: str) -> str:
 
 def _moves(symmetry: Symmetry, label: str) -> bool:
     return not symmetry.labels[label].fixed and symmetry.labels[label].size > 1
-
-
-def leaves_of(axis: Axis) -> Iterator[Leaf]:
-    """The leaves of an axis, from left to right."""
-    if isinstance(axis, Leaf):
-        yield axis
-    else:
-        for part in axis.factors if isinstance(axis, Prod) else axis.parts:
-            yield from leaves_of(part)
 
 
 class Carriers:

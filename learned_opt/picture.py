@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum
-from learned_opt.describe import Row, Words, fold, leaves_of, one_line, rows_of
+from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of
+from learned_opt.describe import Row, Words, fold, one_line, rows_of
 from learned_opt.symmetry import Symmetry, SymmetryError
 
 MOST_ROWS = 64  # with more, repeated modules are folded

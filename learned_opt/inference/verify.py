@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from learned_opt.axes import Axis, Prod, Sum
+from learned_opt.axes import Leaf, map_leaves
 from learned_opt.inference.graph import Network, operator_name
 from learned_opt.symmetry import Element, Spec, Symmetry, randomised
 
@@ -216,16 +216,12 @@ def without(symmetry: Symmetry, names: Sequence[str]) -> Symmetry:
     fixed = {n for n in symmetry.labels if f"label {n}" in names}
     gone = {n for n in symmetry.scales if f"scale {n}" in names}
 
-    def settle(axis: Axis) -> Axis:
-        if isinstance(axis, Prod):
-            return Prod(tuple(map(settle, axis.factors)))
-        if isinstance(axis, Sum):
-            return Sum(tuple(map(settle, axis.parts)))
-        return replace(axis, scale=tuple(s for s in axis.scale if s[0] not in gone))
+    def settled(leaf: Leaf) -> Leaf:
+        return replace(leaf, scale=tuple(s for s in leaf.scale if s[0] not in gone))
 
     return replace(
         symmetry,
-        specs={n: Spec(tuple(map(settle, s.axes)), s.roles) for n, s in symmetry.specs.items()},
+        specs={n: Spec(tuple(map_leaves(settled, a) for a in s.axes), s.roles) for n, s in symmetry.specs.items()},
         labels={n: replace(g, fixed=g.fixed or n in fixed) for n, g in symmetry.labels.items()},
         scales={n: s for n, s in symmetry.scales.items() if n not in gone},
         notes=(*symmetry.notes, *(f"{n}: fixed, because the numeric check failed with it" for n in names)),

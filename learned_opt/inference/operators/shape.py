@@ -6,7 +6,7 @@ from typing import Any
 
 from learned_opt.inference.engine import Engine, Stack, UnknownOperator, Value
 from learned_opt.inference.operators.registry import register_rule
-from learned_opt.inference.trees import ONE, Concatenation, Tree, normal, size_of
+from learned_opt.inference.trees import ONE, Concatenation, Tree, normal, product, size_of
 
 
 @register_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
@@ -88,8 +88,6 @@ def repeat_interleave(t: Engine, x: Value, repeats: Any, dim: int | None = None,
     """Every position ``repeats`` times: a new inner factor (grouped-query attention)."""
     if not isinstance(repeats, int) or dim is None:
         raise UnknownOperator("repeat_interleave with a tensor")
-    from learned_opt.inference.trees import product
-
     dim %= len(x.axes)
     axis = product([normal(x.axes[dim]), t.atom(repeats)])
     return replace(x, axes=(*x.axes[:dim], axis, *x.axes[dim + 1 :]))
