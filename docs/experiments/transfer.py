@@ -1,6 +1,6 @@
 """How NFNOpt carries over to wider, deeper and longer runs than those that it was made on.
 
-    python docs/experiments/transfer.py [--rule paced] [--out docs/transfer] [--seeds 2] [--workers 2]
+    python docs/experiments/transfer.py [--rule paced] [--out runs/transfer] [--seeds 1] [--workers 2]
 
 Residual MLPs with LayerNorm on photographs, as in TRAIN, where they have widths up to 48 and up to 3 blocks and runs of
 at most 700 steps. Per cell the horizon speed-up over the study's nominal term (`polar`): 1/r for the multiple r of the
@@ -25,7 +25,7 @@ from tasks.data import Noisy, photos
 from tasks.residual import mlp_classifier
 
 WIDTHS, DEPTHS, STEPS = (48, 160, 480), (3, 9), (600, 3000)
-MULTIPLES = (0.5, 0.67, 0.8, 1.0, 1.25)  # of the steps
+SHORTER, LONGER = (0.8, 0.67, 0.5), (1.25, 1.6)  # multiples of the steps, in the order of the search
 NOMINAL = "polar"
 
 
@@ -48,53 +48,52 @@ def cells() -> list[tuple[int, int, int]]:
     return [(w, d, t) for w in WIDTHS for d in DEPTHS for t in STEPS if (t == STEPS[0] or w < WIDTHS[-1])]
 
 
-def final_loss(job: tuple[str, int, int, int, int, float]) -> float:
-    """Final train loss of one run."""
-    rule, width, depth, steps, seed, multiple = job
-    torch.set_num_threads(1)
-    task = make_task(width, depth, steps)
+def final_loss(rule: str, cell: tuple[int, int, int], seed: int, multiple: float) -> float:
+    """Final train loss of one run, infinite if it diverged."""
+    task = make_task(*cell)
 
     def make(model, *, steps):
         return NFNOpt(model.named_parameters(), symmetry=symmetry_of(task), total_steps=steps, rule=rule), None
 
-    return run(task, make, seed, round(multiple * steps)).final_train
+    curve = run(task, make, seed, round(multiple * cell[-1]))
+    return math.inf if curve.diverged else curve.final_train
+
+
+def speed_up(job: tuple[str, int, int, int, int]) -> float:
+    """Over the nominal term: ever shorter runs while they reach its loss, ever longer ones while they do not."""
+    torch.set_num_threads(1)
+    rule, *cell, seed = job
+    target = final_loss(NOMINAL, tuple(cell), seed, 1.0)
+    losses = {1.0: final_loss(rule, tuple(cell), seed, 1.0)}
+    reached = losses[1.0] <= target
+    for multiple in SHORTER if reached else LONGER:
+        losses[multiple] = final_loss(rule, tuple(cell), seed, multiple)
+        if (losses[multiple] <= target) != reached:
+            break
+    return horizon_speed_up(losses, target)
 
 
 def main() -> None:
-    """Run what is missing, write ``transfer.md`` and ``transfer.png``."""
+    """Measure what is missing, write ``transfer.md`` and ``transfer.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rule", default="paced")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    store = args.out / "runs.jsonl"
+    store = args.out / "speed_ups.jsonl"
     lines = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
-    done = {tuple(r["job"]): r["loss"] for r in lines}
-    jobs = [
-        (rule, *cell, seed, multiple)
-        for cell in cells()
-        for seed in range(args.seeds)
-        for rule, multiples in ((args.rule, MULTIPLES), (NOMINAL, (1.0,)))
-        for multiple in multiples
-    ]
-    missing = sorted((j for j in jobs if j not in done), key=lambda j: j[1] * j[2] * j[3])
+    done = {tuple(r["job"]): r["speed_up"] for r in lines}
+    missing = [j for s in range(args.seeds) for cell in cells() if (j := (args.rule, *cell, s)) not in done]
+    missing.sort(key=lambda j: j[1] * j[2] * j[3])
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool, store.open("a") as file:
-        for job, loss in zip(missing, pool.map(final_loss, missing), strict=True):
-            done[job] = loss
-            file.write(json.dumps({"job": job, "loss": loss}) + "\n")
+        for job, found in zip(missing, pool.map(speed_up, missing), strict=True):
+            done[job] = found
+            file.write(json.dumps({"job": job, "speed_up": found}) + "\n")
             file.flush()
-            print(*job, f"{loss:.4g}", flush=True)
-    losses = {job: loss if math.isfinite(loss) else math.inf for job, loss in done.items()}
-    found = {
-        cell: [
-            horizon_speed_up({m: losses[args.rule, *cell, s, m] for m in MULTIPLES}, losses[NOMINAL, *cell, s, 1.0])
-            for s in range(args.seeds)
-        ]
-        for cell in cells()
-    }
-    write(args.out, found)
+            print(*job, f"{found:.3f}", flush=True)
+    write(args.out, {cell: [done[args.rule, *cell, s] for s in range(args.seeds)] for cell in cells()})
 
 
 def write(out: Path, found: dict[tuple[int, int, int], list[float]]) -> None:
