@@ -76,8 +76,7 @@ def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "neve
 
 def evaluate(
     optimizers: tuple[str, ...] = (
-        "paced=nfn:paced",
-        "nfn",
+        "nfnopt",
         "adam",
         "adamw-cosine",
         "sgdm",
@@ -101,10 +100,10 @@ def evaluate(
     interruption, and a command with more optimizers, tasks or seeds only runs what is new.
 
     Args:
-        optimizers: what to compare, separated by spaces or commas. Also nfn:RULE, where RULE is a
-            rule's name (paced ...) or a .safetensors file, RULE@lr=3 that at three times its rate,
-            RULE@untold without being told the steps; LABEL=NAME sets the label in tables; NAME@all
-            chooses one learning rate for all tasks instead of one per task.
+        optimizers: what to compare, separated by spaces or commas. nfnopt is NFNOpt, nfn:RULE NFNOpt with
+            another rule, by name (nominal ...) or .safetensors file; with @lr=3 at three times its rate,
+            with @untold without being told the steps. LABEL=NAME sets the label in tables; NAME@all chooses
+            one learning rate for all tasks instead of one per task.
         suite: VALID, HELD_OUT, or package.module:DICT.
         tasks: names of tasks of the suite, separated by spaces or commas; all if not given.
         seeds: runs of every optimizer on every task.
@@ -172,7 +171,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> N
     _train("demo", recipe_named("demo"), out / "train", "never")
     print("2. Training three networks with the shipped NFNOpt and with tuned Adam.", flush=True)
     _evaluate(
-        ["nfn"],
+        ["nfnopt"],
         out,
         tasks=DEMO_TASKS,
         seeds=1,

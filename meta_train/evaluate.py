@@ -100,8 +100,8 @@ def evaluate(
     """Run all that is missing and measure.
 
     Args:
-        optimizers: names of ``OPTIMIZERS``, ``nfn:RULE``, or ``LABEL=NAME``; with ``@all`` after the name one
-            learning rate is chosen for all tasks. Adam is always added.
+        optimizers: names that :func:`optimizer_named` knows, or ``LABEL=NAME``; with ``@all`` after a name one learning
+            rate is chosen for all tasks. Adam is always added.
         out: folder; ``runs.jsonl`` in it is appended to.
         suite: ``VALID``, ``HELD_OUT`` or ``package.module:DICT``.
         tasks: names of the suite's tasks; None for all.
@@ -154,7 +154,7 @@ def make_plan(
         grid = (grids or {}).get(name, entry.grid)
         if shared and grid is None:
             raise UnknownName(f"{spec!r}: {name} has no learning rate to share among tasks. Leave out {SHARED!r}.")
-        planned[label] = PlannedOptimizer(name, theta, grid, shared)
+        planned[label] = PlannedOptimizer(name, theta, grid, shared, entry.told)
     if planned[REFERENCE].name != REFERENCE:
         raise ValueError(f"the label {REFERENCE!r} is taken: all speed-ups are measured against it.")
     pairs = [(label, opponent) for label, _, opponent in (spec.rpartition("/") for spec in horizon)]
@@ -234,7 +234,7 @@ def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
 def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
     """The horizon speed-up, or the run that has to be done to know it: bisection, as longer runs get further."""
     target = final_curve(plan, runs, task, opponent, seed)
-    if plan.optimizers[label].untold:
+    if not plan.optimizers[label].told:
         return _search_curve(plan, runs, task, label, seed, target.final_train)
     lr = tuned_rate(plan, runs, task, label)
     losses: dict[float, float] = {}

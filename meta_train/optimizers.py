@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -115,7 +116,7 @@ def learned(
     model: nn.Module,
     lr: None,
     steps: int | None,
-    rule: Any = "nfn",
+    rule: Any,
     symmetry: Any = "infer",
     factor: float = 1.0,
     told: bool = True,
@@ -131,11 +132,13 @@ def learned(
 
 
 class Entry(NamedTuple):
-    """How to make an optimizer, the learning rates to choose from (None: nothing to tune), and its package."""
+    """How to make an optimizer, the learning rates to choose from (None: nothing to tune), the package that it needs,
+    and whether it is told the number of steps where it could use it."""
 
     factory: MakeOptimizer
     grid: tuple[float, ...] | None
     needs: str | None = None
+    told: bool = True
 
 
 def half_decades(low: float, high: float) -> tuple[float, ...]:
@@ -164,18 +167,18 @@ OPTIMIZERS: dict[str, Entry] = {
     # Prodigy estimates its own rate and multiplies it by lr: 1 is its default.
     "prodigy": Entry(prodigy, half_decades(-1.5, 1.5), "prodigyopt"),
     "prodigy-cosine": Entry(cosine(prodigy), half_decades(-1.5, 1.5), "prodigyopt"),
-    "nfn": Entry(learned, None),
 }
+DEFAULT = "nfn:paced"  # what nfnopt is: NFNOpt with its default rule
 
 
 @lru_cache(maxsize=64)
 def optimizer_named(name: str) -> tuple[Entry, str]:
-    """The entry of a name, and for a learned one the hash of what it does ("" for the others).
+    """The entry of a name, and for NFNOpt the hash of what it does ("" for the others).
 
-    ``nfn:RULE`` is NFNOpt with that rule: a name in ``learned_opt.rules.RULES`` or a checkpoint. At its end ``@lr=0.3``
-    multiplies its rate, ``@untold`` does not tell it the number of steps.
+    ``nfnopt`` is NFNOpt as it is, ``nfn:RULE`` with that rule: a name in ``learned_opt.rules.RULES`` or a checkpoint.
+    At the end of both ``@lr=0.3`` multiplies its rate, ``@untold`` does not tell it the number of steps.
     """
-    if name in OPTIMIZERS and OPTIMIZERS[name].factory is not learned:
+    if name in OPTIMIZERS:
         entry = OPTIMIZERS[name]
         if entry.needs and importlib.util.find_spec(entry.needs) is None:
             raise UnknownName(
@@ -183,15 +186,18 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
                 "Run `pip install 'learned-opt[benchmark]'`, or leave it out."
             )
         return entry, ""
-    kind, _, rule = name.partition(":")
-    if kind != "nfn" or (":" in name and not rule):
+    kind, _, rule = re.sub("^nfnopt(?=@|$)", DEFAULT, name).partition(":")
+    if kind != "nfn" or not rule:
         raise UnknownName(
-            f"unknown optimizer {name!r}. Valid names: {', '.join(OPTIMIZERS)}, "
+            f"unknown optimizer {name!r}. Valid names: {', '.join(OPTIMIZERS)}, nfnopt, "
             "nfn:RULE (a rule's name or the path of a .safetensors file); LABEL=NAME renames one."
         )
     from learned_opt.rules import RULES, make_rule
 
-    rule, *options = (rule or "nfn").split("@")
+    options = []
+    while "@" in rule and not Path(rule).is_file():  # paths may have one, too
+        rule, _, option = rule.rpartition("@")
+        options.append(option)
     settings: dict[str, Any] = dict(map(_option, options))
     if rule not in RULES and not Path(rule).is_file():
         raise UnknownName(
@@ -202,7 +208,7 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
     except ValueError as error:  # a damaged file, or one for another version of the rule
         raise UnknownName(f"optimizer {name!r}: {error}") from error
     theta = "@".join([rule_fingerprint(module), *sorted(options)])
-    return Entry(partial(learned, rule=module, **settings), None), theta
+    return Entry(partial(learned, rule=module, **settings), None, told=settings.get("told", True)), theta
 
 
 def _option(text: str) -> tuple[str, float | bool]:

@@ -27,11 +27,7 @@ class PlannedOptimizer:
     theta: str
     grid: tuple[float, ...] | None
     shared: bool = False
-
-    @property
-    def untold(self) -> bool:
-        """Whether it does not know how long it will run: every beginning of a run is a shorter run."""
-        return "@untold" in self.name
+    told: bool = True  # if not the number of steps, every beginning of its run is a shorter run
 
     @property
     def rates(self) -> tuple[float | None, ...]:

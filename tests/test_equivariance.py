@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from learned_opt.axes import Leaf
 from learned_opt.optimizer import NFNOpt
-from learned_opt.rules import RULES, SHIPPED
+from learned_opt.rules import RULES
 from learned_opt.rules import make_rule as shipped_rule
 from learned_opt.symmetry import Element, Scale, Spec, Symmetry
 from tasks.conv import cnn
@@ -131,9 +131,7 @@ def deviation(kind, rule, *, only=None, steps=STEPS, lr=1.0, told=None, symmetry
     return error, distance(start, end, symmetry)
 
 
-LEARNED = ["nfn at random", "nominal", "paced", "nfn-parameter at random"]
-if (SHIPPED / "nfn.safetensors").is_file():
-    LEARNED.append("nfn")
+LEARNED = ["nfn at random", "nominal", "paced", "nfn-parameter at random", "nfn"]
 
 
 # ------------------------------------------------------------------------------------ what holds

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from scipy.stats import trim_mean
 from torch import nn
 from torch.func import functional_call
 
+import learned_opt
 from meta_train import curves as cv
 from meta_train import evaluate as ev
 from meta_train import optimizers as op
@@ -303,10 +305,8 @@ def test_weights_that_do_not_fit_the_model_are_refused():
 
 
 def test_every_baseline_lowers_the_loss_and_has_a_grid_of_half_decades():
-    for name, (factory, grid, package) in op.OPTIMIZERS.items():
-        if grid is None:
-            continue
-        assert len(grid) >= 7
+    for name, (factory, grid, package, _) in op.OPTIMIZERS.items():
+        assert grid is not None and len(grid) >= 7
         assert np.diff(np.log10(grid)) == pytest.approx(0.5, abs=0.01)
         if package is not None:
             pytest.importorskip(package)
@@ -393,17 +393,17 @@ def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
     rule = make_rule("nfn")
     assert op.rule_fingerprint(rule) == op.rule_fingerprint(make_rule("nfn"))
     assert op.rule_fingerprint(rule) != op.rule_fingerprint(make_rule("nominal"))
-    save_theta(tmp_path / "same.safetensors", "nfn", rule.state_dict(), {})
+    save_theta(tmp_path / "s@me.safetensors", "nfn", rule.state_dict(), {})
     with torch.no_grad():
         next(rule.parameters()).add_(0.1)
     save_theta(tmp_path / "other.safetensors", "nfn", rule.state_dict(), {})
-    _, same = op.optimizer_named(f"nfn:{tmp_path / 'same.safetensors'}")
+    _, same = op.optimizer_named(f"nfn:{tmp_path / 's@me.safetensors'}")
     _, other = op.optimizer_named(f"nfn:{tmp_path / 'other.safetensors'}")
-    assert same == op.optimizer_named("nfn")[1] != other
+    assert same == op.optimizer_named("nfn:nfn")[1] != other
 
 
 def test_learned_optimizers_are_evaluated_untuned_under_their_labels(tmp_path):
-    found = measure(tmp_path, ["mine=nfn", "polar=nfn:nominal"], tasks=["regression"])
+    found = measure(tmp_path, ["mine=nfnopt", "polar=nfn:nominal"], tasks=["regression"])
     mine = [o for o in found if o.optimizer in ("mine", "polar")]
     assert [o.lr for o in mine] == [None] * 4
     assert all(o.curve.final_train < o.curve.train[0] for o in mine)
@@ -427,6 +427,9 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     assert list(plan.optimizers) == ["adam", "low", "nfn:nominal@lr=3"]
     thetas = {op.optimizer_named(f"nfn:nominal{option}")[1] for option in ("", "@lr=3", "@lr=0.3", "@untold")}
     assert len(thetas) == 4  # else one would take the other's runs for its own
+    default = inspect.signature(learned_opt.NFNOpt).parameters["rule"].default
+    assert op.optimizer_named("nfnopt@lr=2")[1] == op.optimizer_named("nfn:paced@lr=2")[1]
+    assert f"nfn:{default}" == op.DEFAULT
     for wrong in ("lr", "lr=fast", "told", "untold=1", "0.3"):
         with pytest.raises(UnknownName, match="@lr=NUMBER"):
             op.optimizer_named(f"nfn:nominal@{wrong}")
@@ -626,7 +629,7 @@ def test_a_shared_rate_is_the_best_over_all_tasks_and_needs_no_tuning_of_its_own
     assert len(shared) == 4 and all(not o.curve.diverged for o in shared.values())
     assert len(curves) == len(rates) * 2 * 2
     with pytest.raises(UnknownName, match="no learning rate to share"):
-        measure(tmp_path, ["nfn@all"])
+        measure(tmp_path, ["nfnopt@all"])
 
 
 def test_unknown_names_list_the_valid_ones(tmp_path):

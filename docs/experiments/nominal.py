@@ -21,7 +21,7 @@ from batched import final_losses
 from torch import Tensor
 
 from learned_opt import features
-from learned_opt.rules.nominal import Nominal, View, schedule
+from learned_opt.rules.nominal import RATE, Nominal, View, schedule
 from learned_opt.rules.polar import newton_schulz
 from tasks.suites import VALID
 from tasks.task import Task
@@ -73,14 +73,14 @@ class Variant(Nominal):
         state = super().init(params)
         return {n: s | {"after": torch.zeros_like(s["m"])} if self.options.after else s for n, s in state.items()}
 
-    def schedule(self, step: Tensor, total_steps) -> Tensor:
-        """The rate's decay, perhaps after a warm-up."""
+    def rate(self, views, state, clock, total_steps):
+        """Decaying, perhaps after a warm-up."""
         o = self.options
-        done = ((step - 1) / total_steps).clamp(max=1.0)
+        done = ((clock - 1) / total_steps).clamp(max=1.0)
         ramp = (done / o.warm_up).clamp(max=1.0) if o.warm_up else 1.0
         left = ((1 - done) / (1 - o.warm_up)).clamp(max=1.0)
         shape = {"line": left, "cosine": 0.5 * (1 - torch.cos(torch.pi * left)), "square": left**2}[o.decay]
-        return schedule(torch.ones_like(step), total_steps) * ramp * shape
+        return RATE * schedule(torch.ones_like(clock), total_steps) * ramp * shape, state
 
     def forward(self, params, grads, state, symmetry, *, total_steps=None, weight_decay=0.0):
         """As the rule's, perhaps with an average of the updates."""

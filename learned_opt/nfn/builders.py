@@ -17,9 +17,14 @@ from learned_opt.nfn.transformer_space import TransformerSpec
 from learned_opt.symmetry import Symmetry
 
 
+def _flips(symmetry: Symmetry) -> bool:
+    """Whether units may change their sign."""
+    return any(s.kind != "positive" for s in symmetry.scales.values())
+
+
 def general_features(symmetry: Symmetry, widths: Sequence[int]) -> list[nn.Module]:
     """Equivariant layers for any symmetry, a nonlinearity after each: 1 channel -> the last of ``widths``."""
-    sign = any(s.kind != "positive" for s in symmetry.scales.values())
+    sign = _flips(symmetry)
     layers: list[nn.Module] = []
     for a, b in zip((1, *widths), widths, strict=False):
         layer = GeneralLinear(symmetry, a, b, scale="sign" if sign else "none")
@@ -32,12 +37,11 @@ def make_predictor(space: Space, outputs: int, kind: str | None, options: Mappin
     if isinstance(space, TransformerSpec):
         return TransformerNFN(space, outputs=outputs, sigmoid=False, **options)
     if isinstance(space, Symmetry):
-        widths, signed = tuple(options.get("channels", (16, 16))), True
+        widths = tuple(options.get("channels", (16, 16)))
         if unknown := options.keys() - {"channels", "head_width"}:
             raise ValueError(f"unknown options {sorted(unknown)}; a general symmetry has channels and head_width")
         layers = general_features(space, widths)
-        signed = not any(s.kind != "positive" for s in space.scales.values())
-        pool = GeneralPool(space, widths[-1], signed=signed)
+        pool = GeneralPool(space, widths[-1], signed=not _flips(space))
         return nn.Sequential(*layers, pool, head(pool.out_features, options.get("head_width", 200), outputs))
     name: Any = kind or ("monomial" if space.scale else "hnp")  # InvariantNFN refuses one that is no Kind
     return InvariantNFN(space, outputs, name, **options)
@@ -66,7 +70,7 @@ class _GeneralEditor(nn.Module):
 
     def __init__(self, symmetry: Symmetry, channels: Sequence[int] = (16, 16), start: float = 0.01) -> None:
         super().__init__()
-        sign = any(s.kind != "positive" for s in symmetry.scales.values())
+        sign = _flips(symmetry)
         last = GeneralLinear(symmetry, channels[-1], 1, scale="sign" if sign else "none")
         self.change = Framed(nn.Sequential(*general_features(symmetry, channels), last), symmetry)
         self.scale = nn.Parameter(torch.tensor(start))

@@ -30,6 +30,18 @@ def r2(predictions: Tensor, targets: Tensor) -> float:
     return float(1 - (p - t).square().sum() / spread) if spread > 0 else 0.0
 
 
+def check_finite(targets: Tensor) -> Tensor:
+    """The targets, one row per network.
+
+    Raises:
+        ValueError: some are infinite or not a number.
+    """
+    if targets.is_floating_point() and not bool(targets.isfinite().all()):
+        bad = (~targets.reshape(len(targets), -1).isfinite().all(1)).nonzero().flatten().tolist()
+        raise ValueError(f"targets are not finite for {len(bad)} networks, the first is {bad[0]}. Leave them out.")
+    return targets
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss on outputs ``[batch, outputs]`` (before any sigmoid), and what goes with it.
@@ -67,9 +79,7 @@ class Loss:
         Raises:
             ValueError: they are not finite, not in [0, 1] (bce), no classes (cross_entropy), or have another size.
         """
-        if targets.is_floating_point() and not bool(targets.isfinite().all()):
-            bad = (~targets.reshape(len(targets), -1).isfinite().all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"targets are not finite for {len(bad)} networks, the first is {bad[0]}. Leave them out.")
+        check_finite(targets)
         if self.name == "custom":
             return targets
         if self.name == "cross_entropy":

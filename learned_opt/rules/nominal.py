@@ -186,15 +186,11 @@ class Nominal(UpdateRule):
         self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
     ) -> tuple[Tensor, State]:
         """What the directions are multiplied by at a step (0-d), and the next state."""
-        return RATE * self.schedule(clock, total_steps), state
+        return RATE * schedule(clock, total_steps), state
 
     def remember(self, updates: Weights, state: State) -> State:
         """The next state, once the updates are known."""
         return state
-
-    def schedule(self, step: Tensor, total_steps: float | Tensor | None) -> Tensor:
-        """Multiple of the rate: :func:`schedule`."""
-        return schedule(step, total_steps)
 
     def directions(
         self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
@@ -213,12 +209,15 @@ class DecayingPolar(Nominal):
     def __init__(self) -> None:
         super().__init__(frame=False)
 
-    def schedule(self, step: Tensor, total_steps: float | Tensor | None) -> Tensor:
-        """Multiple of the rate: a half cosine to zero."""
+    def rate(
+        self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
+    ) -> tuple[Tensor, State]:
+        """A half cosine to zero."""
         if total_steps is None:
-            return torch.ones_like(step)
-        progress = ((step - 1) / torch.as_tensor(total_steps, dtype=step.dtype, device=step.device)).clamp(max=1.0)
-        return 0.5 * (1 + torch.cos(torch.pi * progress))
+            return RATE * torch.ones_like(clock), state
+        total = torch.as_tensor(total_steps, dtype=clock.dtype, device=clock.device)
+        progress = ((clock - 1) / total).clamp(max=1.0)
+        return RATE * 0.5 * (1 + torch.cos(torch.pi * progress)), state
 
     def directions(
         self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
