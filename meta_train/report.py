@@ -114,7 +114,8 @@ def _legend(plan: Plan) -> str:
         lines.append(
             "Horizon speed-up: 1/r for the multiple r of the steps with which the optimizer, told that horizon, "
             "ends at the other's final train loss, interpolated between the horizons that were run; below 1 where "
-            "it needs longer than the other, 0 if twice as long is not enough."
+            "it needs longer than the other, 0 if twice as long is not enough. Of one that is not told: where "
+            "its curve first has that loss."
         )
     return "\n".join(lines)
 
