@@ -38,7 +38,10 @@ def report(folder: Path) -> str:
             f"{len(store.runs)} runs in {folder}, but no optimizer has all that its measures need. "
             "Run the same evaluate command again: it goes on where it stopped."
         )
-    text = markdown(store.plan, found)
+    hours = sum(c.cpu_seconds for c in store.runs.values()) / 3600
+    text = (
+        markdown(store.plan, found) + f"\n{len(store.runs)} runs: {hours:.1f} hours of processor time in their steps.\n"
+    )
     _write(folder / "report.md", lambda temporary: temporary.write_text(text))
     draw_curves(store.plan, found, folder / "curves.png")
     draw_speed_ups(store.plan, found, folder / "speedups.png")

@@ -548,6 +548,7 @@ def test_horizon_speed_up(tmp_path, rate):
     assert value == pytest.approx(cv.horizon_speed_up({r: loss(r) for r in ev.HORIZONS}, target))
     assert value > 1 if rate == 1e-1 else value < 1
     assert "horizon speed-up over adam" in rp.report(tmp_path)
+    assert f"{len(Store(tmp_path / 'runs.jsonl').runs)} runs: 0.0 hours" in rp.report(tmp_path)
     rows = [line.split() for line in rp.report(tmp_path).splitlines()]
     assert ["|", "sgdm", "|", f"{value:.2f}", "|"] in [row[:5] for row in rows]
     pair = measure(tmp_path, ["sgdm"], seeds=1, horizon=["sgdm/adam"], grids=grids)
