@@ -1,6 +1,6 @@
-"""Variants of the nominal rule on VALID, several seeds of a task in one batch.
+"""Variants of the nominal rule on VALID or another suite, several seeds of a task in one batch.
 
-    python docs/experiments/nominal.py [--out runs/nominal] decay=cosine power=0,iterations=5 horizon=1.4 ...
+    python docs/experiments/nominal.py [--suite VALID] [--out runs/nominal] decay=cosine power=0,iterations=5 ...
 
 Each argument is a variant: options that differ from the rule as it is, joined by commas. Per task it prints the mean
 over the seeds of log(final train loss of the variant / of the rule), and over all tasks the horizon speed-up: how many
@@ -23,7 +23,7 @@ from torch import Tensor
 from learned_opt import features
 from learned_opt.rules.nominal import RATE, Nominal, View, schedule
 from learned_opt.rules.polar import newton_schulz
-from tasks.suites import VALID
+from meta_train.evaluate import suite_named
 from tasks.task import Task
 
 SEEDS = 6
@@ -124,12 +124,14 @@ def main() -> None:
     """Run what is missing and print a row per variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+")
+    parser.add_argument("--suite", default="VALID", help="or package.module:DICT")
     parser.add_argument("--out", type=Path, default=Path("runs/nominal"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     kinds = {f.name: type(f.default) for f in fields(Options)}
     told = [dict(pair.split("=") for pair in variant.split(",")) for variant in args.variants]
     variants = [Options(**{k: kinds[k](v) for k, v in pairs.items()}) for pairs in told]
+    suite = suite_named(args.suite)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "runs.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -138,15 +140,15 @@ def main() -> None:
     def logs(task: str, options: Options) -> np.ndarray:
         key = (task, json.dumps(asdict(options)))
         if key not in done:
-            done[key] = losses(VALID[task](), options)
+            done[key] = losses(suite[task](), options)
             with file.open("a") as out:
                 out.write(json.dumps({"task": task, "options": asdict(options), "losses": done[key]}) + "\n")
         return np.log(np.nan_to_num(done[key], nan=1e3, posinf=1e3))
 
-    print("variant | log ratio | horizon speed-up +- standard error |", " | ".join(VALID))
+    print("variant | log ratio | horizon speed-up +- standard error |", " | ".join(suite))
     for options in variants:
         rows = []
-        for task in VALID:
+        for task in suite:
             plain = logs(task, Options())
             slope = max(0.05, -(logs(task, Options(horizon=LONGER)) - plain).mean() / math.log(LONGER))
             change = logs(task, options) - plain

@@ -1,0 +1,61 @@
+"""Five regressions without noise, which VALID lacks: fresh uniform or normal points at every step.
+
+    python docs/experiments/nominal.py --suite regressions:SUITE rate=3 iterations=5 ...
+    PYTHONPATH=docs/experiments python -m meta_train evaluate --suite regressions:SUITE --out runs/regressions \
+      --optimizers paced=nfn:paced nominal=nfn:nominal polar=nfn:polar muon-cosine adamw-cosine
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Generator, Tensor
+
+from tasks.mlp import mlp
+from tasks.task import Problem, mean_squared_error
+
+
+def waves(fan_in: int, fan_out: int) -> Callable[[Tensor], Tensor]:
+    """A fixed sum of twelve plane waves, of variance about 1."""
+    g = torch.Generator().manual_seed(5)
+    k, phase = 2.0 * torch.randn(fan_in, 12, generator=g), 6.28 * torch.rand(12, generator=g)
+    height = torch.randn(12, fan_out, generator=g) / 12**0.5 * 1.4
+    return lambda x: torch.sin(x @ k + phase) @ height
+
+
+def teacher(fan_in: int, fan_out: int) -> Callable[[Tensor], Tensor]:
+    """A fixed network of 32 ReLUs."""
+    g = torch.Generator().manual_seed(3)
+    first, last = torch.randn(fan_in, 32, generator=g) / fan_in**0.5, torch.randn(32, fan_out, generator=g) / 4
+    return lambda x: torch.relu(x @ first) @ last
+
+
+def regression(target: Callable, sizes: list[int], activation: str, batch_size: int, steps: int) -> Problem:
+    """An MLP that learns the function from its values."""
+    function = target(sizes[0], sizes[-1])
+
+    def sample(generator: Generator, count: int) -> tuple[Tensor, Tensor]:
+        shape = (count, sizes[0])
+        if target is teacher:
+            x = torch.randn(shape, generator=generator)
+        else:
+            x = 2 * torch.rand(shape, generator=generator) - 1
+        return x, function(x)
+
+    return Problem(
+        f"{target.__name__}-{activation}",
+        lambda: mlp(sizes, activation),
+        sample,
+        lambda model, x, y: mean_squared_error(model(x), y),
+        batch_size=batch_size,
+        steps=steps,
+    )
+
+
+SUITE = {
+    "waves-tanh": partial(regression, waves, [2, 48, 48, 48, 1], "tanh", 256, 1000),
+    "waves-gelu": partial(regression, waves, [3, 64, 64, 2], "gelu", 128, 1000),
+    "waves-relu": partial(regression, waves, [4, 64, 64, 1], "relu", 128, 600),
+    "waves-sin": partial(regression, waves, [2, 48, 48, 1], "sin", 128, 600),
+    "teacher-relu": partial(regression, teacher, [16, 64, 64, 4], "relu", 128, 800),
+}
