@@ -130,15 +130,20 @@ def evaluate(
 
 
 def report(folder: Path = Path("runs/evaluation"), /) -> None:
-    """Print the tables of an evaluation, finished or not, and write report.md and the pictures.
+    """Print the tables of an evaluation, finished or not, and write report.md and the pictures; of a meta-training
+    draw the curve.
 
     Args:
-        folder: the --out of an evaluation.
+        folder: the --out of an evaluation or of a training.
     """
     from meta_train.optimizers import UnknownName
-    from meta_train.report import report
+    from meta_train.report import draw_training, report
 
     try:
+        if (folder / "log.jsonl").exists():
+            drawn = draw_training(folder)
+            print(f"written: {folder / 'training.png'}" if drawn else "no outer step is finished yet: nothing to draw")
+            return
         print(report(folder))
     except UnknownName as error:
         _fail(str(error))

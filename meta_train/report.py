@@ -1,5 +1,7 @@
-"""Tables and pictures from ``runs.jsonl``, the file that :mod:`meta_train.evaluate` writes."""
+"""Tables and pictures from ``runs.jsonl``, the file that :mod:`meta_train.evaluate` writes, and the curve of a
+meta-training from its ``log.jsonl``."""
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -352,6 +354,37 @@ def draw_profile(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
     right.set_xlabel("best held-out loss: LR-tuned Adam's over its own, at least")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
+
+
+def draw_training(folder: Path) -> bool:
+    """Draw ``training.png`` from ``log.jsonl``: meta-loss by outer step, families, running mean, validation.
+
+    False if the log has no outer step with a finite loss yet.
+    """
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line.get("loss") is not None]
+    if not steps:
+        return False
+    figure = _figure(7.5, 4.2)
+    axis = figure.subplots()
+    families = sorted({k for line in steps for k in line if k.startswith("loss/")})
+    for k, family in enumerate(families):
+        there = [line for line in steps if line.get(family) is not None]
+        colour, name = COLOURS[k % len(COLOURS)], family.removeprefix("loss/")
+        mark = ".x"[k // len(COLOURS) % 2]
+        axis.plot([x["step"] for x in there], [x[family] for x in there], mark, color=colour, label=name)
+    losses, width = np.array([line["loss"] for line in steps]), max(1, len(steps) // 10)
+    mean = np.convolve(losses, np.ones(width) / width, "valid")
+    axis.plot([x["step"] for x in steps][width - 1 :], mean, color="black", label=f"mean of {width} steps")
+    checks = [line for line in lines if line.get("validation") is not None]
+    if checks:
+        axis.plot([x["step"] for x in checks], [x["validation"] for x in checks], "k--", label="validation")
+    axis.set_xlabel("outer step")
+    axis.set_ylabel("meta-loss")
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside right upper")
+    _write(folder / "training.png", lambda temporary: figure.savefig(temporary, dpi=100))
+    return True
 
 
 def _colours(plan: Plan) -> dict[str, str]:

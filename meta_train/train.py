@@ -22,6 +22,7 @@ from meta_train.outer import Estimated, Run, chosen, estimate, mean, outer_step,
 from meta_train.processes import Processes, processes
 from meta_train.progress import Interruption, Reporter
 from meta_train.recipes import SHIPPED_THETA, Recipe, RecipeError
+from meta_train.report import draw_training
 from tasks.task import Task, TaskFamily
 
 MAY_CHANGE = ("outer_steps", "minutes", "checkpoint_every", "validate_every", "validation")
@@ -39,9 +40,9 @@ def train(
 ) -> Path:
     """Meta-train by a recipe, in this process or in all that ``torchrun`` started; the result is the same.
 
-    ``out`` receives ``theta.safetensors`` (the result), ``log.jsonl``, ``tensorboard/`` and
-    the last two checkpoints. Ctrl-C or SIGTERM: the step under way is given up, the run is saved
-    and the process exits with 130 or 143; a second one ends it at once.
+    ``out`` receives ``theta.safetensors`` (the result), ``training.png``, ``log.jsonl``, ``tensorboard/`` and the last
+    two checkpoints. Ctrl-C or SIGTERM: the step under way is given up, the run is saved and the process exits with 130
+    or 143; a second one ends it at once.
 
     Args:
         recipe: what to do.
@@ -133,6 +134,7 @@ def train(
             result = run.best["theta"] if run.best else run.average
             theta = {**dict(rule.named_parameters()), **result}
             save_theta(path, recipe.rule, theta, _provenance(recipe, run, out, group.count))
+            draw_training(out)
         report.say(f"{run.step} outer steps in {run.counters['seconds']:.0f} s: {path}")
     return path
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.image as plt_image
 import pytest
 import torch
 from safetensors import safe_open
@@ -288,6 +289,19 @@ def test_families_without_a_gradient_move_nothing(tmp_path):
     theta = load_theta(run(replace(recipe, estimator=TBPTT(4, 5)), tmp_path))[1]
     torch.testing.assert_close(theta, dict(Slow().state_dict()))
     assert {x["diverged"] for x in log_of(tmp_path)} == {1.0}
+
+
+def test_the_curve_is_drawn_at_the_end_and_from_the_log(tmp_path, capsys):
+    run(RECIPE, tmp_path)
+    picture = tmp_path / "training.png"
+    picture.unlink()  # that is there
+    main(["report", str(tmp_path)])
+    assert str(picture) in capsys.readouterr().out
+    assert plt_image.imread(picture).std() > 0
+    (tmp_path / "log.jsonl").write_text("")
+    picture.unlink()
+    main(["report", str(tmp_path)])
+    assert "nothing to draw" in capsys.readouterr().out and not picture.exists()
 
 
 def test_non_finite_meta_gradients_are_skipped_and_counted():
