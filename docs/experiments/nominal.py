@@ -45,6 +45,7 @@ class Options:
     iterations: float = 4
     vector: float = 2.0
     gain: float = 2.0
+    thin: float = 4.0  # matrices of at most so many rows or columns take one Adam direction
     embedding: float = 2.0
     shrink: float = 0.05  # part of a matrix's step that goes toward zero weights
     first: float = 1.0
@@ -100,6 +101,13 @@ class Variant(Nominal):
         o, kind = self.options, v.stack.kind
         if kind != "matrix":
             return getattr(o, kind) * v.adam
+        step = v.adam if min(v.g.shape[-2:]) <= o.thin else self.polar(v)
+        last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs
+        return step * torch.where(first > 0, o.first, 1.0) * torch.where(last > 0, o.last, 1.0)
+
+    def polar(self, v: View) -> Tensor:
+        """Of a matrix."""
+        o = self.options
         n = v.g.lerp(v.m, o.look_ahead)
         if o.slow:
             n = n / (1 - o.momentum**v.step) + o.slow * v.slow / (1 - 0.99**v.step)
@@ -108,9 +116,7 @@ class Variant(Nominal):
         step = 0.2 * (512 / cols) ** 0.25 * max(rows, cols) ** 0.5 * newton_schulz(n, int(o.iterations))
         if o.size:
             step = step * (features.mean_square(v.w) * cols).clamp(1e-4, 9).sqrt() ** o.size
-        step = step + o.shrink * features.root_mean_square(step) * features.unit_rms(v.w)
-        last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs
-        return step * torch.where(first > 0, o.first, 1.0) * torch.where(last > 0, o.last, 1.0)
+        return step + o.shrink * features.root_mean_square(step) * features.unit_rms(v.w)
 
 
 @mock.patch.object(features, "MOMENTUM", features.MOMENTUM)  # restored afterwards

@@ -17,7 +17,7 @@ from learned_opt import features
 from learned_opt.features import N_EVEN, N_ODD, N_STATISTICS
 from learned_opt.layout import Layout, Stack
 from learned_opt.nfn.embedding import Embedding, broadcast
-from learned_opt.rules.nominal import VECTOR, Nominal, View
+from learned_opt.rules.nominal import Nominal, View
 
 KINDS = ("matrix", "embedding", "vector", "gain")
 N_SHAPE = 3 + len(KINDS) + 2
@@ -87,8 +87,8 @@ class NFN(Nominal):
         return d * ratio * torch.exp(2 * torch.tanh(self.layer_gain(layer)))[..., None]
 
     def _nominal(self, view: View, adam: Tensor, x: Tensor, layer: Tensor) -> Tensor:
-        if view.stack.kind != "matrix":
-            return VECTOR * adam
+        if view.by_entry:
+            return view.by_entry * adam
         g, n, slow = x[0], x[1], x[2]
         a = self.blend(layer).T[..., None, None]
         return view.polar(n + a[0] * g + a[1] * slow)

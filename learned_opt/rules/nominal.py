@@ -2,12 +2,13 @@
 
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
 of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
-fan-in C, and a twentieth as much toward zero weights; on vectors, gains and embeddings ``2 m_hat / sqrt(v_hat)``;
-one rate for all, decaying.
+fan-in C, and a twentieth as much toward zero weights; on matrices of at most four rows or columns ``m_hat /
+sqrt(v_hat)``, on vectors, gains and embeddings twice that; one rate for all, decaying.
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2); they were chosen
-on VALID (docs/experiments.md). The polar factor commutes with permutations and signs, and in the frame also with
-positive scale. The learned rule starts from this one and is judged by what it adds.
+on VALID, the exception of thin matrices on regressions (docs/experiments.md, 18 and 23). The polar factor commutes with
+permutations and signs, and in the frame also with positive scale. The learned rule starts from this one and is judged
+by what it adds.
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from learned_opt.symmetry import Symmetry
 
 RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
 VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
+THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 SHRINK = 0.05  # of a matrix's step goes straight toward zero weights
 NEWTON_SCHULZ = 4  # iterations: a fifth does not help, and lifts directions that are mostly noise
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
@@ -102,6 +104,13 @@ class View:
     def adam(self) -> Tensor:
         """``m_hat / sqrt(v_hat)``."""
         return features.adam_direction(self.m, self.v, self.step)
+
+    @property
+    def by_entry(self) -> float:
+        """How many times the Adam direction it moves by; 0 if it takes polar steps, like every matrix but thin ones."""
+        if self.stack.kind != "matrix":
+            return VECTOR
+        return 1.0 if min(self.g.shape[-2:]) <= THIN else 0.0
 
     def polar(self, momentum: Tensor) -> Tensor:
         """The step along a momentum, preconditioned, and a little toward zero: ``[N, R, C]``."""
@@ -196,7 +205,7 @@ class Nominal(UpdateRule):
         self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
-        return [v.polar(v.nesterov) if v.stack.kind == "matrix" else VECTOR * v.adam for v in views]
+        return [v.by_entry * v.adam if v.by_entry else v.polar(v.nesterov) for v in views]
 
 
 class DecayingPolar(Nominal):
