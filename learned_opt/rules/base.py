@@ -1,5 +1,6 @@
 """What an update rule is: a pure function of weights, gradients and state, whose parameters are theta."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -10,17 +11,18 @@ Weights = dict[str, Tensor]
 State = dict[str, dict[str, Tensor]]
 
 
-class UpdateRule(nn.Module):
+class UpdateRule(nn.Module, ABC):
     """``(theta, params, grads, state, symmetry) -> (updates, state)``: pure and out of place.
 
     The module's own parameters are theta, the meta-learned weights; their shapes never depend on the network
     that is optimised. Runs under ``torch.func.functional_call``, ``vmap`` and ``grad``.
     """
 
+    @abstractmethod
     def init(self, params: Weights) -> State:
         """Fresh state. Slots are float32 (float64 for float64 parameters); ``step`` is a 0-d float tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(
         self,
         params: Weights,
@@ -44,4 +46,3 @@ class UpdateRule(nn.Module):
         Returns:
             ``(updates, state)``; the new weight is ``params[n] + lr * updates[n]``.
         """
-        raise NotImplementedError

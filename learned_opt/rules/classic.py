@@ -5,6 +5,7 @@ They need a learning rate like torch's. Weight decay is decoupled in all three: 
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -22,9 +23,9 @@ class Classic(UpdateRule):
 
     slots: tuple[str, ...]
 
+    @abstractmethod
     def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Update at unit learning rate, and next slots, of one tensor with gradient ``g``."""
-        raise NotImplementedError
 
     def init(self, params: Weights) -> State:
         return {name: self._fresh(p) for name, p in params.items()}
