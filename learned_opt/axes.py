@@ -134,6 +134,15 @@ def _join(pieces: list[Tensor], dim: int, axis: Axis) -> Tensor:
     return assembled(pieces, axis.factors, dim).flatten(dim, dim + len(axis.factors) - 1)
 
 
+def lay(table: Tensor, dims: list[int], ndim: int) -> Tensor:
+    """View a table so that its i-th dimension stands at ``dims[i]`` of an ``ndim``-dimensional tensor."""
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    shape = [1] * ndim
+    for i in order:
+        shape[dims[i]] = table.shape[i]
+    return table.permute(order).reshape(shape)
+
+
 # ------------------------------------------------------------------------------------ as plain data
 def axis_to_data(axis: Axis) -> Any:
     """Plain data (JSON) that :func:`axis_from_data` reads."""

@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Leaf
-from learned_opt.symmetry import Block, Symmetry, base_dim, lay
+from learned_opt.axes import Leaf, lay
+from learned_opt.symmetry import Block, Symmetry, base_dim
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,7 @@ from learned_opt.axes import (
     axis_from_data,
     axis_to_data,
     choices,
+    lay,
     pieces_of,
     size_of,
 )
@@ -470,15 +471,6 @@ def base_dim(labels: list[str | None], base: str, dim: int) -> int:
         raise SymmetryError(f"label {labels[dim]!r} is over {base!r}, which its tensor does not have")
     before = [i for i in at if i < dim]
     return before[-1] if before else at[0]
-
-
-def lay(table: Tensor, dims: list[int], ndim: int) -> Tensor:
-    """View a table so that its i-th dimension stands at ``dims[i]`` of an ``ndim``-dimensional tensor."""
-    order = sorted(range(len(dims)), key=dims.__getitem__)
-    shape = [1] * ndim
-    for i in order:
-        shape[dims[i]] = table.shape[i]
-    return table.permute(order).reshape(shape)
 
 
 def randomised(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch import nn
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum, size_of
+from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of, size_of
 from learned_opt.symmetry import Kind, Label, Role, Scale, Spec, Symmetry
 
 _LEAF = re.compile(r"([\w.]+)(?::(\d+))?((?:[\^/][\w.]+)*)")
@@ -88,7 +88,7 @@ class Table:
             axes += tuple(Leaf(n) for n in shape[len(line) :])
             roles: tuple[Role, ...] = (("out", "in") + ("kernel",) * len(shape))[: len(shape)]
             specs[name] = Spec(axes, roles)
-        used = {leaf for spec in specs.values() for axis in spec.axes for leaf in _leaves(axis)}
+        used = {leaf for spec in specs.values() for axis in spec.axes for leaf in leaves_of(axis)}
         labels = {leaf.label for leaf in used if leaf.label is not None}
         units = {scale: leaf for leaf in used for scale, _ in leaf.scale}
         return Symmetry(
@@ -144,14 +144,6 @@ def _parse(text: str, size: int, sizes: dict[str, int]) -> Axis:
     axis = joined("|", product, Sum)
     assert position == len(tokens) and size_of(axis) == size, f"{text!r} does not describe an axis of {size}"
     return axis
-
-
-def _leaves(axis: Axis) -> Iterator[Leaf]:
-    if isinstance(axis, Leaf):
-        yield axis
-    else:
-        for part in axis.factors if isinstance(axis, Prod) else axis.parts:
-            yield from _leaves(part)
 
 
 # ------------------------------------------------------------------------------------------- comparison

@@ -1,6 +1,7 @@
 """Inference is sound: on traps that once fooled it, and on random graphs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,10 +114,12 @@ def test_wrong_inputs_and_settings() -> None:
         infer_symmetry(model, torch.randn(2, 7))
     with pytest.raises(InferenceError, match="control flow"):
         infer_symmetry(Between(lambda h: h if h.sum() > 0 else -h), torch.randn(2, 4))
+    wrong: dict[str, Any] = {"outputs": torch.randn(2, 3)}
     with pytest.raises(ValueError, match="keywords={'outputs'"):
-        infer_symmetry(model, torch.randn(2, 4), outputs=torch.randn(2, 3))  # type: ignore[arg-type]
+        infer_symmetry(model, torch.randn(2, 4), **wrong)
+    wrong = {"verify": "sometimes"}
     with pytest.raises(ValueError, match="sometimes"):
-        infer_symmetry(model, torch.randn(2, 4), verify="sometimes")  # type: ignore[arg-type]
+        infer_symmetry(model, torch.randn(2, 4), **wrong)
 
 
 def test_inputs_may_be_called_as_arguments_of_the_inference() -> None:

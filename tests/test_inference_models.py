@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from learned_opt import infer_symmetry
-from learned_opt.axes import Axis, Leaf, Prod, Sum
+from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of
 from learned_opt.frame import potentials
 from learned_opt.symmetry import Element, Label, Spec, Symmetry, randomised
 
@@ -78,20 +78,12 @@ def test_every_operator_is_known_and_parameters_are_covered(name: str) -> None:
 
 
 def _labels(symmetry: Symmetry, name: str) -> list[Label]:
-    leaves = (leaf for axis in symmetry.specs[name].axes for leaf in _leaves(axis))
+    leaves = (leaf for axis in symmetry.specs[name].axes for leaf in leaves_of(axis))
     return [symmetry.labels[leaf.label] for leaf in leaves if leaf.label is not None]
 
 
 def _moves(label: Label) -> bool:
     return label.size > 1 and not label.fixed
-
-
-def _leaves(axis: Axis) -> Iterator[Leaf]:
-    if isinstance(axis, Leaf):
-        yield axis
-    else:
-        for part in axis.factors if isinstance(axis, Prod) else axis.parts:
-            yield from _leaves(part)
 
 
 @pytest.mark.parametrize("name", ["mlp_bn_train", "cnn_bn_train"])

@@ -1,6 +1,7 @@
 """Transformer-NFN: its group is a transformer's, its layers follow it, and its sizes are the published ones."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -347,7 +348,8 @@ def test_what_does_not_fit_is_refused():
         spec.pack(state | {"encoder.1.fc1.weight": torch.zeros(1, 1, 2, 2)})
     with pytest.raises(SymmetryError, match="not of this format"):
         zoo_spec({"weight": torch.zeros(2, 2)})
+    wrong: dict[str, Any] = {"stream": "none"}
     with pytest.raises(SymmetryError, match="choose block"):
-        TransformerSpec(4, 2, 2, 2, 4, (), stream="none")  # type: ignore[arg-type]
+        TransformerSpec(4, 2, 2, 2, 4, (), **wrong)
     with pytest.raises(ValueError, match="at least one"):
         TransformerNFN(spec, channels=())
