@@ -28,12 +28,12 @@ def fresh(params: Mapping[str, Tensor], averages: Sequence[str] = AVERAGES) -> S
     return {n: {"step": zeros(p.new_zeros(())), **{k: zeros(p) for k in averages}} for n, p in params.items()}
 
 
-def accumulate(grads: Weights, state: State) -> State:
+def accumulate(grads: Weights, state: State, memory: float | Tensor = MOMENTUM) -> State:
     """Exponential moving averages of the gradient (two horizons) and of its square, those that the state has.
 
-    They are not bias-corrected.
+    They are not bias-corrected; ``memory`` is the decay rate of ``m``.
     """
-    decays = {"m": MOMENTUM, "m_slow": SLOW, "v": SQUARE}
+    decays = {"m": memory, "m_slow": SLOW, "v": SQUARE}
     new = {}
     for n, g in grads.items():
         s = state[n]
@@ -42,9 +42,9 @@ def accumulate(grads: Weights, state: State) -> State:
     return new
 
 
-def nesterov(m: Tensor, g: Tensor) -> Tensor:
+def nesterov(m: Tensor, g: Tensor, memory: float | Tensor = MOMENTUM) -> Tensor:
     """The momentum one step ahead, up to a constant: ``0.9 m + 0.1 g``."""
-    return torch.lerp(g, m, MOMENTUM)
+    return torch.lerp(g, m, memory)
 
 
 def adam_direction(m: Tensor, v: Tensor, step: Tensor) -> Tensor:

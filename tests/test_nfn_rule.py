@@ -193,7 +193,7 @@ def test_fast_gates_equal_vectors_per_entry(kind):
     """One hidden layer on ``[e, h_row, h_col, layer]`` of every entry, materialised."""
     symmetry, params, grads, state = make(kind)
     rule = at_random(NFN())
-    views, layout = rule._views(params, grads, features.accumulate(grads, state), symmetry)
+    views, layout = rule._views(params, grads, features.accumulate(grads, state), symmetry, 0.9)
     units = torch.randn(layout.n_units + 1, rule.width, dtype=torch.float64)
     units[-1] = 0
     for view in views:
@@ -312,19 +312,27 @@ def test_a_weight_that_is_not_trained_is_context_for_the_frame():
 def written_out(w, g, m, v, step):
     """The direction of one tensor without frame, as the equations of nominal.py read: one matrix or one vector."""
     m, v = 0.9 * m + 0.1 * g, (0.99 * v + 0.01 * g * g)
-    if min(w.shape) <= 4 or w.ndim == 1:
-        return (2 if w.ndim == 1 else 1) * (m / (1 - 0.9**step)) / (v / (1 - 0.99**step)).sqrt()
+    adam = (m / (1 - 0.9**step)) / (v / (1 - 0.99**step)).sqrt()
+    if w.ndim == 1:
+        return 2 * adam
+    size = w.square().mean().sqrt()
+    small = min(1, max(0.1, float(size) * w.shape[1] ** 0.5 / 0.5)) ** 0.5
+    if min(w.shape) <= 4:
+        return small * adam
     x = (0.9 * m + 0.1 * g) / (v / (1 - 0.99**step)) ** 0.25
     u, s, vt = torch.linalg.svd(x / x.norm(), full_matrices=False)
     for _ in range(4):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    out = 0.2 * (512 / x.shape[1]) ** 0.25 * max(x.shape) ** 0.5 * (u * s) @ vt
-    return out + 0.05 * w * out.square().mean().sqrt() / w.square().mean().sqrt()
+    out = small * 0.2 * (512 / x.shape[1]) ** 0.25 * max(x.shape) ** 0.5 * (u * s) @ vt
+    return out + 0.05 * w * out.square().mean().sqrt() / size
 
 
+@pytest.mark.parametrize("size", [0.03, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize("total, rate", [(None, 0.01 / math.sqrt(1 + 3 / 100)), (50, 0.04 * (1 - 3 / 50))])
-def test_the_nominal_step_is_its_equations(total, rate):
+def test_the_nominal_step_is_its_equations(total, rate, size):
+    """Also for weights smaller than usual, down to where they count as zero."""
     symmetry, params, grads, state = make("tanh")
+    params = {n: size * p for n, p in params.items()}
     updates, _ = Nominal(frame=False)(params, grads, state, symmetry, total_steps=total)
     for n, p in params.items():
         expected = -rate * written_out(p, grads[n], state[n]["m"], state[n]["v"], 4)
@@ -347,6 +355,7 @@ def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatc
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
     script = importlib.import_module("nominal")
     symmetry, params, _, _ = make(kind)
+    params = {n: 0.3 * p for n, p in params.items()}  # small weights, for the option of that name
 
     def norm(**told):
         rule = script.Variant(script.Options(**told))

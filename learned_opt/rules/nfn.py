@@ -88,7 +88,7 @@ class NFN(Nominal):
 
     def _nominal(self, view: View, adam: Tensor, x: Tensor, layer: Tensor) -> Tensor:
         if view.by_entry:
-            return view.by_entry * adam
+            return view.entrywise(adam)
         g, n, slow = x[0], x[1], x[2]
         a = self.blend(layer).T[..., None, None]
         return view.polar(n + a[0] * g + a[1] * slow)

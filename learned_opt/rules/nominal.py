@@ -3,12 +3,14 @@
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
 of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
 fan-in C, and a twentieth as much toward zero weights; on matrices of at most four rows or columns ``m_hat /
-sqrt(v_hat)``, on vectors, gains and embeddings twice that; one rate for all, decaying.
+sqrt(v_hat)``; on weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, either times ``sqrt(2 r sqrt(C))``; on vectors,
+gains and embeddings twice ``m_hat / sqrt(v_hat)``; one rate for all, decaying.
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
-(power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2); they were chosen
-on VALID, the exception of thin matrices on regressions (docs/experiments.md, 18 and 23). The polar factor commutes with
-permutations and signs, and in the frame also with positive scale. The learned rule starts from this one and is judged
-by what it adds.
+(power 1/2), that of small weights between steps of one RMS and steps in proportion to them, that of the second moment
+between Muon's direction (power 0) and that of Adam (power 1/2). The first and the last were chosen on VALID, the
+exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23 and 26). The polar factor
+commutes with permutations and signs, and in the frame also with positive scale. The learned rule starts from this one
+and is judged by what it adds.
 """
 
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ from learned_opt.symmetry import Symmetry
 RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
 VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
 THIN = 4  # rows or columns up to which a matrix takes the Adam direction
+USUAL = 0.5  # RMS times root fan-in of weights below which they are small
+SMALLEST = 0.1  # relative to usual ones: smaller ones (zeros) count as that
 SHRINK = 0.05  # of a matrix's step goes straight toward zero weights
 NEWTON_SCHULZ = 4  # iterations: a fifth does not help, and lifts directions that are mostly noise
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
@@ -56,7 +60,9 @@ def decay(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
 class View:
     """One stack ``[N, R, C]`` in the frame: weights, gradient and accumulators, all invariant to positive scale."""
 
-    def __init__(self, stack: Stack, s: tuple[Tensor, Tensor] | None, **tensors: Tensor) -> None:
+    def __init__(
+        self, stack: Stack, s: tuple[Tensor, Tensor] | None, memory: float | Tensor, **tensors: Tensor
+    ) -> None:
         def into(x: Tensor) -> Tensor:
             return x if s is None else x * s[0] * s[1]
 
@@ -64,7 +70,7 @@ class View:
             return x if s is None else x / s[0] / s[1]
 
         # gradients enter the frame, and updates leave it, by s; weights enter by 1 / s
-        self.stack, self.leave = stack, into
+        self.stack, self.leave, self.memory = stack, into, memory
         self.step = tensors["step"]  # [N, 1, 1]
         self.like_weights = {k: inverse(tensors[k]) for k in ("w", "moved") if k in tensors}
         self.like_gradients = {k: into(tensors[k]) for k in ("g", "m", "m_slow") if k in tensors}
@@ -98,7 +104,7 @@ class View:
     @property
     def nesterov(self) -> Tensor:
         """The momentum that the direction is taken of."""
-        return features.nesterov(self.m, self.g)
+        return features.nesterov(self.m, self.g, self.memory)
 
     @property
     def adam(self) -> Tensor:
@@ -106,16 +112,29 @@ class View:
         return features.adam_direction(self.m, self.v, self.step)
 
     @property
-    def by_entry(self) -> float:
-        """How many times the Adam direction it moves by; 0 if it takes polar steps, like every matrix but thin ones."""
-        if self.stack.kind != "matrix":
-            return VECTOR
-        return 1.0 if min(self.g.shape[-2:]) <= THIN else 0.0
+    def by_entry(self) -> bool:
+        """Whether it moves along the Adam direction, as all do but matrices that are not thin."""
+        return self.stack.kind != "matrix" or min(self.g.shape[-2:]) <= THIN
+
+    @property
+    def smallness(self) -> Tensor:
+        """Root of the weights' RMS relative to usual ones, 1 for those that are not small: ``[N, 1, 1]``."""
+        relative = features.root_mean_square(self.w) * self.w.shape[-1] ** 0.5 / USUAL
+        return relative.clamp(SMALLEST, 1.0).sqrt()
+
+    def entrywise(self, adam: Tensor) -> Tensor:
+        """The step along an Adam direction: ``[N, R, C]``."""
+        return adam * (self.smallness if self.stack.kind == "matrix" else VECTOR)
 
     def polar(self, momentum: Tensor) -> Tensor:
         """The step along a momentum, preconditioned, and a little toward zero: ``[N, R, C]``."""
-        step = polar_step(momentum * features.quarter_power(self.v, self.step))
+        step = self.smallness * polar_step(momentum * features.quarter_power(self.v, self.step))
         return step + SHRINK * features.root_mean_square(step) * features.unit_rms(self.w)
+
+
+def age(state: State) -> Tensor:
+    """Steps that the network has made, which some tensors may have sat out (0-d)."""
+    return torch.stack([s["step"] for s in state.values()]).amax()
 
 
 def hush(views: list[View]) -> None:
@@ -163,9 +182,10 @@ class Nominal(UpdateRule):
     ) -> tuple[Weights, State]:
         if not grads:
             return {}, state
-        state = {**state, **features.accumulate(grads, state)}
-        clock = torch.stack([s["step"] for s in state.values()]).amax()  # the network's age, not the tensor's
-        views, layout = self._views(params, grads, state, symmetry)
+        memory = self.memory(state)
+        state = {**state, **features.accumulate(grads, state, memory)}
+        clock = age(state)
+        views, layout = self._views(params, grads, state, symmetry, memory)
         rate, state = self.rate(views, state, clock, total_steps)
         steps = [v.leave(d) for v, d in zip(views, self.directions(layout, views, clock, total_steps), strict=True)]
         updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
@@ -175,7 +195,9 @@ class Nominal(UpdateRule):
                 updates[n] = updates[n] - rate * wd * params[n]
         return updates, self.remember(updates, state)
 
-    def _views(self, params: Weights, grads: Weights, state: State, symmetry: Symmetry) -> tuple[list[View], Layout]:
+    def _views(
+        self, params: Weights, grads: Weights, state: State, symmetry: Symmetry, memory: float | Tensor
+    ) -> tuple[list[View], Layout]:
         layout = layout_of(symmetry, tuple(grads), next(iter(grads.values())).device)
         log_c = potentials(symmetry, params) if self.frame else None
         gathered = {
@@ -187,9 +209,13 @@ class Nominal(UpdateRule):
         for i, stack in enumerate(layout.stacks):
             s = scales(log_c, stack.row_scales, stack.col_scales)
             step = torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])
-            views.append(View(stack, s, step=step[:, None, None], **{k: x[i] for k, x in gathered.items()}))
+            views.append(View(stack, s, memory, step=step[:, None, None], **{k: x[i] for k, x in gathered.items()}))
         hush(views)
         return views, layout
+
+    def memory(self, state: State) -> float | Tensor:
+        """Decay rate of the momentum at the next step (0-d)."""
+        return features.MOMENTUM
 
     def rate(
         self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
@@ -205,7 +231,7 @@ class Nominal(UpdateRule):
         self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
-        return [v.by_entry * v.adam if v.by_entry else v.polar(v.nesterov) for v in views]
+        return [v.entrywise(v.adam) if v.by_entry else v.polar(v.nesterov) for v in views]
 
 
 class DecayingPolar(Nominal):

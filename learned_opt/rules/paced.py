@@ -1,4 +1,4 @@
-"""The paced rule: the nominal step at a rate that the first steps measure.
+"""The paced rule: the nominal step at a rate that the first steps measure, and with a momentum that later ones do.
 
 Where the last step still points down the gradient of the next batch, a longer step would have gained more; where it
 points up, a shorter one. The slope is unbiased, as the batch is a new one (a hypergradient: Baydin et al. 2018,
@@ -10,13 +10,20 @@ arXiv:1703.04782, of the logarithm of the rate, normalised). With ``d`` the last
 from ``rho = -1``, for an eighth of the run, 10 to 50 steps; the rate is multiplied by ``e^rho``. So rho is an average
 of the evidence for longer steps, in [-1, 1], and begins as a warm-up. Later slopes say little about the rate: steps
 then end on rising ground at any rate (measured, docs/experiments.md, 20).
+
+How steeply the ground rises tells something else: a cosine of 0 to 0.05 where the gradient is mostly noise, of 0.2 to
+0.4 where it is mostly an oscillation across a valley. There a longer memory averages the oscillation out, elsewhere it
+only lags (docs/experiments.md, 26). So after the first 50 steps the momentum's decay rate is
+
+    0.9 + 0.05 min(1, max(0, - mean c / 0.2)).
 """
 
 import torch
 from torch import Tensor
 
+from learned_opt.features import MOMENTUM
 from learned_opt.rules.base import State, Weights
-from learned_opt.rules.nominal import RATE, Nominal, View, decay, schedule
+from learned_opt.rules.nominal import RATE, Nominal, View, age, decay, schedule
 
 START = -1.0  # rho at the first step; the state holds what it has gained since
 GAIN = 0.3  # of a step's evidence in rho
@@ -24,6 +31,8 @@ FADE = 50.0  # steps after which the gain is half
 EVIDENCE = 0.03  # size of a cosine that counts
 MEMORY = 0.8  # decay of the average of the cosines
 SHORTEST, LONGEST, SHARE = 10.0, 50.0, 0.125  # the measurement in steps, and as a share of the horizon
+OSCILLATION = 0.2  # a slope that rises so much asks for the longest memory
+LONGER = 0.05  # of the momentum's decay rate, at most
 AFTER = 1.2  # multiple of the measured rate that the rest of the run takes
 
 
@@ -42,6 +51,12 @@ class Paced(Nominal):
     def remember(self, updates: Weights, state: State) -> State:
         """The last update, zero for a tensor that sat out."""
         return {n: {**s, "moved": updates.get(n, torch.zeros_like(s["moved"]))} for n, s in state.items()}
+
+    def memory(self, state: State) -> Tensor:
+        """Decay rate of the momentum at the next step (0-d)."""
+        clock = age(state)
+        rising = (-_of_the_oldest(state, "slope", clock) / OSCILLATION).clamp(0.0, 1.0)
+        return MOMENTUM + LONGER * rising * (clock >= LONGEST)
 
     def rate(
         self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
