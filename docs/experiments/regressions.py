@@ -1,4 +1,4 @@
-"""Five regressions without noise, which VALID lacks: fresh uniform or normal points at every step.
+"""Seven regressions without noise, which VALID lacks, two of them by SIRENs: fresh points at every step.
 
     python docs/experiments/nominal.py --suite regressions:SUITE rate=3 iterations=5 ...
     PYTHONPATH=docs/experiments python -m meta_train evaluate --suite regressions:SUITE --out runs/regressions \
@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
+from tasks import fields
 from tasks.mlp import mlp
 from tasks.task import Problem, mean_squared_error
 
@@ -52,10 +53,32 @@ def regression(target: Callable, sizes: list[int], activation: str, batch_size: 
     )
 
 
+def siren(speed: float, width: int, depth: int) -> Problem:
+    """A SIREN that learns a fixed sum of 24 fast plane waves on a square."""
+    g = torch.Generator().manual_seed(7)
+    k, phase = speed * torch.randn(2, 24, generator=g), 6.28 * torch.rand(24, generator=g)
+    height = torch.randn(24, 2, generator=g) / 24**0.5
+
+    def sample(generator: Generator, count: int) -> tuple[Tensor, Tensor]:
+        x = 2 * torch.rand(count, 2, generator=generator) - 1
+        return x, torch.sin(x @ k + phase) @ height
+
+    return Problem(
+        f"siren-{speed:g}",
+        lambda: fields.siren(2, 2, width=width, depth=depth),
+        sample,
+        lambda model, x, y: mean_squared_error(model(x), y),
+        batch_size=512,
+        steps=500,
+    )
+
+
 SUITE = {
     "waves-tanh": partial(regression, waves, [2, 48, 48, 48, 1], "tanh", 256, 1000),
     "waves-gelu": partial(regression, waves, [3, 64, 64, 2], "gelu", 128, 1000),
     "waves-relu": partial(regression, waves, [4, 64, 64, 1], "relu", 128, 600),
     "waves-sin": partial(regression, waves, [2, 48, 48, 1], "sin", 128, 600),
     "teacher-relu": partial(regression, teacher, [16, 64, 64, 4], "relu", 128, 800),
+    "siren-12": partial(siren, 12.0, 48, 3),
+    "siren-20": partial(siren, 20.0, 64, 2),
 }
