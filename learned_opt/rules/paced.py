@@ -16,6 +16,9 @@ How steeply the ground rises tells something else: a cosine of 0 to 0.05 where t
 only lags (docs/experiments.md, 26). So after the first 50 steps the momentum's decay rate is
 
     0.9 + 0.05 min(1, max(0, - mean c / 0.2)).
+
+The bias correction of Adam's direction stays that of 0.9: right by then, but a vector that joins later may begin with
+steps of half their size.
 """
 
 import torch
