@@ -316,7 +316,7 @@ def written_out(w, g, m, v, step):
     if w.ndim == 1:
         return 2 * adam
     size = w.square().mean().sqrt()
-    small = min(1, max(0.1, float(size) * w.shape[1] ** 0.5 / 0.5)) ** 0.5
+    small = min(1, max(0.1, float(size) * w.shape[1] ** 0.5 / 0.5))
     if min(w.shape) <= 4:
         return small * adam
     x = (0.9 * m + 0.1 * g) / (v / (1 - 0.99**step)) ** 0.25

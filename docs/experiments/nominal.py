@@ -50,7 +50,7 @@ class Options:
     shrink: float = 0.05  # part of a matrix's step that goes toward zero weights
     first: float = 1.0
     last: float = 1.0
-    small: float = 0.5  # power of the RMS times root fan-in of weights smaller than usual in their step
+    small: float = 1.0  # power of the RMS times root fan-in of weights smaller than usual in their step
     size: float = 0.0  # power of the matrix's own RMS times root fan-in in its step
     after: float = 0.0  # decay of an average of the directions, after the polar factor
     horizon: float = 1.0  # times the task's own
@@ -103,7 +103,7 @@ class Variant(Nominal):
         if kind != "matrix":
             return getattr(o, kind) * v.adam
         step = v.adam if min(v.g.shape[-2:]) <= o.thin else self.polar(v)
-        step = step * v.smallness ** (2 * o.small)
+        step = step * v.smallness**o.small
         last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs
         return step * torch.where(first > 0, o.first, 1.0) * torch.where(last > 0, o.last, 1.0)
 

@@ -3,12 +3,11 @@
 On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
 of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
 fan-in C, and a twentieth as much toward zero weights; on matrices of at most four rows or columns ``m_hat /
-sqrt(v_hat)``; on weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, either times ``sqrt(2 r sqrt(C))``; on vectors,
+sqrt(v_hat)``; on weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, either times ``2 r sqrt(C)``; on vectors,
 gains and embeddings twice ``m_hat / sqrt(v_hat)``; one rate for all, decaying.
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
-(power 1/2), that of small weights between steps of one RMS and steps in proportion to them, that of the second moment
-between Muon's direction (power 0) and that of Adam (power 1/2). The first and the last were chosen on VALID, the
-exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23 and 26). The polar factor
+(power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen
+on VALID, the exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23, 26 and 28). The polar factor
 commutes with permutations and signs, and in the frame also with positive scale. The learned rule starts from this one
 and is judged by what it adds.
 """
@@ -118,9 +117,9 @@ class View:
 
     @property
     def smallness(self) -> Tensor:
-        """Root of the weights' RMS relative to usual ones, 1 for those that are not small: ``[N, 1, 1]``."""
+        """The weights' RMS relative to usual ones, 1 for those that are not small: ``[N, 1, 1]``."""
         relative = features.root_mean_square(self.w) * self.w.shape[-1] ** 0.5 / USUAL
-        return relative.clamp(SMALLEST, 1.0).sqrt()
+        return relative.clamp(SMALLEST, 1.0)
 
     def entrywise(self, adam: Tensor) -> Tensor:
         """The step along an Adam direction: ``[N, R, C]``."""
