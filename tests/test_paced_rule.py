@@ -74,7 +74,7 @@ def test_the_step_is_the_nominal_one_at_that_rate_and_memory():
         row = rows[t - 1]
         slope = float(row["before"]["0.bias"]["slope"])
         assert t < 50 or slope < 0  # so that the test sees it
-        memory = 0.9 + 0.07 * min(1, max(0, -slope / 0.2)) if t > 50 else 0.9
+        memory = 0.9 + 0.07 * min(1, max(0, -slope / 0.28)) if t > 50 else 0.9
         nominal, _ = Remembering(memory)(row["params"], row["grads"], row["before"], symmetry, total_steps=400)
         clock = torch.tensor(float(t), dtype=torch.float64)
         rate = math.exp(row["log_rate"]) * (1.2 * schedule(clock, 400) if t > 50 else decay(clock, 400))

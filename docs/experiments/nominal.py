@@ -2,22 +2,18 @@
 
     python docs/experiments/nominal.py [--suite VALID] [--out runs/nominal] decay=cosine power=0,iterations=5 ...
 
-Each argument is a variant: options that differ from the rule as it is, joined by commas. Per task it prints the mean
-over the seeds of log(final train loss of the variant / of the rule), and over all tasks the horizon speed-up: how many
-times longer the rule would have to run for the variant's loss, by the slope of the rule's own loss up to
-``horizon=1.4``. Finished runs are kept in ``--out`` and not repeated.
+Each argument is a variant: options that differ from the rule as it is, joined by commas. What it prints:
+``batched.compare``. Constants of the rule, and the paced one: ``constants.py``.
 """
 
 import argparse
-import json
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
-from batched import final_losses
+from batched import PLAIN, SEEDS, compare, final_losses
 from torch import Tensor
 
 from learned_opt import features
@@ -25,9 +21,6 @@ from learned_opt.rules.nominal import RATE, Nominal, View, schedule
 from learned_opt.rules.polar import newton_schulz
 from meta_train.evaluate import suite_named
 from tasks.task import Task
-
-SEEDS = 6
-LONGER = 1.4
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class Options:
     def label(self) -> str:
         """Only what differs."""
         told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items()) or "as it is"
+        return ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items()) or PLAIN
 
 
 class Variant(Nominal):
@@ -122,10 +115,10 @@ class Variant(Nominal):
 
 
 @mock.patch.object(features, "MOMENTUM", features.MOMENTUM)  # restored afterwards
-def losses(task: Task, options: Options) -> list[float]:
-    """Final train loss of every seed."""
+def losses(options: Options, task: Task, multiple: float) -> list[float]:
+    """Final train loss of every seed, after a multiple of the variant's own steps."""
     features.MOMENTUM = options.momentum
-    return final_losses(task, Variant(options), SEEDS, round(options.horizon * task.steps))
+    return final_losses(task, Variant(options), SEEDS, round(multiple * options.horizon * task.steps))
 
 
 def main() -> None:
@@ -139,36 +132,8 @@ def main() -> None:
     kinds = {f.name: type(f.default) for f in fields(Options)}
     told = [dict(pair.split("=") for pair in variant.split(",")) for variant in args.variants]
     variants = [Options(**{k: kinds[k](v) for k, v in pairs.items()}) for pairs in told]
-    suite = suite_named(args.suite)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "runs.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(r["task"], json.dumps(r["options"])): r["losses"] for r in lines}
-
-    def logs(task: str, options: Options) -> np.ndarray:
-        key = (task, json.dumps(asdict(options)))
-        if key not in done:
-            done[key] = losses(suite[task](), options)
-            with file.open("a") as out:
-                out.write(json.dumps({"task": task, "options": asdict(options), "losses": done[key]}) + "\n")
-        return np.log(np.nan_to_num(done[key], nan=1e3, posinf=1e3))
-
-    print("variant | log ratio | horizon speed-up +- standard error |", " | ".join(suite))
-    for options in variants:
-        rows = []
-        for task in suite:
-            plain = logs(task, Options())
-            slope = max(0.05, -(logs(task, Options(horizon=LONGER)) - plain).mean() / math.log(LONGER))
-            change = logs(task, options) - plain
-            rows.append((change.mean(), -change.mean() / slope, change.std(ddof=1) / SEEDS**0.5 / slope))
-        change, faster, error = np.array(rows).T
-        weight = 1 / (error**2 + 0.15**2)  # tasks differ by more than their seeds do
-        mean = (weight * faster.clip(-2, 2)).sum() / weight.sum()
-        print(
-            f"{options.label()} | {change.mean():+.3f} | {math.exp(mean):.2f} +- {weight.sum() ** -0.5:.2f} |",
-            " | ".join(f"{x:+.3f}" for x in change),
-            flush=True,
-        )
+    runs = {o.label(): partial(losses, o) for o in (Options(), *variants)}
+    compare(suite_named(args.suite), runs, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Four tasks whose initial weights are smaller than torch's: what steps that follow small weights' size cost there.
+"""Four tasks whose initial weights are smaller than torch's: what steps in proportion to small weights cost there.
 
-python docs/experiments/nominal.py --suite starts:SUITE small=0 small=1
+python docs/experiments/constants.py --suite starts:SUITE nominal.SMALLEST=1
 """
 
 from collections.abc import Mapping

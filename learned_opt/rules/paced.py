@@ -15,7 +15,7 @@ How steeply the ground rises tells something else: a cosine of 0 to 0.05 where t
 0.4 where it is mostly an oscillation across a valley. There a longer memory averages the oscillation out, elsewhere it
 only lags (docs/experiments.md, 26 and 28). So after the first 50 steps the momentum's decay rate is
 
-    0.9 + 0.07 min(1, max(0, - mean c / 0.2)).
+    0.9 + 0.07 min(1, max(0, - mean c / 0.28)).
 
 The bias correction of Adam's direction stays that of 0.9: right by then, but a vector that joins later may begin with
 steps of half their size.
@@ -34,7 +34,7 @@ FADE = 50.0  # steps after which the gain is half
 EVIDENCE = 0.03  # size of a cosine that counts
 MEMORY = 0.8  # decay of the average of the cosines
 SHORTEST, LONGEST, SHARE = 10.0, 50.0, 0.125  # the measurement in steps, and as a share of the horizon
-OSCILLATION = 0.2  # a slope that rises so much asks for the longest memory
+OSCILLATION = 0.28  # a slope that rises so much asks for the longest memory
 LONGER = 0.07  # of the momentum's decay rate, at most
 AFTER = 1.2  # multiple of the measured rate that the rest of the run takes
 
