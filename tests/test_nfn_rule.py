@@ -13,11 +13,12 @@ from torch.nn.functional import linear
 
 from learned_opt import features
 from learned_opt.nfn.embedding import broadcast
-from learned_opt.rules import RULES
+from learned_opt.rules import RULES, nominal
 from learned_opt.rules.nfn import N_ODD, N_TIME, NFN, time_features
 from learned_opt.rules.nominal import DecayingPolar, Nominal, schedule
 from tasks.conv import cnn
-from tasks.mlp import mlp
+from tasks.data import digits
+from tasks.mlp import classifier, mlp
 from tasks.transformer import Transformer
 from tests.inferred import infer
 
@@ -369,6 +370,30 @@ def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatc
     as_it_is = norm()
     without = {name for name, value in told.items() if norm(**{name: value}) == pytest.approx(as_it_is, rel=1e-6)}
     assert without == {"momentum", "horizon", *lacks}  # the first two are of the run, not of the rule
+
+
+def test_constants_are_others_in_the_runs_of_their_experiment_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("constants")
+    monkeypatch.setattr(script, "SEEDS", 2)
+    task = classifier("small", digits(), [8], "relu", batch_size=8, steps=6)
+
+    def run(constants):
+        return script.losses("nominal", constants, task, 1.0)
+
+    plain, other = run(""), run("nominal.RATE=0.02,nominal.THIN=9")
+    assert len(plain) == 2 and other != plain
+    assert run("") == plain and nominal.RATE == 0.01
+    with pytest.raises(AttributeError, match="RATES"):
+        run("nominal.RATES=0.02")
+
+    runs = {"as it is": lambda task, multiple: plain, "other": lambda task, multiple: other}
+    script.compare({"small": lambda: task}, runs, tmp_path)
+    first = capsys.readouterr().out
+    script.compare({"small": lambda: task}, dict.fromkeys(runs), tmp_path)  # what is there is not run again
+    assert capsys.readouterr().out == first
+    change = sum(math.log(b / a) for a, b in zip(plain, other, strict=True)) / 2
+    assert first.splitlines()[1].startswith(f"other | {change:+.3f} |")
 
 
 # ------------------------------------------------------------------------------------- schedule
