@@ -7,9 +7,9 @@ sqrt(v_hat)``; on weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, either 
 gains and embeddings twice ``m_hat / sqrt(v_hat)``; one rate for all, decaying.
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen
-on VALID, the exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23, 26 and 28). The polar factor
-commutes with permutations and signs, and in the frame also with positive scale. The learned rule starts from this one
-and is judged by what it adds.
+on VALID, the exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23, 26 and 28).
+The polar factor commutes with permutations and signs, and in the frame also with positive scale. The learned rule
+starts from this one and is judged by what it adds.
 """
 
 from collections.abc import Mapping
