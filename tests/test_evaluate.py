@@ -387,6 +387,22 @@ def test_tuning_picks_the_right_rate_on_a_quadratic(tmp_path):
     assert not any(o.at_edge for o in found if o.optimizer == "sgdm")
 
 
+def test_a_task_is_identified_but_for_rounding():
+    task = Quadratic()
+    found = ev.task_fingerprint(task)
+
+    def changed(change):
+        other = Quadratic()
+        start, held = other.init, other.held_out
+        other.init = lambda g: {n: change(x) for n, x in start(g).items()}
+        other.held_out = lambda: tuple(change(x) for x in held())
+        return ev.task_fingerprint(other)
+
+    assert changed(lambda x: x * (1 + 1e-7)) == found
+    assert changed(lambda x: x * 1.01) != found
+    assert changed(lambda x: x.flatten().flip(0).reshape(x.shape)) != found
+
+
 def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
     from learned_opt.rules import make_rule, save_theta
 
