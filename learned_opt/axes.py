@@ -97,6 +97,8 @@ def pieces_of(tensor: Tensor, axes: Sequence[Axis], first: int = 0) -> list[Tens
     views = [tensor]
     for dim, axis in reversed(list(enumerate(axes, first))):
         views = [piece for v in views for piece in _split(v, dim, axis)]
+    if len(views) == 1:
+        return views
     # splitting from the last axis leaves the last axis varying slowest: bring into product order
     index = torch.arange(len(views)).reshape([len(alternatives(a)) for a in reversed(axes)] or [1])
     order = index.permute(*reversed(range(index.ndim))).flatten().tolist()
