@@ -27,6 +27,7 @@ from learned_opt.nfn import (
     NPLinear,
     NPPool,
     StatNN,
+    UnitPool,
     features_of,
     inr_classifier,
     pointwise,
@@ -34,6 +35,8 @@ from learned_opt.nfn import (
     stack,
     unstack,
 )
+from learned_opt.nfn.monomial import read_rows
+from learned_opt.nfn.pools import in_frame
 from learned_opt.symmetry import Label, Spec, Symmetry
 from tests.inferred import infer
 from tests.nfn_chains import NETWORKS, act, chain_of, error, mlp, network, random_features, zoo_cnn
@@ -252,17 +255,80 @@ def test_pools_are_invariant_to_what_they_claim(kind):
         assert pool(features).shape == (2, 3 * pool.outputs)
 
 
-def test_monomial_pool_survives_scales_up_to_ten_thousand_in_single_precision():
+@every_network
+def test_unit_pool_keeps_what_it_claims_and_nothing_less(kind):
+    for scale in (None, "positive", "sign"):
+        chain, symmetry = network(kind, scale)
+        features, pool = random_features(chain, 3), UnitPool(chain, 3)
+        g = symmetry.sample(scale_range=(1.0, 1e4))
+        moved = act(symmetry, g, features)
+        even = nn.Sequential(Magnitude(), pool)
+        assert error(even(moved), even(features)) < EXACT
+        assert (error(pool(moved), pool(features)) < EXACT) == (scale != "sign")
+        assert pool(features).shape == (2, pool.outputs)
+        # scales that no unit makes: one weight alone, or those of another network's symmetry
+        name = chain.layers[1].weight
+        assert error(pool(features | {name: 3 * features[name]}), pool(features)) > 1e-2
+        if scale is None:
+            _, larger = network(kind, "positive")
+            assert error(pool(act(larger, larger.sample(), features)), pool(features)) > 1e-2
+
+
+def test_unit_pool_sees_relative_magnitudes_that_directions_do_not():
+    chain, _ = network("mlp", "positive")
+    features = random_features(chain, 1)
+    name = chain.layers[1].weight
+    larger = features | {name: features[name].clone()}
+    larger[name][..., 0, 0] *= 5.0
+    directions, units = MonomialPool(chain, 1).double(), UnitPool(chain, 1)
+    assert error(directions(larger), directions(features)) < EXACT
+    assert error(units(larger), units(features)) > 1e-2
+
+
+@every_network
+def test_the_frame_is_the_network_with_its_units_at_scale_one(kind):
+    chain, symmetry = network(kind, "positive")
+    rows = read_rows(chain, random_features(chain, 3))
+    framed = in_frame(chain, rows)
+    for i in range(chain.depth - 1):
+        w, b = framed["weight", i], framed.get(("bias", i), torch.zeros(()))
+        into = w.square().sum(0 if i == 0 else (0, -1)) + b.square().sum(0 if b.ndim else ())
+        torch.testing.assert_close(into, torch.ones_like(into))
+    again = in_frame(chain, framed)
+    assert max(error(again[slot], framed[slot]) for slot in framed) < EXACT
+    unscaled, _ = network(kind, "sign")
+    same = in_frame(unscaled, rows)
+    assert all(same[slot] is rows[slot] for slot in rows)
+
+
+def test_a_unit_that_nothing_writes_does_not_count():
+    chain, _ = network("cnn", "positive")
+    features = random_features(chain, 2)
+    first, second = chain.layers[:2]
+    for name in (first.weight, first.bias):
+        features[name][:, :, 1] = 0
+    other = features | {second.weight: features[second.weight].clone()}
+    other[second.weight][:, :, :, 1] *= 7.0  # what reads it
+    pool = UnitPool(chain, 2)
+    assert torch.equal(pool(other), pool(features))
+    features = {n: x.requires_grad_() for n, x in features.items()}
+    gradients = torch.autograd.grad(pool(features).sum(), list(features.values()))
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_monomial_pools_survive_scales_up_to_ten_thousand_in_single_precision():
     model = zoo_cnn()
     chain, symmetry = chain_of(model), infer(model)
     features = random_features(chain, 5, dtype=torch.float32)
-    pool, g = MonomialPool(chain, 5), symmetry.sample(scale_range=(1.0, 1e4))
-    assert error(pool(act(symmetry, g, features)), pool(features)) < 1e-4
+    g = symmetry.sample(scale_range=(1.0, 1e4))
+    for pool in (MonomialPool(chain, 5), UnitPool(chain, 5)):
+        assert error(pool(act(symmetry, g, features)), pool(features)) < 1e-4
 
 
 def test_pool_sizes_of_the_zoo_cnn():
     chain = chain_of(zoo_cnn())
     assert HNPPool(chain).outputs == 50
+    assert UnitPool(chain, 5).outputs == 5 * (2 * (9 + 1 + 9 + 1 + 9 + 1 + 10) + 10)
     assert StatNN(chain).outputs == 56
     assert FlatWeights(chain).outputs == 4970
 
@@ -475,6 +541,8 @@ def test_predictors_keep_what_they_claim(kind, scale):
         assert broken(model, permutations, features) < EXACT
         exact = name in ("monomial", "magep")
         assert (broken(model, symmetry, features) < EXACT) == exact
+    units = InvariantNFN(chain, 2, "monomial", head_width=8, pool="units").double()
+    assert broken(units, symmetry, features) < EXACT
     assert broken(InvariantNFN(chain, 2, "mlp", head_width=8).double(), permutations, features) > 1e-4
 
 
@@ -513,6 +581,11 @@ def test_models_refuse_what_cannot_be():
         EquivariantNFN(chain, "exact")
     with pytest.raises(SymmetryError, match="sign"):
         InvariantNFN(sine, 1, "monomial", activation="relu")
+    for kind, pool in (("hnp", "units"), ("monomial", "mean")):
+        with pytest.raises(SymmetryError, match="directions, units"):
+            InvariantNFN(sine, 1, kind, pool=pool)
+    with pytest.raises(SymmetryError, match="3 channels, the layer reads 2"):  # of gradients, say
+        UnitPool(sine, 2)(random_features(sine, 3))
     with pytest.raises(ValueError, match="cifar"):
         inr_classifier(sine, "np", "svhn")
 

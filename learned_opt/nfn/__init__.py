@@ -11,7 +11,7 @@ from learned_opt.nfn.magep import MAGEPInvariant, MAGEPLinear
 from learned_opt.nfn.models import EquivariantNFN, InvariantNFN, inr_classifier
 from learned_opt.nfn.monomial import GradientGate, MonomialLinear, MonomialSignLinear
 from learned_opt.nfn.permutation import HNPLinear, NPLinear
-from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, NPPool, Pointwise, pointwise
+from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, NPPool, Pointwise, UnitPool, pointwise
 from learned_opt.nfn.predictor import WeightSpacePredictor
 from learned_opt.nfn.scores import kendall_tau, r2
 from learned_opt.nfn.sine import SineCanonical, SineEditor, SineFeatures, SineMessages, SineNFN
@@ -64,6 +64,7 @@ __all__ = [
     "TransformerNFN",
     "TransformerReLU",
     "TransformerSpec",
+    "UnitPool",
     "WeightSpaceEditor",
     "WeightSpacePredictor",
     "features_of",

@@ -15,10 +15,11 @@ from learned_opt.nfn.encodings import ChannelDropout, FourierFeatures, IOSinusoi
 from learned_opt.nfn.magep import MAGEPInvariant, MAGEPLinear
 from learned_opt.nfn.monomial import MonomialLinear, MonomialSignLinear
 from learned_opt.nfn.permutation import HNPLinear, NPLinear
-from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, pointwise
+from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, UnitPool, pointwise
 from learned_opt.symmetry import SymmetryError
 
 Kind = Literal["np", "hnp", "monomial", "magep", "stat", "mlp", "graph"]
+Pool = Literal["directions", "units"]
 EditKind = Literal["np", "hnp", "monomial", "magep", "exact", "mlp"]
 _HEADS = {"monomial": 200, "magep": 500, "graph": 200}
 _CHANNELS: dict[str, tuple[int, ...]] = {"magep": (20, 20)}
@@ -53,8 +54,10 @@ class InvariantNFN(nn.Module):
             else (0: none): Monomial-NFN's classifier of sine networks with ``kind`` np or hnp.
         dropout: in the head.
         channel_dropout: after every equivariant layer.
-        norm: normalise what is pooled over the batch. Mean directions (``monomial``) differ little from network to
-            network beside what they have in common, and are hard to learn from as they are.
+        norm: normalise what is pooled over the batch. What ``monomial`` pools differs little from network to network
+            beside what the networks have in common, and is hard to learn from as it is.
+        pool: of ``monomial``: the official mean directions of entries (:class:`MonomialPool`), or moments of entries
+            relative to the scales of their units (:class:`UnitPool`), which tell more networks apart.
 
     Raises:
         SymmetryError: when the kind needs scales that the chain does not have, or the parts do not fit.
@@ -76,10 +79,13 @@ class InvariantNFN(nn.Module):
         dropout: float = 0.0,
         channel_dropout: float = 0.0,
         norm: bool = False,
+        pool: Pool = "directions",
     ) -> None:
         super().__init__()
         if kind not in get_args(Kind):
             raise SymmetryError(f"unknown kind {kind!r}; there are {', '.join(get_args(Kind))}")
+        if pool not in get_args(Pool) or (pool != "directions" and kind != "monomial"):
+            raise SymmetryError(f"pool is {pool!r}; there are {', '.join(get_args(Pool))}, for kind='monomial' only")
         if kind == "monomial" and (fourier is not None or io_bands):
             raise SymmetryError(
                 "Fourier features and codes keep no scales or signs: use kind='np' or 'hnp' with front= channels"
@@ -92,13 +98,13 @@ class InvariantNFN(nn.Module):
             raise SymmetryError("the chain's hidden units have no scale: use kind='hnp', which asks for permutations")
         act = activation or ("tanh" if group == "sign" else "relu")
         dropouts = [ChannelDropout(channel_dropout)] if channel_dropout else []
-        pool: nn.Module
+        last: nn.Module
         if kind in ("stat", "mlp"):
-            pool = StatNN(chain) if kind == "stat" else FlatWeights(chain)
-            pooled = width * pool.outputs
+            last = StatNN(chain) if kind == "stat" else FlatWeights(chain)
+            pooled = width * last.outputs
         elif kind == "graph":
-            pool = GraphPool(chain, width)
-            pooled = pool.outputs
+            last = GraphPool(chain, width)
+            pooled = last.outputs
         elif kind == "magep":
             # as in the paper's stack for sines the group is given up where Fourier features come first
             keeps = None if fourier is not None or io_bands else group
@@ -106,17 +112,21 @@ class InvariantNFN(nn.Module):
             layers += [MonomialLinear(chain, width, wide[0], to=plain), pointwise(act, keeps), *dropouts]
             for a, b in zip((wide[0], *wide), wide, strict=False):
                 layers += [MAGEPLinear(plain, a, b), pointwise(act, keeps), *dropouts]
-            pool, pooled = MAGEPInvariant(plain, wide[-1], wide[-1]), wide[-1]
+            last, pooled = MAGEPInvariant(plain, wide[-1], wide[-1]), wide[-1]
         else:
             make: Any = {"np": NPLinear, "hnp": HNPLinear, "monomial": MonomialLinear}[kind]
             extra = {"io_embed": True} if kind == "np" and not io_bands else {}
             for i, n in enumerate(wide):
-                last = group == "sign" and i == len(wide) - 1
-                layers += [make(chain, width, n, **extra), Magnitude() if last else pointwise(act, group), *dropouts]
+                even = group == "sign" and i == len(wide) - 1
+                layers += [make(chain, width, n, **extra), Magnitude() if even else pointwise(act, group), *dropouts]
                 width = n
-            pool = MonomialPool(chain, width) if kind == "monomial" else HNPPool(chain)
-            pooled = width * pool.outputs
-        self.layers, self.pool = nn.Sequential(*layers), pool
+            if pool == "units":
+                last = UnitPool(chain, width)
+                pooled = last.outputs
+            else:
+                last = MonomialPool(chain, width) if kind == "monomial" else HNPPool(chain)
+                pooled = width * last.outputs
+        self.layers, self.pool = nn.Sequential(*layers), last
         self.head = head(pooled, head_width or _HEADS.get(kind, 1000), outputs, dropout)
         if norm:
             self.head.insert(0, nn.BatchNorm1d(pooled))

@@ -1,11 +1,13 @@
 """From features to numbers that no symmetry of a chain moves: ``[batch, channels, pooled]``, flattened."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Chain, Features
 from learned_opt.nfn.features import split_channels
-from learned_opt.nfn.monomial import Slot, read_rows, slots
+from learned_opt.nfn.monomial import Slot, read_rows, row_count, slots
 from learned_opt.symmetry import SymmetryError
 
 
@@ -108,6 +110,77 @@ class MonomialPool(nn.Module):
             norm = torch.linalg.vector_norm(entries, dim=0, keepdim=True).clamp(min=1e-12)
             pooled[slot] = _pool((entries / norm).flatten(0, 1))
         return pooled
+
+
+class UnitPool(nn.Module):
+    """Invariant to permutations and positive scales (and to signs after :class:`Magnitude`), with magnitudes kept.
+
+    :class:`MonomialPool` returns mean directions of single entries, in which an entry that is ten times another looks
+    like it. Here the scale of every hidden unit is divided out instead (:func:`in_frame`: the canonical frame of this
+    library's optimizer, brought to chains), and ratios of entries stay. Every row (channel, kernel position, fixed
+    input or output) gives ``mean / s`` and ``log s``, with s its root mean square over hidden units: a number between
+    -1 and 1, and one by which products of many weights cannot span decades. The output bias is invariant as it is.
+
+    Gradient-like channels have no place in the frame: :class:`MonomialPool` takes them.
+
+    Args:
+        chain: the network.
+        channels: channels of the features.
+
+    Attributes:
+        outputs: numbers per network.
+    """
+
+    def __init__(self, chain: Chain, channels: int) -> None:
+        super().__init__()
+        self.chain, self.channels = chain, channels
+        self.fixed: Slot = ("bias", chain.depth - 1)
+        self.outputs = sum((1 if s == self.fixed else 2) * channels * row_count(chain, s) for s in slots(chain))
+
+    def forward(self, features: Features) -> Tensor:
+        """Features of ``channels`` channels -> ``[batch, outputs]``."""
+        self.chain.validate(features, self.channels)
+        framed = in_frame(self.chain, read_rows(self.chain, features))
+        return torch.cat([x if slot == self.fixed else _shape_and_size(x) for slot, x in framed.items()]).T
+
+
+def _shape_and_size(rows: Tensor) -> Tensor:
+    """``mean / s`` and ``log s`` over the moved units: ``[rows, batch, *moved] -> [2 rows, batch]``."""
+    x = rows.flatten(2)
+    s = (x.square().mean(-1) + 1e-6).sqrt()  # what is a thousandth of a unit's scale is nothing
+    return torch.cat([x.mean(-1) / s, s.log()])
+
+
+def in_frame(chain: Chain, rows: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
+    """Rows as they would be had every hidden unit scale 1: what positive scales of units do not change, and all of it.
+
+    The walk that :mod:`learned_opt.frame` begins with. A unit's potential ``c_j`` is the norm of what is written into
+    it (channels, kernel positions, inputs that are in the frame already, bias), and is scaled by ``d_j`` when the unit
+    is; so ``W_jk c_k / c_j`` and ``b_j / c_j`` are invariant. Nothing else is lost: they are themselves the network,
+    its units scaled by ``1 / c_j``. What reads a unit into which nothing is written is multiplied by ``c_k = 0``, for
+    in the network it does not count either.
+
+    Args:
+        chain: the network.
+        rows: as :func:`read_rows` gives them.
+
+    Returns:
+        Rows of the same shapes; the same rows where the chain's units have no positive scale.
+    """
+    if chain.scale != "positive":
+        return dict(rows)
+    framed = dict(rows)
+    for i in range(chain.depth - 1):
+        w, bias = framed["weight", i], framed.get(("bias", i))
+        inputs = (0,) if chain.side(i) == "in" else (0, -1)
+        written = w.square().sum(inputs) + (0 if bias is None else bias.square().sum(0))  # [batch, units]
+        divisor = torch.where(written > 0, written, 1).sqrt()
+        framed["weight", i] = w / (divisor if chain.side(i) == "in" else divisor.unsqueeze(-1))
+        if bias is not None:
+            framed["bias", i] = bias / divisor
+        c = torch.where(written > 0, divisor, 0)
+        framed["weight", i + 1] = framed["weight", i + 1] * (c if chain.side(i + 1) == "out" else c.unsqueeze(-2))
+    return framed
 
 
 def _pool(rows: Tensor) -> Tensor:
