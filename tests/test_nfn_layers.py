@@ -541,8 +541,9 @@ def test_predictors_keep_what_they_claim(kind, scale):
         assert broken(model, permutations, features) < EXACT
         exact = name in ("monomial", "magep")
         assert (broken(model, symmetry, features) < EXACT) == exact
-    units = InvariantNFN(chain, 2, "monomial", head_width=8, pool="units").double()
-    assert broken(units, symmetry, features) < EXACT
+    for name in ("monomial", "magep"):
+        units = InvariantNFN(chain, 2, name, head_width=8, pool="units", norm=True).double().eval()
+        assert broken(units, symmetry, features) < EXACT
     assert broken(InvariantNFN(chain, 2, "mlp", head_width=8).double(), permutations, features) > 1e-4
 
 
@@ -582,7 +583,7 @@ def test_models_refuse_what_cannot_be():
     with pytest.raises(SymmetryError, match="sign"):
         InvariantNFN(sine, 1, "monomial", activation="relu")
     for kind, pool in (("hnp", "units"), ("monomial", "mean")):
-        with pytest.raises(SymmetryError, match="directions, units"):
+        with pytest.raises(SymmetryError, match="official"):
             InvariantNFN(sine, 1, kind, pool=pool)
     with pytest.raises(SymmetryError, match="3 channels, the layer reads 2"):  # of gradients, say
         UnitPool(sine, 2)(random_features(sine, 3))

@@ -7,6 +7,7 @@ The default settings give the official models, parameter by parameter. Zhou et a
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from learned_opt.nfn.baselines import FlatWeights, GraphPool, StatNN
@@ -19,10 +20,11 @@ from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, UnitPool, po
 from learned_opt.symmetry import SymmetryError
 
 Kind = Literal["np", "hnp", "monomial", "magep", "stat", "mlp", "graph"]
-Pool = Literal["directions", "units"]
+Pool = Literal["official", "units"]
 EditKind = Literal["np", "hnp", "monomial", "magep", "exact", "mlp"]
 _HEADS = {"monomial": 200, "magep": 500, "graph": 200}
 _CHANNELS: dict[str, tuple[int, ...]] = {"magep": (20, 20)}
+_READ_OUT = 8  # channels of the monomial layer that magep's pool="units" reads
 
 
 def head(inputs: int, width: int, outputs: int, dropout: float = 0.0) -> nn.Sequential:
@@ -56,8 +58,10 @@ class InvariantNFN(nn.Module):
         channel_dropout: after every equivariant layer.
         norm: normalise what is pooled over the batch. What ``monomial`` pools differs little from network to network
             beside what the networks have in common, and is hard to learn from as it is.
-        pool: of ``monomial``: the official mean directions of entries (:class:`MonomialPool`), or moments of entries
-            relative to the scales of their units (:class:`UnitPool`), which tell more networks apart.
+        pool: ``official``, or ``units``, which tells more networks apart: moments of entries relative to the scales of
+            their units (:class:`UnitPool`), for ``monomial`` in place of mean directions of entries
+            (:class:`MonomialPool`); for ``magep`` beside its polynomials, of a monomial layer of 8 channels that still
+            sees the kernels, which polynomials are free of.
 
     Raises:
         SymmetryError: when the kind needs scales that the chain does not have, or the parts do not fit.
@@ -79,14 +83,14 @@ class InvariantNFN(nn.Module):
         dropout: float = 0.0,
         channel_dropout: float = 0.0,
         norm: bool = False,
-        pool: Pool = "directions",
+        pool: Pool = "official",
     ) -> None:
         super().__init__()
         if kind not in get_args(Kind):
             raise SymmetryError(f"unknown kind {kind!r}; there are {', '.join(get_args(Kind))}")
-        if pool not in get_args(Pool) or (pool != "directions" and kind != "monomial"):
-            raise SymmetryError(f"pool is {pool!r}; there are {', '.join(get_args(Pool))}, for kind='monomial' only")
-        if kind == "monomial" and (fourier is not None or io_bands):
+        if pool not in get_args(Pool) or (pool != "official" and kind not in ("monomial", "magep")):
+            raise SymmetryError(f"pool is {pool!r}; there is 'official' and, for kind='monomial' and 'magep', 'units'")
+        if (kind == "monomial" or pool == "units") and (fourier is not None or io_bands):
             raise SymmetryError(
                 "Fourier features and codes keep no scales or signs: use kind='np' or 'hnp' with front= channels"
             )
@@ -113,6 +117,12 @@ class InvariantNFN(nn.Module):
             for a, b in zip((wide[0], *wide), wide, strict=False):
                 layers += [MAGEPLinear(plain, a, b), pointwise(act, keeps), *dropouts]
             last, pooled = MAGEPInvariant(plain, wide[-1], wide[-1]), wide[-1]
+            if pool == "units":
+                units = UnitPool(chain, _READ_OUT)
+                seen = Magnitude() if group == "sign" else pointwise(act, group)
+                kernels = nn.Sequential(MonomialLinear(chain, width, _READ_OUT), seen, units)
+                last, pooled = Beside(nn.Sequential(*layers, last), kernels), pooled + units.outputs
+                layers = []
         else:
             make: Any = {"np": NPLinear, "hnp": HNPLinear, "monomial": MonomialLinear}[kind]
             extra = {"io_embed": True} if kind == "np" and not io_bands else {}
@@ -261,6 +271,18 @@ class EquivariantNFN(nn.Module):
 
 def _permutation(kind: str, chain: Chain, n: int, m: int) -> nn.Module:
     return HNPLinear(chain, n, m) if kind == "hnp" else NPLinear(chain, n, m)
+
+
+class Beside(nn.Module):
+    """Several functions of the same features, their numbers one after the other."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> ``[batch, numbers of all parts]``."""
+        return torch.cat([part(features) for part in self.parts], -1)
 
 
 class _Unflatten(nn.Module):
