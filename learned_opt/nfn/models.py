@@ -24,7 +24,7 @@ Pool = Literal["official", "units"]
 EditKind = Literal["np", "hnp", "monomial", "magep", "exact", "mlp"]
 _HEADS = {"monomial": 200, "magep": 500, "graph": 200}
 _CHANNELS: dict[str, tuple[int, ...]] = {"magep": (20, 20)}
-_READ_OUT = 8  # channels of the monomial layer that magep's pool="units" reads
+_READ_OUT = (8, 8, 5)  # channels of the monomial layers that magep's pool="units" reads
 
 
 def head(inputs: int, width: int, outputs: int, dropout: float = 0.0) -> nn.Sequential:
@@ -60,8 +60,8 @@ class InvariantNFN(nn.Module):
             beside what the networks have in common, and is hard to learn from as it is.
         pool: ``official``, or ``units``, which tells more networks apart: moments of entries relative to the scales of
             their units (:class:`UnitPool`), for ``monomial`` in place of mean directions of entries
-            (:class:`MonomialPool`); for ``magep`` beside its polynomials, of a monomial layer of 8 channels that still
-            sees the kernels, which polynomials are free of.
+            (:class:`MonomialPool`); for ``magep`` beside its polynomials, of three monomial layers (8, 8, 5 channels)
+            that see the kernels, which polynomials are free of.
 
     Raises:
         SymmetryError: when the kind needs scales that the chain does not have, or the parts do not fit.
@@ -113,23 +113,20 @@ class InvariantNFN(nn.Module):
             # as in the paper's stack for sines the group is given up where Fourier features come first
             keeps = None if fourier is not None or io_bands else group
             plain = chain.without_kernels()
-            layers += [MonomialLinear(chain, width, wide[0], to=plain), pointwise(act, keeps), *dropouts]
+            terms: list[nn.Module] = [MonomialLinear(chain, width, wide[0], to=plain), pointwise(act, keeps), *dropouts]
             for a, b in zip((wide[0], *wide), wide, strict=False):
-                layers += [MAGEPLinear(plain, a, b), pointwise(act, keeps), *dropouts]
+                terms += [MAGEPLinear(plain, a, b), pointwise(act, keeps), *dropouts]
             last, pooled = MAGEPInvariant(plain, wide[-1], wide[-1]), wide[-1]
             if pool == "units":
-                units = UnitPool(chain, _READ_OUT)
-                seen = Magnitude() if group == "sign" else pointwise(act, group)
-                kernels = nn.Sequential(MonomialLinear(chain, width, _READ_OUT), seen, units)
-                last, pooled = Beside(nn.Sequential(*layers, last), kernels), pooled + units.outputs
-                layers = []
+                kernels, width = _linear_layers("monomial", chain, width, _READ_OUT, act, group, dropouts)
+                units = UnitPool(chain, width)
+                pooled += units.outputs
+                last = Beside(nn.Sequential(*terms, last), nn.Sequential(*kernels, units))
+            else:
+                layers += terms
         else:
-            make: Any = {"np": NPLinear, "hnp": HNPLinear, "monomial": MonomialLinear}[kind]
-            extra = {"io_embed": True} if kind == "np" and not io_bands else {}
-            for i, n in enumerate(wide):
-                even = group == "sign" and i == len(wide) - 1
-                layers += [make(chain, width, n, **extra), Magnitude() if even else pointwise(act, group), *dropouts]
-                width = n
+            stack, width = _linear_layers(kind, chain, width, wide, act, group, dropouts, io_embed=not io_bands)
+            layers += stack
             if pool == "units":
                 last = UnitPool(chain, width)
                 pooled = last.outputs
@@ -144,6 +141,27 @@ class InvariantNFN(nn.Module):
     def forward(self, features: Features) -> Tensor:
         """Features -> ``[batch, outputs]`` (no sigmoid or softmax)."""
         return self.head(self.pool(self.layers(features)))
+
+
+def _linear_layers(
+    kind: str,
+    chain: Chain,
+    width: int,
+    wide: Sequence[int],
+    act: str,
+    group: str | None,
+    dropouts: Sequence[nn.Module],
+    io_embed: bool = False,
+) -> tuple[list[nn.Module], int]:
+    """Equivariant linear layers with nonlinearities, the last one even where signs flip; and the channels returned."""
+    make: Any = {"np": NPLinear, "hnp": HNPLinear, "monomial": MonomialLinear}[kind]
+    extra = {"io_embed": True} if kind == "np" and io_embed else {}
+    layers: list[nn.Module] = []
+    for i, n in enumerate(wide):
+        even = group == "sign" and i == len(wide) - 1
+        layers += [make(chain, width, n, **extra), Magnitude() if even else pointwise(act, group), *dropouts]
+        width = n
+    return layers, width
 
 
 def _encoders(

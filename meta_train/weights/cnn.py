@@ -57,7 +57,7 @@ METHODS = {
     "HNP": Method("hnp", 1e-2, {"channels": (4, 4, 4), "head_width": 200, "norm": True}),
     "Monomial": Method("monomial", 3e-3, {**_MONOMIAL, "pool": "units"}),
     "Monomial (official pool)": Method("monomial", 3e-3, _MONOMIAL),
-    "MAGEP": Method("magep", 3e-3, {"channels": (16, 16), "head_width": 200, "norm": True, "pool": "units"}),
+    "MAGEP": Method("magep", 3e-3, {"channels": (8,), "head_width": 200, "norm": True, "pool": "units"}),
     "MAGEP (official pool)": Method("magep", 1e-2, {"channels": (16, 16), "head_width": 200}),
     "MLP": Method("mlp", 1e-3, {"head_width": 200}),
 }
