@@ -78,3 +78,15 @@ def error(found, wanted):
         return ((found - wanted).abs().max() / wanted.abs().max()).item()
     assert found.keys() == wanted.keys()
     return max(error(found[n], wanted[n]) for n in wanted)
+
+
+def broken(layer, symmetry, features, seeds=2):
+    """How far a layer is from commuting with random group elements."""
+    generator = torch.Generator().manual_seed(1)
+    worst = 0.0
+    for _ in range(seeds):
+        g = symmetry.sample(generator)
+        moved = layer(act(symmetry, g, features))
+        wanted = layer(features)
+        worst = max(worst, error(moved, wanted if isinstance(wanted, torch.Tensor) else act(symmetry, g, wanted)))
+    return worst

@@ -1,4 +1,4 @@
-"""NP, HNP and monomial layers and pools: what they commute with, what they do not, and the formulas they stand for."""
+"""NP, HNP and monomial layers: what they commute with, what they do not, and the formulas they stand for."""
 
 import pytest
 import torch
@@ -9,52 +9,28 @@ from learned_opt.axes import Leaf
 from learned_opt.nfn import (
     Chain,
     ChannelDropout,
-    EquivariantNFN,
-    FlatWeights,
     FourierFeatures,
     GradientGate,
-    GraphPool,
     HNPLinear,
-    HNPPool,
-    InvariantNFN,
     IOSinusoidal,
     LearnedScale,
     MAGEPLinear,
-    Magnitude,
     MonomialLinear,
     MonomialPool,
     MonomialSignLinear,
     NPLinear,
-    NPPool,
-    StatNN,
-    UnitPool,
     features_of,
-    inr_classifier,
     pointwise,
     split_channels,
     stack,
     unstack,
 )
-from learned_opt.nfn.monomial import read_rows
-from learned_opt.nfn.pools import in_frame
 from learned_opt.symmetry import Label, Spec, Symmetry
 from tests.inferred import infer
-from tests.nfn_chains import NETWORKS, act, chain_of, error, mlp, network, random_features, zoo_cnn
+from tests.nfn_chains import NETWORKS, act, broken, chain_of, error, mlp, network, random_features, zoo_cnn
 
 every_network = pytest.mark.parametrize("kind", NETWORKS)
 EXACT = 1e-12
-
-
-def broken(layer, symmetry, features, seeds=2):
-    """How far a layer is from commuting with random group elements."""
-    generator = torch.Generator().manual_seed(1)
-    worst = 0.0
-    for _ in range(seeds):
-        g = symmetry.sample(generator)
-        moved = layer(act(symmetry, g, features))
-        wanted = layer(features)
-        worst = max(worst, error(moved, wanted if isinstance(wanted, torch.Tensor) else act(symmetry, g, wanted)))
-    return worst
 
 
 # ------------------------------------------------------------------------------------------- equivariance
@@ -239,115 +215,6 @@ def test_monomial_layers_keep_only_their_inputs_for_backward(make):
     assert kept and not new
 
 
-# ------------------------------------------------------------------------------------------------- pools
-@every_network
-def test_pools_are_invariant_to_what_they_claim(kind):
-    for scale in (None, "positive", "sign"):
-        chain, symmetry = network(kind, scale)
-        features = random_features(chain, 3)
-        pool = MonomialPool(chain, 3).double()
-        signs = broken(nn.Sequential(Magnitude(), pool), symmetry, features)
-        assert signs < EXACT
-        assert (broken(pool, symmetry, features) < EXACT) == (scale != "sign")
-        for other in (NPPool(chain), HNPPool(chain), StatNN(chain)):
-            assert (broken(other, symmetry, features) < EXACT) == (scale is None)
-            assert other(features).shape == (2, 3 * other.outputs)
-        assert pool(features).shape == (2, 3 * pool.outputs)
-
-
-@every_network
-def test_unit_pool_keeps_what_it_claims_and_nothing_less(kind):
-    for scale in (None, "positive", "sign"):
-        chain, symmetry = network(kind, scale)
-        features, pool = random_features(chain, 3), UnitPool(chain, 3)
-        g = symmetry.sample(scale_range=(1.0, 1e4))
-        moved = act(symmetry, g, features)
-        even = nn.Sequential(Magnitude(), pool)
-        assert error(even(moved), even(features)) < EXACT
-        assert (error(pool(moved), pool(features)) < EXACT) == (scale != "sign")
-        assert pool(features).shape == (2, pool.outputs)
-        # scales that no unit makes: one weight alone, or those of another network's symmetry
-        name = chain.layers[1].weight
-        assert error(pool(features | {name: 3 * features[name]}), pool(features)) > 1e-2
-        if scale is None:
-            _, larger = network(kind, "positive")
-            assert error(pool(act(larger, larger.sample(), features)), pool(features)) > 1e-2
-
-
-def test_unit_pool_sees_relative_magnitudes_that_directions_do_not():
-    chain, _ = network("mlp", "positive")
-    features = random_features(chain, 1)
-    name = chain.layers[1].weight
-    larger = features | {name: features[name].clone()}
-    larger[name][..., 0, 0] *= 5.0
-    directions, units = MonomialPool(chain, 1).double(), UnitPool(chain, 1)
-    assert error(directions(larger), directions(features)) < EXACT
-    assert error(units(larger), units(features)) > 1e-2
-
-
-@every_network
-def test_the_frame_is_the_network_with_its_units_at_scale_one(kind):
-    chain, symmetry = network(kind, "positive")
-    rows = read_rows(chain, random_features(chain, 3))
-    framed = in_frame(chain, rows)
-    for i in range(chain.depth - 1):
-        w, b = framed["weight", i], framed.get(("bias", i), torch.zeros(()))
-        into = w.square().sum(0 if i == 0 else (0, -1)) + b.square().sum(0 if b.ndim else ())
-        torch.testing.assert_close(into, torch.ones_like(into))
-    again = in_frame(chain, framed)
-    assert max(error(again[slot], framed[slot]) for slot in framed) < EXACT
-    unscaled, _ = network(kind, "sign")
-    same = in_frame(unscaled, rows)
-    assert all(same[slot] is rows[slot] for slot in rows)
-
-
-def test_a_unit_that_nothing_writes_does_not_count():
-    chain, _ = network("cnn", "positive")
-    features = random_features(chain, 2)
-    first, second = chain.layers[:2]
-    for name in (first.weight, first.bias):
-        features[name][:, :, 1] = 0
-    other = features | {second.weight: features[second.weight].clone()}
-    other[second.weight][:, :, :, 1] *= 7.0  # what reads it
-    pool = UnitPool(chain, 2)
-    assert torch.equal(pool(other), pool(features))
-    features = {n: x.requires_grad_() for n, x in features.items()}
-    gradients = torch.autograd.grad(pool(features).sum(), list(features.values()))
-    assert all(x.isfinite().all() for x in gradients)
-
-
-def test_monomial_pools_survive_scales_up_to_ten_thousand_in_single_precision():
-    model = zoo_cnn()
-    chain, symmetry = chain_of(model), infer(model)
-    features = random_features(chain, 5, dtype=torch.float32)
-    g = symmetry.sample(scale_range=(1.0, 1e4))
-    for pool in (MonomialPool(chain, 5), UnitPool(chain, 5)):
-        assert error(pool(act(symmetry, g, features)), pool(features)) < 1e-4
-
-
-def test_pool_sizes_of_the_zoo_cnn():
-    chain = chain_of(zoo_cnn())
-    assert HNPPool(chain).outputs == 50
-    assert UnitPool(chain, 5).outputs == 5 * (2 * (9 + 1 + 9 + 1 + 9 + 1 + 10) + 10)
-    assert StatNN(chain).outputs == 56
-    assert FlatWeights(chain).outputs == 4970
-
-
-def test_flat_weights_and_back():
-    chain, _ = network("cnn", "positive")
-    features, flat = random_features(chain, 1), FlatWeights(chain)
-    assert error(flat.inverse(flat(features)), features) == 0
-    assert broken(flat, network("cnn", "positive")[1], features) > 1e-2
-
-
-@pytest.mark.parametrize("kind", ["mlp", "cnn", "no bias", "cnn, flattened"])
-def test_graph_pool_keeps_permutations_only(kind):
-    chain, symmetry = network(kind, None)
-    pool, features = GraphPool(chain, 2, width=8, rounds=2).double(), random_features(chain)
-    assert broken(pool, symmetry, features) < EXACT
-    assert broken(pool, network(kind, "positive")[1], features) > 1e-4
-
-
 # ---------------------------------------------------------------------------------------- nonlinearities
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "abs", "identity", "tanh", "sin", "square"])
 @pytest.mark.parametrize("scale", ["positive", "sign"])
@@ -473,134 +340,6 @@ def test_streams_of_weights_and_gradients_do_meet():
         layer = layer.double()
         changed = layer(stack(w, {n: 2 * x for n, x in g.items()}))
         assert any(not torch.equal(changed[n][:, :1], x[:, :1]) for n, x in layer(stack(w, g)).items())
-
-
-# ------------------------------------------------------------------------------------------------- models
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-@pytest.mark.parametrize(
-    ("make", "wanted"),
-    [
-        (NPLinear, (37_056, 564_096, 176_280)),
-        (lambda *a: NPLinear(*a, io_embed=True), (37_085, 564_560, 176_744)),
-        (HNPLinear, (72_656, 1_132_256, 353_830)),
-        (MonomialLinear, (7_584, 118_944, 37_170)),
-    ],
-)
-def test_layers_have_the_official_number_of_parameters(make, wanted):
-    chain = chain_of(zoo_cnn())
-    assert tuple(count(make(chain, n, m)) for n, m in ((1, 16), (16, 16), (16, 5))) == wanted
-
-
-def test_magep_layer_has_the_official_number_of_parameters():
-    assert count(MAGEPLinear(chain_of(zoo_cnn()).without_kernels(), 16, 16)) == 226_464
-
-
-ZOO = {"stat": 1_059_001, "np": 2_031_390, "hnp": 2_811_743, "monomial": 254_619, "magep": 998_121}
-
-
-@pytest.mark.parametrize("act_of", [nn.ReLU, nn.Tanh])
-def test_zoo_models_have_the_official_number_of_parameters(act_of):
-    chain = chain_of(zoo_cnn(act_of))
-    assert {k: count(InvariantNFN(chain, 1, k)) for k in ZOO} == ZOO
-    assert count(InvariantNFN(chain, 1, "monomial", head_width=1000)) == 1_417_019
-
-
-def test_inr_models_have_the_official_number_of_parameters():
-    grey, colour = (chain_of(mlp([2, 32, 32, o], nn.Tanh)) for o in (1, 3))
-    with torch.device("meta"):
-        assert count(inr_classifier(grey, "hnp")) == 22_083_114
-        assert count(inr_classifier(grey, "np")) == 15_118_634
-        assert count(inr_classifier(grey, "monomial")) == 22_146_603
-        assert count(inr_classifier(grey, "magep")) == 4_074_538
-        assert count(inr_classifier(grey, "mlp")) == 2_197_010
-        assert count(inr_classifier(grey, "monomial", "fashion")) == 20_494_603
-        assert count(inr_classifier(colour, "hnp", "cifar")) == 42_379_306
-        assert count(inr_classifier(colour, "np", "cifar")) == 16_237_866
-        assert count(inr_classifier(colour, "monomial", "cifar")) == 16_248_045
-        assert count(inr_classifier(colour, "magep", "cifar")) == 3_425_578
-        assert count(EquivariantNFN(grey, "hnp")) == 6_440_853
-        assert count(EquivariantNFN(grey, "np")) == 4_181_272
-        assert count(EquivariantNFN(grey, "monomial")) == 4_181_769
-        assert count(EquivariantNFN(grey, "magep")) == 4_201_288
-        assert count(EquivariantNFN(grey, "mlp")) == 4_374_191
-        assert count(EquivariantNFN(colour, "np")) == 4_181_272
-        assert count(EquivariantNFN(colour, "monomial")) == 4_182_443
-
-
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
-@pytest.mark.parametrize("scale", ["positive", "sign"])
-def test_predictors_keep_what_they_claim(kind, scale):
-    chain, symmetry = network(kind, scale)
-    _, permutations = network(kind, None)
-    features = random_features(chain, 1)
-    for name in ("stat", "np", "hnp", "graph", "monomial", "magep"):
-        model = InvariantNFN(chain, 2, name, head_width=8).double()
-        assert broken(model, permutations, features) < EXACT
-        exact = name in ("monomial", "magep")
-        assert (broken(model, symmetry, features) < EXACT) == exact
-    for name in ("monomial", "magep"):
-        units = InvariantNFN(chain, 2, name, head_width=8, pool="units", norm=True).double().eval()
-        assert broken(units, symmetry, features) < EXACT
-    assert broken(InvariantNFN(chain, 2, "mlp", head_width=8).double(), permutations, features) > 1e-4
-
-
-def test_classifier_of_sine_networks_is_sign_invariant_behind_its_front():
-    chain, symmetry = network("mlp", "sine")
-    model = InvariantNFN(chain, 2, "hnp", channels=(4,), head_width=8, front=3, fourier=0.1).double()
-    assert broken(model, symmetry, random_features(chain, 1)) < EXACT
-    bare = InvariantNFN(chain, 2, "hnp", channels=(4,), head_width=8, fourier=0.1).double()
-    assert broken(bare, symmetry, random_features(chain, 1)) > 1e-4
-
-
-@pytest.mark.parametrize("scale", ["positive", "sign"])
-def test_editors_keep_what_they_claim(scale):
-    chain, symmetry = network("mlp", scale)
-    _, permutations = network("mlp", None)
-    features = random_features(chain, 1)
-
-    def change(model):  # the weights themselves would hide the change
-        return lambda f: {n: x - f[n] for n, x in model(f).items()}
-
-    exact = change(EquivariantNFN(chain, "exact", width=4, depth=2).double())
-    assert broken(exact, symmetry, features) < 1e-11
-    hnp = change(EquivariantNFN(chain, "hnp", width=4, depth=2, fourier=0.1).double())
-    assert broken(hnp, permutations, features) < 1e-11
-    assert broken(hnp, symmetry, features) > 1e-3
-
-
-def test_models_refuse_what_cannot_be():
-    chain, _ = network("mlp", None)
-    sine, _ = network("mlp", "sine")
-    with pytest.raises(SymmetryError, match="hnp"):
-        InvariantNFN(chain, 1, "monomial")
-    with pytest.raises(SymmetryError, match="front"):
-        InvariantNFN(sine, 1, "monomial", fourier=1.0)
-    with pytest.raises(SymmetryError, match="hnp"):
-        EquivariantNFN(chain, "exact")
-    with pytest.raises(SymmetryError, match="sign"):
-        InvariantNFN(sine, 1, "monomial", activation="relu")
-    for kind, pool in (("hnp", "units"), ("monomial", "mean")):
-        with pytest.raises(SymmetryError, match="official"):
-            InvariantNFN(sine, 1, kind, pool=pool)
-    with pytest.raises(SymmetryError, match="3 channels, the layer reads 2"):  # of gradients, say
-        UnitPool(sine, 2)(random_features(sine, 3))
-    with pytest.raises(ValueError, match="cifar"):
-        inr_classifier(sine, "np", "svhn")
-
-
-@pytest.mark.parametrize("name", ["np", "hnp", "monomial", "magep", "stat", "mlp", "graph"])
-def test_models_move_and_reload_like_any_module(name):
-    chain, _ = network("cnn", "sign")
-    first, second = (InvariantNFN(chain, 2, name, head_width=8).to(torch.float64).eval() for _ in range(2))
-    features = random_features(chain, 1)
-    assert not torch.equal(first(features), second(features))
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(first(features), second(features))
-    first(features).sum().backward()
-    assert all(p.grad is not None for p in first.parameters())
 
 
 # ------------------------------------------------------------------------------------- chains and features
