@@ -68,6 +68,21 @@ def test_unit_pool_sees_relative_magnitudes_that_directions_do_not():
     assert error(units(larger), units(features)) > 1e-2
 
 
+def test_unit_pool_is_its_formula():
+    chain, _ = network("cnn", "positive")
+    features = random_features(chain, 2)
+    wanted = []
+    for slot, rows in in_frame(chain, read_rows(chain, features)).items():
+        for network_of_batch in rows.unbind(1):
+            last = slot == ("bias", chain.depth - 1)
+            root = [(r.square().sum() / r.numel() + 1e-6).sqrt() for r in network_of_batch]
+            means = [r.sum() / r.numel() / s for r, s in zip(network_of_batch, root, strict=True)]
+            wanted.append(network_of_batch if last else torch.stack([*means, *(s.log() for s in root)]))
+    batch = len(features[chain.names[0]])
+    by_network = [torch.cat(wanted[i::batch]) for i in range(batch)]
+    torch.testing.assert_close(UnitPool(chain, 2)(features), torch.stack(by_network))
+
+
 @every_network
 def test_the_frame_is_the_network_with_its_units_at_scale_one(kind):
     chain, symmetry = network(kind, "positive")
