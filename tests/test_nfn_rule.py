@@ -16,6 +16,7 @@ from learned_opt.nfn.embedding import broadcast
 from learned_opt.rules import RULES, nominal
 from learned_opt.rules.nfn import N_ODD, N_TIME, NFN, time_features
 from learned_opt.rules.nominal import DecayingPolar, Nominal, schedule
+from learned_opt.rules.paced import Paced
 from tasks.conv import cnn
 from tasks.data import digits
 from tasks.mlp import classifier, mlp
@@ -370,6 +371,28 @@ def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatc
     as_it_is = norm()
     without = {name for name, value in told.items() if norm(**{name: value}) == pytest.approx(as_it_is, rel=1e-6)}
     assert without == {"momentum", "horizon", *lacks}  # the first two are of the run, not of the rule
+
+
+@every_model
+def test_the_corrections_of_the_experiment_start_from_the_rule_and_all_count(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("first_order")
+    symmetry, params, _, _ = make(kind)
+    total = torch.tensor(50.0, dtype=torch.float64)
+
+    def third_update(rule):
+        state = rule.init(params)
+        for t in range(3):
+            updates, state = rule(params, noise_like(params, t), state, symmetry, total_steps=total)
+        return updates
+
+    as_it_is, names = third_update(Paced()), script.DEFAULT.split()
+    corrected = script.Corrected(names).double()
+    assert all(torch.allclose(u, as_it_is[n], rtol=1e-9, atol=1e-12) for n, u in third_update(corrected).items())
+    for i in range(len(names)):
+        with torch.no_grad():
+            corrected.coefficients.zero_()[i] = 0.3
+        assert any(not torch.allclose(u, as_it_is[n], rtol=1e-4) for n, u in third_update(corrected).items()), names[i]
 
 
 def test_constants_are_others_in_the_runs_of_their_experiment_alone(monkeypatch, tmp_path, capsys):
