@@ -120,7 +120,7 @@ class Store:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
 
 
 def _finite(losses: list[float]) -> list[float | None]:
