@@ -158,6 +158,19 @@ def test_newton_schulz_does_not_depend_on_the_scale(scale):
     torch.testing.assert_close(newton_schulz(x * scale), newton_schulz(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 5])
+@pytest.mark.parametrize("rank", [1, 12])
+def test_newton_schulz_of_a_wide_matrix_is_what_the_plain_iteration_gives(steps, rank):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, rank, generator=generator) @ torch.randn(2, rank, 60, generator=generator)
+    y = x.double() / torch.linalg.matrix_norm(x.double(), keepdim=True)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = 3.4445 * y - 4.7750 * gram @ y + 2.0315 * gram @ gram @ y
+    torch.testing.assert_close(newton_schulz(x.double(), steps), y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(newton_schulz(x.mT, steps).mT, y.float(), rtol=0, atol=1e-4)
+
+
 def test_newton_schulz_of_zero_is_zero_with_finite_derivative():
     x = torch.zeros(2, 3, 4, requires_grad=True)
     y = newton_schulz(x)
@@ -173,7 +186,7 @@ def test_newton_schulz_of_a_batch_is_that_of_each_matrix():
     torch.testing.assert_close(vmapped, each, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 3)])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 3), (2, 2, 7)])
 def test_newton_schulz_has_the_right_derivatives(shape):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
