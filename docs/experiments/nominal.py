@@ -36,7 +36,8 @@ class Options:
     slow: float = 0.0  # times the momentum of decay 0.99, added
     power: float = 0.5  # of the root of the second moment that the momentum is divided by; 1 is Adam
     iterations: float = 4
-    vector: float = 2.0
+    vector: float = 2.0  # of networks without normalisation
+    normalised: float = 1.0  # vectors of those with it
     gain: float = 2.0
     thin: float = 4.0  # matrices of at most so many rows or columns take one Adam direction
     embedding: float = 2.0
@@ -94,7 +95,7 @@ class Variant(Nominal):
         """Of one stack."""
         o, kind = self.options, v.stack.kind
         if kind != "matrix":
-            return getattr(o, kind) * v.adam
+            return getattr(o, "normalised" if kind == "vector" and v.normalised else kind) * v.adam
         step = v.adam if min(v.g.shape[-2:]) <= o.thin else self.polar(v)
         step = step * v.smallness**o.small
         last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs

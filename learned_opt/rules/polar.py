@@ -46,7 +46,7 @@ def _iterate(x: Tensor, steps: int) -> Tensor:
 
 
 def _polynomial_of_gram(x: Tensor, steps: int) -> Tensor:
-    """``q`` such that ``q x`` is what :func:`_iterate` gives, ``[..., R, R]``: all factors are polynomials in ``x x^T``.
+    """``q`` such that ``q x`` is what :func:`_iterate` gives, ``[..., R, R]``: a polynomial in ``x x^T``.
 
     ``4 R^3`` multiplications an iteration, and ``2 R^2 C`` once. In bfloat16 the products would drift apart.
     """
