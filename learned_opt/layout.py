@@ -52,7 +52,6 @@ class Layout:
     stacks: tuple[Stack, ...]
     n_units: int  # permutation units; the dummy's position
     n_scales: int  # scale units; the dummy's position
-    normalised: bool  # whether the network has gains of normalisation, whichever tensors these are
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """``{name: tensor}`` -> one ``[N, R, C]`` per stack."""
@@ -134,8 +133,7 @@ def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
                 units("cols", scale_units, n_scales),
             )
         )
-    normalised = any(b.kind == "gain" for blocks in symmetry.blocks.values() for b in blocks)
-    return Layout(symmetry, names, tuple(stacks), n_units, n_scales, normalised)
+    return Layout(symmetry, names, tuple(stacks), n_units, n_scales)
 
 
 def _positions(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], int]:

@@ -341,20 +341,6 @@ def test_the_nominal_step_is_its_equations(total, rate, size):
         assert_same(updates[n], expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind, factor", [("mlp", 2), ("cnn", 1), ("transformer", 1)])
-def test_biases_step_half_as_far_where_there_is_normalisation(kind, factor):
-    """And only they do: gains and embeddings take two of Adam's steps everywhere."""
-    symmetry, params, grads, _ = make(kind)
-    rule = Nominal(frame=False)
-    updates, _ = rule(params, grads, rule.init(params), symmetry, total_steps=800)
-    kinds = {n: {b.kind for b in symmetry.blocks[n]} for n in params}
-    assert ({"gain"} in kinds.values()) == (factor == 1)
-    for n, u in updates.items():
-        if kinds[n] <= {"vector", "gain", "embedding"}:
-            expected = 0.01 * (factor if kinds[n] == {"vector"} else 2)
-            assert_same(u.abs(), torch.full_like(u, expected), rtol=1e-6, atol=0)
-
-
 @every_model
 def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))

@@ -37,7 +37,7 @@ class Options:
     power: float = 0.5  # of the root of the second moment that the momentum is divided by; 1 is Adam
     iterations: float = 4
     vector: float = 2.0  # of networks without normalisation
-    normalised: float = 1.0  # vectors of those with it
+    normalised: float = 2.0  # vectors of those with it
     gain: float = 2.0
     thin: float = 4.0  # matrices of at most so many rows or columns take one Adam direction
     embedding: float = 2.0
@@ -89,13 +89,14 @@ class Variant(Nominal):
 
     def directions(self, layout, views: list[View], clock, total_steps) -> list[Tensor]:
         """What to subtract at unit rate."""
-        return [self.options.rate * self.direction(v) for v in views]
+        normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
+        return [self.options.rate * self.direction(v, normalised) for v in views]
 
-    def direction(self, v: View) -> Tensor:
+    def direction(self, v: View, normalised: bool) -> Tensor:
         """Of one stack."""
         o, kind = self.options, v.stack.kind
         if kind != "matrix":
-            return getattr(o, "normalised" if kind == "vector" and v.normalised else kind) * v.adam
+            return getattr(o, "normalised" if normalised and kind == "vector" else kind) * v.adam
         step = v.adam if min(v.g.shape[-2:]) <= o.thin else self.polar(v)
         step = step * v.smallness**o.small
         last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs

@@ -1,6 +1,6 @@
 """Networks with LayerNorm, and without it on the same photographs: what they want of the nominal rule.
 
-    python docs/experiments/constants.py --suite normalised:SUITE nominal.NORMALISED=2 nominal.SHRINK=0 ...
+    python docs/experiments/nominal.py --suite normalised:SUITE normalised=1 shrink=0 ...
 
 What it prints: ``batched.compare``.
 """

@@ -4,12 +4,10 @@ On every matrix (folded convolution, attention block by axis role, first and las
 of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
 fan-in C, and a twentieth as much toward zero weights; on matrices of at most four rows or columns ``m_hat /
 sqrt(v_hat)``; on weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, either times ``2 r sqrt(C)``; on vectors,
-gains and embeddings twice ``m_hat / sqrt(v_hat)``, on biases once in networks with normalisation; one rate for all,
-decaying.
+gains and embeddings twice ``m_hat / sqrt(v_hat)``; one rate for all, decaying.
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen
-on VALID, the exceptions of thin matrices and small weights on regressions, that of biases on networks with
-normalisation (docs/experiments.md, 18, 23, 26, 28 and 34).
+on VALID, the exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23, 26 and 28).
 The polar factor commutes with permutations and signs, and in the frame also with positive scale. The learned rule
 starts from this one and is judged by what it adds.
 """
@@ -28,7 +26,6 @@ from learned_opt.symmetry import Symmetry
 
 RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
 VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
-NORMALISED = 1.0  # the same of vectors that are no gains, in networks with normalisation
 THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 USUAL = 0.5  # RMS times root fan-in of weights below which they are small
 SMALLEST = 0.1  # relative to usual ones: smaller ones (zeros) count as that
@@ -63,12 +60,7 @@ class View:
     """One stack ``[N, R, C]`` in the frame: weights, gradient and accumulators, all invariant to positive scale."""
 
     def __init__(
-        self,
-        stack: Stack,
-        s: tuple[Tensor, Tensor] | None,
-        memory: float | Tensor,
-        normalised: bool = False,
-        **tensors: Tensor,
+        self, stack: Stack, s: tuple[Tensor, Tensor] | None, memory: float | Tensor, **tensors: Tensor
     ) -> None:
         def into(x: Tensor) -> Tensor:
             return x if s is None else x * s[0] * s[1]
@@ -78,7 +70,6 @@ class View:
 
         # gradients enter the frame, and updates leave it, by s; weights enter by 1 / s
         self.stack, self.leave, self.memory = stack, into, memory
-        self.normalised = normalised  # whether the network has gains of normalisation
         self.step = tensors["step"]  # [N, 1, 1]
         self.like_weights = {k: inverse(tensors[k]) for k in ("w", "moved") if k in tensors}
         self.like_gradients = {k: into(tensors[k]) for k in ("g", "m", "m_slow") if k in tensors}
@@ -132,9 +123,7 @@ class View:
 
     def entrywise(self, adam: Tensor) -> Tensor:
         """The step along an Adam direction: ``[N, R, C]``."""
-        if self.stack.kind == "matrix":
-            return adam * self.smallness
-        return adam * (NORMALISED if self.stack.kind == "vector" and self.normalised else VECTOR)
+        return adam * (self.smallness if self.stack.kind == "matrix" else VECTOR)
 
     def polar(self, momentum: Tensor) -> Tensor:
         """The step along a momentum, preconditioned, and a little toward zero: ``[N, R, C]``."""
@@ -219,8 +208,7 @@ class Nominal(UpdateRule):
         for i, stack in enumerate(layout.stacks):
             s = scales(log_c, stack.row_scales, stack.col_scales)
             step = torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])
-            tensors = {k: x[i] for k, x in gathered.items()}
-            views.append(View(stack, s, memory, layout.normalised, step=step[:, None, None], **tensors))
+            views.append(View(stack, s, memory, step=step[:, None, None], **{k: x[i] for k, x in gathered.items()}))
         hush(views)
         return views, layout
 
