@@ -6,6 +6,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from learned_opt.adapters import functional
 from learned_opt.axes import Leaf
+from learned_opt.rules import polar
 from learned_opt.rules.classic import SGD, Adam, Muon
 from learned_opt.rules.polar import newton_schulz
 from learned_opt.symmetry import Spec, Symmetry
@@ -169,6 +170,17 @@ def test_newton_schulz_of_a_wide_matrix_is_what_the_plain_iteration_gives(steps,
         y = 3.4445 * y - 4.7750 * gram @ y + 2.0315 * gram @ gram @ y
     torch.testing.assert_close(newton_schulz(x.double(), steps), y, rtol=0, atol=1e-12)
     torch.testing.assert_close(newton_schulz(x.mT, steps).mT, y.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision, on_gram", [("highest", True), ("high", False), ("medium", False)])
+def test_newton_schulz_of_a_wide_matrix_is_plain_where_products_are_rounded(precision, on_gram):
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert torch.equal(newton_schulz(x), polar._iterate(polar.unit_norm(x, x.dtype), 5)) != on_gram
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_newton_schulz_of_zero_is_zero_with_finite_derivative():

@@ -32,8 +32,8 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     x = x.mT if tall else x  # the Gram matrix of the short side is the small one
     if x.ndim > 3:
         x = x.flatten(0, -3)
-    through_gram = x.shape[-1] >= _WIDE * x.shape[-2] and x.dtype != torch.bfloat16
-    x = _polynomial_of_gram(x, steps) @ x if through_gram and steps else _iterate(x, steps)
+    wide = x.shape[-1] >= _WIDE * x.shape[-2]
+    x = _polynomial_of_gram(x, steps) @ x if wide and steps and _is_exact(x) else _iterate(x, steps)
     x = x.mT if tall else x
     return x.reshape(shape)
 
@@ -48,7 +48,7 @@ def _iterate(x: Tensor, steps: int) -> Tensor:
 def _polynomial_of_gram(x: Tensor, steps: int) -> Tensor:
     """``q`` such that ``q x`` is what :func:`_iterate` gives, ``[..., R, R]``: a polynomial in ``x x^T``.
 
-    ``4 R^3`` multiplications an iteration, and ``2 R^2 C`` once. In bfloat16 the products would drift apart.
+    ``4 R^3`` multiplications an iteration, and ``2 R^2 C`` once.
     """
     gram = x @ x.mT
     correction = _correction(gram)
@@ -59,6 +59,14 @@ def _polynomial_of_gram(x: Tensor, steps: int) -> Tensor:
         correction = _correction(gram)
         q = _times(correction, q)
     return q
+
+
+def _is_exact(x: Tensor) -> bool:
+    """Whether products have the precision of float32: with less the powers of a singular Gram matrix drift apart."""
+    if x.dtype != torch.float32:
+        return x.dtype == torch.float64
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
 
 
 def _correction(gram: Tensor) -> Tensor:
