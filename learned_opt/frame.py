@@ -6,9 +6,12 @@ scaled by ``d_u``, ``c_u`` becomes ``|d_u| c_u``. With ``s_ij = prod c^exponent`
 ``W`` for any ``f``: the theorem of the library's design.
 
 The potentials start covariant (a walk from the inputs: the norm of a unit's incoming weights, its inputs already in
-the frame) and are then balanced by sweeps of ``c <- c (in / out)^(1/2)``, where ``in`` and ``out`` are the norms of
-the unit's written and read weights in the current frame; both are invariant, so every sweep keeps ``c`` covariant.
-It descends a convex function over the scaling orbit (Stock et al. 2019, Equi-normalization of Neural Networks).
+the frame) and are then balanced by sweeps of ``c <- c ((in^2 + mean in^2) / (out^2 + mean out^2))^(1/4)``, where ``in``
+and ``out`` are the norms of the unit's written and read weights in the current frame and the means are over the units
+of its label; all are invariant, so every sweep keeps ``c`` covariant. Without the means the sweeps descend a convex
+function over the scaling orbit (Stock et al. 2019, Equi-normalization of Neural Networks), but a unit whose only read
+weight passes zero would get a potential, and thereby steps of its written weights, without bound: those of ReLU
+networks with one output grew to 1e10 (docs/experiments.md, 35).
 A read tensor's squares are weighted by fan_in / fan_out, so that fan-in-scaled initial weights are balanced as they
 are and a standard network is optimised as without a frame.
 
@@ -56,7 +59,7 @@ def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = S
     for _ in range(sweeps):
         for visit in plan.sweep:
             into, out = _norms(layout, squares, log_c, visit)
-            ratio = 0.25 * (_safe_log(into) - _safe_log(out))
+            ratio = 0.25 * (_safe_log(into + plan.mean(into)) - _safe_log(out + plan.mean(out)))
             log_c = log_c + torch.where((into > 0) & (out > 0), ratio, 0)
     return log_c
 
@@ -104,6 +107,13 @@ class _Visit:
 class _Plan:
     walk: tuple[_Visit, ...]
     sweep: tuple[_Visit, ...]
+    label: Tensor  # of every unit [n_scales + 1], by number; the dummy has one of its own
+    sizes: Tensor  # units of every label
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over the units of a label, for each of them: ``[n_scales + 1] -> [n_scales + 1]``."""
+        sums = x.new_zeros(len(self.sizes)).index_add(0, self.label, x)
+        return (sums / self.sizes.to(x.dtype)).index_select(0, self.label)
 
 
 def _norms(layout: Layout, squares: list[Tensor], log_c: Tensor, visit: _Visit) -> tuple[Tensor, Tensor]:
@@ -157,7 +167,9 @@ def _plan(key: ByIdentity, names: tuple[str, ...], device: str) -> _Plan:
         _visit(layout, label_of, {n: [t for t in touches if n in t.labels] for n in part}, only_in=False)
         for part in _independent_sets(balanced, touches)
     )
-    return _Plan(tuple(walk), sweep)
+    numbers = {name: i for i, name in enumerate(symmetry.scales)}
+    label = torch.tensor([*(numbers[label_of[i]] for i in range(start)), len(numbers)], device=device)
+    return _Plan(tuple(walk), sweep, label, label.bincount())
 
 
 @dataclass(frozen=True, eq=False)

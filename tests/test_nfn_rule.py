@@ -195,7 +195,8 @@ def test_fast_gates_equal_vectors_per_entry(kind):
     """One hidden layer on ``[e, h_row, h_col, layer]`` of every entry, materialised."""
     symmetry, params, grads, state = make(kind)
     rule = at_random(NFN())
-    views, layout = rule._views(params, grads, features.accumulate(grads, state), symmetry, 0.9)
+    layout, frames = rule._laid_out(params, grads, symmetry)
+    views = rule._views(layout, frames, params, grads, features.accumulate(grads, state), 0.9)
     units = torch.randn(layout.n_units + 1, rule.width, dtype=torch.float64)
     units[-1] = 0
     for view in views:

@@ -5,6 +5,9 @@ of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar
 fan-in C, and a twentieth as much toward zero weights; on matrices of at most four rows or columns ``m_hat /
 sqrt(v_hat)``; on weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, either times ``2 r sqrt(C)``; on vectors,
 gains and embeddings twice ``m_hat / sqrt(v_hat)``; one rate for all, decaying.
+A gradient more than four times as large as the last hundred were on average, as a matrix or vector in the frame,
+counts as four times as large: steps have one size whatever the gradient's, so one that is wild would be followed
+until the momentum has forgotten it (docs/experiments.md, 35).
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen
 on VALID, the exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23, 26 and 28).
@@ -29,6 +32,7 @@ VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
 THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 USUAL = 0.5  # RMS times root fan-in of weights below which they are small
 SMALLEST = 0.1  # relative to usual ones: smaller ones (zeros) count as that
+OUTLIER = 4.0  # times the RMS of those before it: what a gradient counts at most
 SHRINK = 0.05  # of a matrix's step goes straight toward zero weights
 NEWTON_SCHULZ = 4  # iterations: a fifth does not help, and lifts directions that are mostly noise
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
@@ -56,24 +60,26 @@ def decay(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     return 1 - ((step - 1) / total_steps).clamp(max=1.0)
 
 
+Frame = tuple[Tensor, Tensor] | None  # rank-one factors of a stack's scales; None: all ones
+
+
+def into(x: Tensor, frame: Frame) -> Tensor:
+    """Where gradients enter the frame, and updates leave it: ``[N, R, C]``."""
+    return x if frame is None else x * frame[0] * frame[1]
+
+
 class View:
     """One stack ``[N, R, C]`` in the frame: weights, gradient and accumulators, all invariant to positive scale."""
 
-    def __init__(
-        self, stack: Stack, s: tuple[Tensor, Tensor] | None, memory: float | Tensor, **tensors: Tensor
-    ) -> None:
-        def into(x: Tensor) -> Tensor:
-            return x if s is None else x * s[0] * s[1]
-
+    def __init__(self, stack: Stack, frame: Frame, memory: float | Tensor, **tensors: Tensor) -> None:
         def inverse(x: Tensor) -> Tensor:
-            return x if s is None else x / s[0] / s[1]
+            return x if frame is None else x / frame[0] / frame[1]
 
-        # gradients enter the frame, and updates leave it, by s; weights enter by 1 / s
-        self.stack, self.leave, self.memory = stack, into, memory
+        self.stack, self.memory = stack, memory
         self.step = tensors["step"]  # [N, 1, 1]
         self.like_weights = {k: inverse(tensors[k]) for k in ("w", "moved") if k in tensors}
-        self.like_gradients = {k: into(tensors[k]) for k in ("g", "m", "m_slow") if k in tensors}
-        self.v = into(into(tensors["v"]))
+        self.like_gradients = {k: into(tensors[k], frame) for k in ("g", "m", "m_slow") if k in tensors}
+        self.v = into(into(tensors["v"], frame), frame)
 
     @property
     def w(self) -> Tensor:
@@ -131,6 +137,23 @@ class View:
         return step + SHRINK * features.root_mean_square(step) * features.unit_rms(self.w)
 
 
+def moderation(g: Tensor, v: Tensor, step: Tensor) -> Tensor:
+    """What to multiply a gradient by, so that its RMS is at most ``OUTLIER`` times that of those before it.
+
+    Args:
+        g: gradients in the frame, ``[N, R, C]``.
+        v: in the frame, the average of their squares up to the step before, ``[N, R, C]``.
+        step: how many steps those are, ``[N, 1, 1]``.
+
+    Returns:
+        ``[N, 1, 1]``, at most 1; 1 where all gradients before were zero.
+    """
+    usual = v.mean((-2, -1), keepdim=True) / (1 - features.SQUARE ** step.clamp(min=1))
+    known = usual > 0
+    ratio = torch.where(known, usual, 1).sqrt() * features.rsqrt(features.mean_square(g))
+    return torch.where(known, OUTLIER * ratio, 1).clamp(max=1.0)
+
+
 def age(state: State) -> Tensor:
     """Steps that the network has made, which some tensors may have sat out (0-d)."""
     return torch.stack([s["step"] for s in state.values()]).amax()
@@ -161,6 +184,7 @@ class Nominal(UpdateRule):
 
     averages: tuple[str, ...] = ("m", "v")  # of the gradient, as :func:`features.accumulate` names them
     remembers: tuple[str, ...] = ()  # what else of the state is like a weight
+    moderate = True  # whether outliers among gradients are shortened
 
     def __init__(self, frame: bool = True) -> None:
         super().__init__()
@@ -182,11 +206,15 @@ class Nominal(UpdateRule):
         if not grads:
             return {}, state
         memory = self.memory(state)
+        layout, frames = self._laid_out(params, grads, symmetry)
+        if self.moderate:
+            grads = _moderated(layout, frames, grads, state)
         state = {**state, **features.accumulate(grads, state, memory)}
         clock = age(state)
-        views, layout = self._views(params, grads, state, symmetry, memory)
+        views = self._views(layout, frames, params, grads, state, memory)
         rate, state = self.rate(views, state, clock, total_steps)
-        steps = [v.leave(d) for v, d in zip(views, self.directions(layout, views, clock, total_steps), strict=True)]
+        directions = self.directions(layout, views, clock, total_steps)
+        steps = [into(d, frame) for d, frame in zip(directions, frames, strict=True)]
         updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
         decays = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
         for n, wd in decays.items():
@@ -194,23 +222,31 @@ class Nominal(UpdateRule):
                 updates[n] = updates[n] - rate * wd * params[n]
         return updates, self.remember(updates, state)
 
-    def _views(
-        self, params: Weights, grads: Weights, state: State, symmetry: Symmetry, memory: float | Tensor
-    ) -> tuple[list[View], Layout]:
+    def _laid_out(self, params: Weights, grads: Weights, symmetry: Symmetry) -> tuple[Layout, list[Frame]]:
         layout = layout_of(symmetry, tuple(grads), next(iter(grads.values())).device)
         log_c = potentials(symmetry, params) if self.frame else None
+        return layout, [scales(log_c, stack.row_scales, stack.col_scales) for stack in layout.stacks]
+
+    def _views(
+        self,
+        layout: Layout,
+        frames: list[Frame],
+        params: Weights,
+        grads: Weights,
+        state: State,
+        memory: float | Tensor,
+    ) -> list[View]:
         gathered = {
             "w": layout.gather(params),
             "g": layout.gather(grads),
             **{k: layout.gather({n: state[n][k] for n in grads}) for k in (*self.averages, *self.remembers)},
         }
-        views = []
-        for i, stack in enumerate(layout.stacks):
-            s = scales(log_c, stack.row_scales, stack.col_scales)
-            step = torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])
-            views.append(View(stack, s, memory, step=step[:, None, None], **{k: x[i] for k, x in gathered.items()}))
+        views = [
+            View(stack, frame, memory, step=_steps(stack, state), **{k: x[i] for k, x in gathered.items()})
+            for i, (stack, frame) in enumerate(zip(layout.stacks, frames, strict=True))
+        ]
         hush(views)
-        return views, layout
+        return views
 
     def memory(self, state: State) -> float | Tensor:
         """Decay rate of the momentum at the next step (0-d)."""
@@ -233,12 +269,28 @@ class Nominal(UpdateRule):
         return [v.entrywise(v.adam) if v.by_entry else v.polar(v.nesterov) for v in views]
 
 
+def _moderated(layout: Layout, frames: list[Frame], grads: Weights, state: State) -> Weights:
+    """The gradients, outliers shortened (:func:`moderation`)."""
+    shortened = []
+    before = layout.gather({n: state[n]["v"] for n in grads})
+    for stack, frame, g, v in zip(layout.stacks, frames, layout.gather(grads), before, strict=True):
+        shortened.append(g * moderation(into(g, frame), into(into(v, frame), frame), _steps(stack, state)))
+    return layout.scatter(shortened)
+
+
+def _steps(stack: Stack, state: State) -> Tensor:
+    """Of every matrix of a stack: ``[N, 1, 1]``."""
+    return torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])[:, None, None]
+
+
 class DecayingPolar(Nominal):
     """The strongest optimizer of the design study, as it was there: an opponent, without theta and without frame.
 
     ``0.2 sqrt(max(R, C)) polar(0.9 m + 0.1 g)`` in five iterations on every matrix, Adam on the rest, the rate 0.01
     decayed along a half cosine (constant without a horizon).
     """
+
+    moderate = False
 
     def __init__(self) -> None:
         super().__init__(frame=False)
