@@ -21,7 +21,7 @@ from tasks.mlp import mlp
 from tasks.transformer import Transformer
 from tests.inferred import infer
 
-STEPS = 30  # later, networks that a random theta has torn apart make whole numbers of rounding errors
+STEPS = 50
 WIDE = (1e-2, 1e2)  # scales of hidden units, log-uniform
 
 
@@ -138,7 +138,8 @@ LEARNED = ["nfn at random", "nominal", "paced", "nfn-parameter at random", "nfn"
 @pytest.mark.parametrize("rule", LEARNED)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_transformed_network_trains_transformed(kind, rule):
-    error, way = deviation(kind, rule)
+    # a random theta tears some networks apart at full rate: by step 50 these make 0.06 of a start that differs by 1e-15
+    error, way = deviation(kind, rule, lr=0.5 if "at random" in rule else 1.0)
     assert way > 0.05, "hardly trained: nothing was tested"
     assert error < 1e-8
 

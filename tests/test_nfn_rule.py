@@ -196,7 +196,7 @@ def test_fast_gates_equal_vectors_per_entry(kind):
     symmetry, params, grads, state = make(kind)
     rule = at_random(NFN())
     layout, frames = rule._laid_out(params, grads, symmetry)
-    views = rule._views(layout, frames, params, grads, features.accumulate(grads, state), 0.9)
+    views = rule._views(layout, frames, params, layout.gather(grads), features.accumulate(grads, state), 0.9)
     units = torch.randn(layout.n_units + 1, rule.width, dtype=torch.float64)
     units[-1] = 0
     for view in views:

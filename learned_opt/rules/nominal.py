@@ -207,11 +207,13 @@ class Nominal(UpdateRule):
             return {}, state
         memory = self.memory(state)
         layout, frames = self._laid_out(params, grads, symmetry)
+        g = layout.gather(grads)
         if self.moderate:
-            grads = _moderated(layout, frames, grads, state)
+            g = _moderated(layout, frames, g, state)
+            grads = layout.scatter(g)
         state = {**state, **features.accumulate(grads, state, memory)}
         clock = age(state)
-        views = self._views(layout, frames, params, grads, state, memory)
+        views = self._views(layout, frames, params, g, state, memory)
         rate, state = self.rate(views, state, clock, total_steps)
         directions = self.directions(layout, views, clock, total_steps)
         steps = [into(d, frame) for d, frame in zip(directions, frames, strict=True)]
@@ -232,14 +234,14 @@ class Nominal(UpdateRule):
         layout: Layout,
         frames: list[Frame],
         params: Weights,
-        grads: Weights,
+        g: list[Tensor],
         state: State,
         memory: float | Tensor,
     ) -> list[View]:
         gathered = {
             "w": layout.gather(params),
-            "g": layout.gather(grads),
-            **{k: layout.gather({n: state[n][k] for n in grads}) for k in (*self.averages, *self.remembers)},
+            "g": g,
+            **{k: layout.gather({n: state[n][k] for n in layout.names}) for k in (*self.averages, *self.remembers)},
         }
         views = [
             View(stack, frame, memory, step=_steps(stack, state), **{k: x[i] for k, x in gathered.items()})
@@ -269,13 +271,13 @@ class Nominal(UpdateRule):
         return [v.entrywise(v.adam) if v.by_entry else v.polar(v.nesterov) for v in views]
 
 
-def _moderated(layout: Layout, frames: list[Frame], grads: Weights, state: State) -> Weights:
-    """The gradients, outliers shortened (:func:`moderation`)."""
-    shortened = []
-    before = layout.gather({n: state[n]["v"] for n in grads})
-    for stack, frame, g, v in zip(layout.stacks, frames, layout.gather(grads), before, strict=True):
-        shortened.append(g * moderation(into(g, frame), into(into(v, frame), frame), _steps(stack, state)))
-    return layout.scatter(shortened)
+def _moderated(layout: Layout, frames: list[Frame], grads: list[Tensor], state: State) -> list[Tensor]:
+    """The gradients per stack, outliers shortened (:func:`moderation`)."""
+    before = layout.gather({n: state[n]["v"] for n in layout.names})
+    return [
+        g * moderation(into(g, frame), into(into(v, frame), frame), _steps(stack, state))
+        for stack, frame, g, v in zip(layout.stacks, frames, grads, before, strict=True)
+    ]
 
 
 def _steps(stack: Stack, state: State) -> Tensor:
