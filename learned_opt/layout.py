@@ -6,7 +6,7 @@ units that they write and read, so pooling over units is one ``index_add`` and b
 the whole network, whatever its architecture.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,6 +42,10 @@ class Stack:
     row_scales: Units  # scale units
     col_scales: Units
 
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """``[N, R, C]`` -> what belongs to each member."""
+        return x.split([batch for _, _, batch in self.members]) if len(self.members) > 1 else [x]
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -62,14 +66,26 @@ class Layout:
             stacks.append(torch.cat(matrices) if len(matrices) > 1 else matrices[0])
         return stacks
 
-    def scatter(self, stacks: list[Tensor]) -> dict[str, Tensor]:
-        """Inverse of :meth:`gather`."""
-        blocks: dict[str, dict[int, Tensor]] = {n: {} for n in self.names}
+    def scatter(self, stacks: list[Tensor], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Inverse of :meth:`gather`, of some of the tensors (None: of all)."""
+        blocks: dict[str, dict[int, Tensor]] = {n: {} for n in (self.names if names is None else names)}
         for stack, x in zip(self.stacks, stacks, strict=True):
-            parts = x.split([b for _, _, b in stack.members]) if len(stack.members) > 1 else [x]
-            for (n, i, _), part in zip(stack.members, parts, strict=True):
-                blocks[n][i] = part
+            for (n, i, _), part in zip(stack.members, stack.parts(x), strict=True):
+                if n in blocks:
+                    blocks[n][i] = part
         return {n: self.symmetry.merge(n, [b[i] for i in range(len(b))]) for n, b in blocks.items()}
+
+    def replaced(self, stacks: list[Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The stacks with these tensors in the place of what they held of them."""
+        blocks = {n: self.symmetry.split(n, x) for n, x in tensors.items()}
+        new = []
+        for stack, x in zip(self.stacks, stacks, strict=True):
+            parts = [
+                blocks[n][i] if n in blocks else part
+                for (n, i, _), part in zip(stack.members, stack.parts(x), strict=True)
+            ]
+            new.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return new
 
 
 def layout_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device) -> Layout:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from learned_opt import features
 from learned_opt.layout import Layout
-from learned_opt.rules.nominal import SHRINK, View, polar_step
+from learned_opt.rules.nominal import SHRINK, View, polar_directions, polar_size
 from learned_opt.rules.paced import Paced
+from learned_opt.rules.whitening import Whitening
 from meta_train.estimators import ES
 from meta_train.outer import generator_of
 from meta_train.symmetries import symmetry_of
@@ -59,20 +60,26 @@ class Corrected(Paced):
         table = table.index_put((heads, columns), self.coefficients)
         return dict(zip(HEADS, torch.tanh(seen @ table.T).T[..., None, None], strict=True))
 
-    def directions(self, layout: Layout, views: list[View], clock: Tensor, total_steps: Tensor) -> list[Tensor]:
+    def directions(
+        self, layout: Layout, views: list[View], white: Whitening, clock: Tensor, total_steps: Tensor
+    ) -> list[Tensor]:
         """As the paced rule's, corrected."""
-        return [self._direction(v, clock, total_steps) for v in views]
+        odd = [features.odd_features(v.g, v.nesterov, v.slow, v.w, v.adam) for v in views]
+        told = [self.corrections(layer_features(v, x, clock, total_steps)) for v, x in zip(views, odd, strict=True)]
+        momenta = [
+            v.nesterov + a["slow"] * features.root_mean_square(v.nesterov) * x[2]
+            for v, x, a in zip(views, odd, told, strict=True)
+        ]
+        polar = polar_directions(views, momenta, white)
+        return [_direction(*each) for each in zip(views, polar, odd, told, strict=True)]
 
-    def _direction(self, v: View, clock: Tensor, total_steps: Tensor) -> Tensor:
-        adam, n = v.adam, v.nesterov
-        x = features.odd_features(v.g, n, v.slow, v.w, adam)
-        a = self.corrections(layer_features(v, x, clock, total_steps))
-        if v.by_entry:
-            return torch.exp(a["vgain"]) * _mixed(v.entrywise(adam), a["vslow"] * x[2])
-        n = n + a["slow"] * features.root_mean_square(n) * x[2]
-        step = v.smallness * polar_step(n * features.quarter_power(v.v, v.step))
-        pull = (SHRINK + 0.2 * a["shrink"]) * features.root_mean_square(step) * features.unit_rms(v.w)
-        return torch.exp(a["gain"]) * _mixed(step, a["adam"] * x[4]) + pull
+
+def _direction(v: View, polar: Tensor, x: Tensor, a: dict[str, Tensor]) -> Tensor:
+    if v.by_entry:
+        return torch.exp(a["vgain"]) * _mixed(v.entrywise(v.adam), a["vslow"] * x[2])
+    step = v.smallness * polar_size(polar) * polar
+    pull = (SHRINK + 0.2 * a["shrink"]) * features.root_mean_square(step) * features.unit_rms(v.w)
+    return torch.exp(a["gain"]) * _mixed(step, a["adam"] * x[4]) + pull
 
 
 def _mixed(step: Tensor, other: Tensor) -> Tensor:

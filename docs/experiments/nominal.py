@@ -17,7 +17,7 @@ from batched import PLAIN, SEEDS, compare, final_losses
 from torch import Tensor
 
 from learned_opt import features
-from learned_opt.rules.nominal import RATE, Nominal, View, schedule
+from learned_opt.rules.nominal import RATE, Nominal, View, like_rms, polar_size, schedule
 from learned_opt.rules.polar import newton_schulz
 from meta_train.evaluate import suite_named
 from tasks.task import Task
@@ -31,6 +31,7 @@ class Options:
     decay: str = "line"  # or "cosine", "square"
     warm_up: float = 0.0  # fraction of the run
     frame: float = 1.0
+    whiten: float = 1.0  # 0: matrices step in the units of the frame
     momentum: float = 0.9
     look_ahead: float = 0.9  # n = look_ahead m + (1 - look_ahead) g
     slow: float = 0.0  # times the momentum of decay 0.99, added
@@ -62,7 +63,7 @@ class Variant(Nominal):
 
     def __init__(self, options: Options) -> None:
         super().__init__(frame=bool(options.frame))
-        self.options = options
+        self.options, self.whiten = options, bool(options.whiten)
 
     def init(self, params):
         """Fresh state, with one more average where it is asked for."""
@@ -87,33 +88,40 @@ class Variant(Nominal):
             updates[n] = s["after"] / (1 - decay ** s["step"])
         return updates, state
 
-    def directions(self, layout, views: list[View], clock, total_steps) -> list[Tensor]:
+    def directions(self, layout, views: list[View], white, clock, total_steps) -> list[Tensor]:
         """What to subtract at unit rate."""
+        o = self.options
         normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
-        return [self.options.rate * self.direction(v, normalised) for v in views]
+        whole = white.whole if white else [torch.tensor(False)] * len(views)
+        x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
+        polar = [newton_schulz(m, int(o.iterations)) for m in (white(x) if white else x)]
+        x = [like_rms(d, p) for d, p in zip(white(polar), polar, strict=True)] if white else polar
+        return [o.rate * self.direction(v, d, normalised) for v, d in zip(views, x, strict=True)]
 
-    def direction(self, v: View, normalised: bool) -> Tensor:
-        """Of one stack."""
-        o, kind = self.options, v.stack.kind
-        if kind != "matrix":
-            return getattr(o, "normalised" if normalised and kind == "vector" else kind) * v.adam
-        step = v.adam if min(v.g.shape[-2:]) <= o.thin else self.polar(v)
-        step = step * v.smallness**o.small
-        last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs
-        return step * torch.where(first > 0, o.first, 1.0) * torch.where(last > 0, o.last, 1.0)
-
-    def polar(self, v: View) -> Tensor:
-        """Of a matrix."""
+    def momentum(self, v: View, whole: Tensor) -> Tensor:
+        """What the polar factor is taken of, before it is whitened."""
         o = self.options
         n = v.g.lerp(v.m, o.look_ahead)
         if o.slow:
             n = n / (1 - o.momentum**v.step) + o.slow * v.slow / (1 - 0.99**v.step)
-        rows, cols = n.shape[-2:]
-        n = n * features.quarter_power(v.v, v.step) ** (2 * o.power)
-        step = 0.2 * (512 / cols) ** 0.25 * max(rows, cols) ** 0.5 * newton_schulz(n, int(o.iterations))
-        if o.size:
-            step = step * (features.mean_square(v.w) * cols).clamp(1e-4, 9).sqrt() ** o.size
-        return step + o.shrink * features.root_mean_square(step) * features.unit_rms(v.w)
+        return n * torch.where(whole, 1, features.quarter_power(v.v, v.step) ** (2 * o.power))
+
+    def direction(self, v: View, polar: Tensor, normalised: bool) -> Tensor:
+        """Of one stack."""
+        o, kind = self.options, v.stack.kind
+        if kind != "matrix":
+            return getattr(o, "normalised" if normalised and kind == "vector" else kind) * v.adam
+        step = v.adam if min(v.g.shape[-2:]) <= o.thin else self.of_matrix(v, polar)
+        step = step * v.smallness**o.small
+        last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs
+        return step * torch.where(first > 0, o.first, 1.0) * torch.where(last > 0, o.last, 1.0)
+
+    def of_matrix(self, v: View, polar: Tensor) -> Tensor:
+        """Of a matrix that is not thin."""
+        step = polar_size(polar) * polar
+        if self.options.size:
+            step = step * (features.mean_square(v.w) * v.w.shape[-1]).clamp(1e-4, 9).sqrt() ** self.options.size
+        return step + self.options.shrink * features.root_mean_square(step) * features.unit_rms(v.w)
 
 
 @mock.patch.object(features, "MOMENTUM", features.MOMENTUM)  # restored afterwards

@@ -17,7 +17,8 @@ from learned_opt import features
 from learned_opt.features import N_EVEN, N_ODD, N_STATISTICS
 from learned_opt.layout import Layout, Stack
 from learned_opt.nfn.embedding import Embedding, broadcast
-from learned_opt.rules.nominal import Nominal, View
+from learned_opt.rules.nominal import Nominal, View, steps
+from learned_opt.rules.whitening import Whitening
 
 KINDS = ("matrix", "embedding", "vector", "gain")
 N_SHAPE = 3 + len(KINDS) + 2
@@ -62,7 +63,12 @@ class NFN(Nominal):
                         module.bias.zero_()
 
     def directions(
-        self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
+        self,
+        layout: Layout,
+        views: list[View],
+        white: Whitening | None,
+        clock: Tensor,
+        total_steps: float | Tensor | None,
     ) -> list[Tensor]:
         adam = [v.adam for v in views]
         odd = [features.odd_features(v.g, v.nesterov, v.slow, v.w, a) for v, a in zip(views, adam, strict=True)]
@@ -71,10 +77,10 @@ class NFN(Nominal):
             torch.cat([_statistics(v, x), _shape_features(v.stack, v.w)], -1) for v, x in zip(views, odd, strict=True)
         ]
         units, embedded = self.embedding(layout, even, layers, time_features(clock, total_steps))
-        return [self._direction(*each, units) for each in zip(views, adam, odd, even, embedded, strict=True)]
+        nominal = steps(views, [self._momentum(*each) for each in zip(views, odd, embedded, strict=True)], white)
+        return [self._direction(*each, units) for each in zip(views, nominal, odd, even, embedded, strict=True)]
 
-    def _direction(self, view: View, adam: Tensor, x: Tensor, e: Tensor, layer: Tensor, units: Tensor) -> Tensor:
-        nominal = self._nominal(view, adam, x, layer)
+    def _direction(self, view: View, nominal: Tensor, x: Tensor, e: Tensor, layer: Tensor, units: Tensor) -> Tensor:
         rows, cols = broadcast(units, view.stack.rows), broadcast(units, view.stack.cols)  # [U, N, L]
         gains = self.unit_gain.weight @ rows.flatten(1), self.unit_gain.weight @ cols.flatten(1)
         b, c = (torch.tanh(g[i]).reshape(r.shape[1:]) for i, (g, r) in enumerate(zip(gains, (rows, cols), strict=True)))
@@ -86,12 +92,11 @@ class NFN(Nominal):
         ratio = size * features.rsqrt(features.mean_square(d))
         return d * ratio * torch.exp(2 * torch.tanh(self.layer_gain(layer)))[..., None]
 
-    def _nominal(self, view: View, adam: Tensor, x: Tensor, layer: Tensor) -> Tensor:
-        if view.by_entry:
-            return view.entrywise(adam)
-        g, n, slow = x[0], x[1], x[2]
+    def _momentum(self, view: View, x: Tensor, layer: Tensor) -> Tensor:
+        """Which momentum the nominal step is taken along, at its size: ``[N, R, C]``."""
+        g, slow = x[0], x[2]
         a = self.blend(layer).T[..., None, None]
-        return view.polar(n + a[0] * g + a[1] * slow)
+        return view.nesterov + features.root_mean_square(view.nesterov) * (a[0] * g + a[1] * slow)
 
     def _gates(self, e: Tensor, rows: Tensor, cols: Tensor, layer: Tensor) -> Tensor:
         """``[N_ODD, N, R, C]``. Row, column and layer terms are rank-one and never stored per entry."""

@@ -23,13 +23,14 @@ from torch import Tensor
 from learned_opt import features
 from learned_opt.frame import potentials, scales
 from learned_opt.layout import Layout, Stack, layout_of
+from learned_opt.rules import whitening
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.polar import newton_schulz
+from learned_opt.rules.whitening import THIN, Whitening
 from learned_opt.symmetry import Symmetry
 
 RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
 VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
-THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 USUAL = 0.5  # RMS times root fan-in of weights below which they are small
 SMALLEST = 0.1  # relative to usual ones: smaller ones (zeros) count as that
 OUTLIER = 4.0  # times the RMS of those before it: what a gradient counts at most
@@ -131,9 +132,13 @@ class View:
         """The step along an Adam direction: ``[N, R, C]``."""
         return adam * (self.smallness if self.stack.kind == "matrix" else VECTOR)
 
-    def polar(self, momentum: Tensor) -> Tensor:
-        """The step along a momentum, preconditioned, and a little toward zero: ``[N, R, C]``."""
-        step = self.smallness * polar_step(momentum * features.quarter_power(self.v, self.step))
+    def preconditioned(self, momentum: Tensor, whitened: Tensor) -> Tensor:
+        """Divided by ``v_hat^(1/4)`` where it is not whitened on both sides (bool ``[N, 1, 1]``): ``[N, R, C]``."""
+        return momentum * torch.where(whitened, 1, features.quarter_power(self.v, self.step))
+
+    def along(self, direction: Tensor) -> Tensor:
+        """A matrix's step along a direction of its polar factor's size, and a little toward zero: ``[N, R, C]``."""
+        step = self.smallness * polar_size(direction) * direction
         return step + SHRINK * features.root_mean_square(step) * features.unit_rms(self.w)
 
 
@@ -173,10 +178,15 @@ def hush(views: list[View]) -> None:
             view.like_gradients = {k: g * heard for k, g in view.like_gradients.items()}
 
 
-def polar_step(x: Tensor) -> Tensor:
-    """``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar(x)``: RMS about 0.2 for a full-rank matrix of fan-in 512."""
+def like_rms(x: Tensor, other: Tensor) -> Tensor:
+    """``x`` at the RMS of another matrix: ``[N, R, C]``."""
+    return x * (features.root_mean_square(other) * features.rsqrt(features.mean_square(x)))
+
+
+def polar_size(x: Tensor) -> float:
+    """``0.2 (512 / C)^(1/4) sqrt(max(R, C))``: times a polar factor of fan-in 512 and full rank its RMS is about 0.2."""
     rows, fan_in = x.shape[-2:]
-    return 0.2 * (FAN_IN / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5 * newton_schulz(x, NEWTON_SCHULZ)
+    return 0.2 * (FAN_IN / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5
 
 
 class Nominal(UpdateRule):
@@ -185,13 +195,15 @@ class Nominal(UpdateRule):
     averages: tuple[str, ...] = ("m", "v")  # of the gradient, as :func:`features.accumulate` names them
     remembers: tuple[str, ...] = ()  # what else of the state is like a weight
     moderate = True  # whether outliers among gradients are shortened
+    whiten = True  # whether matrices step in the whitened units of their hidden axes
 
     def __init__(self, frame: bool = True) -> None:
         super().__init__()
         self.frame = frame
 
     def init(self, params: Weights) -> State:
-        return features.fresh(params, self.averages)
+        state = features.fresh(params, self.averages)
+        return {n: s | whitening.fresh(params[n]) for n, s in state.items()} if self.whiten else state
 
     def forward(
         self,
@@ -215,7 +227,9 @@ class Nominal(UpdateRule):
         clock = age(state)
         views = self._views(layout, frames, params, g, state, memory)
         rate, state = self.rate(views, state, clock, total_steps)
-        directions = self.directions(layout, views, clock, total_steps)
+        white = Whitening(layout, [v.g for v in views], state) if self.whiten else None
+        state = white.state if white else state
+        directions = self.directions(layout, views, white, clock, total_steps)
         steps = [into(d, frame) for d, frame in zip(directions, frames, strict=True)]
         updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
         decays = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
@@ -265,10 +279,36 @@ class Nominal(UpdateRule):
         return state
 
     def directions(
-        self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
+        self,
+        layout: Layout,
+        views: list[View],
+        white: Whitening | None,
+        clock: Tensor,
+        total_steps: float | Tensor | None,
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
-        return [v.entrywise(v.adam) if v.by_entry else v.polar(v.nesterov) for v in views]
+        return steps(views, [v.nesterov for v in views], white)
+
+
+def steps(views: list[View], momenta: list[Tensor], white: Whitening | None) -> list[Tensor]:
+    """The nominal steps, ``[N, R, C]`` per stack: of matrices along a momentum, of all else along Adam's direction.
+
+    Args:
+        views: of all stacks.
+        momenta: of all stacks; those that are no matrices are not looked at.
+        white: in whose units matrices step; None: in those of the frame.
+    """
+    directions = polar_directions(views, momenta, white)
+    return [v.entrywise(v.adam) if v.by_entry else v.along(d) for v, d in zip(views, directions, strict=True)]
+
+
+def polar_directions(views: list[View], momenta: list[Tensor], white: Whitening | None) -> list[Tensor]:
+    """``P polar(P n P) P`` of the preconditioned momentum of every matrix, at the size of the polar factor."""
+    whole = white.whole if white else [torch.tensor(False, device=m.device) for m in momenta]
+    x = [v.preconditioned(m, w) for v, m, w in zip(views, momenta, whole, strict=True)]
+    x = white(x) if white else x
+    polar = [m if v.by_entry else newton_schulz(m, NEWTON_SCHULZ) for v, m in zip(views, x, strict=True)]
+    return [like_rms(d, p) for d, p in zip(white(polar), polar, strict=True)] if white else polar
 
 
 def _moderated(layout: Layout, frames: list[Frame], grads: list[Tensor], state: State) -> list[Tensor]:
@@ -292,7 +332,7 @@ class DecayingPolar(Nominal):
     decayed along a half cosine (constant without a horizon).
     """
 
-    moderate = False
+    moderate = whiten = False
 
     def __init__(self) -> None:
         super().__init__(frame=False)
@@ -308,7 +348,12 @@ class DecayingPolar(Nominal):
         return RATE * 0.5 * (1 + torch.cos(torch.pi * progress)), state
 
     def directions(
-        self, layout: Layout, views: list[View], clock: Tensor, total_steps: float | Tensor | None
+        self,
+        layout: Layout,
+        views: list[View],
+        white: Whitening | None,
+        clock: Tensor,
+        total_steps: float | Tensor | None,
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack: ``[N, R, C]``."""
         return [

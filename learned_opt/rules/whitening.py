@@ -1,0 +1,208 @@
+"""Whitening: how the gradients of an axis' hidden units move together, and roots of it to step in.
+
+Of every tensor that matrices are made of, for each axis ``i`` of hidden units and its gradient ``G`` in the frame,
+unfolded along the axis to ``[d, the rest]``,
+
+    A_i <- 0.98 A_i + 0.02 G_i G_i^T
+    P_i  = (A_i / mean of its diagonal + 1e-4)^(-1/8)
+
+as in Shampoo (Gupta et al. 2018, arXiv:1802.09568), half of whose power -1/4 is taken before and half after the polar
+factor: a matrix moves along ``P polar(P n P) P``, the steepest descent for the spectral norm of whitened weights. The
+roots are functions of matrices, so they commute with permutations and signs of the units, and in the frame they do not
+see positive scales. Axes that no label permutes are left alone, above all the network's inputs: their covariance is
+that of the data, and to whiten it costs as much as whitening hidden units gains (docs/experiments.md, 36).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_opt.axes import leaves_of
+from learned_opt.layout import ByIdentity, Layout
+from learned_opt.rules.base import State
+from learned_opt.symmetry import Block, Symmetry
+
+AVERAGE = 0.98  # decay rate of the second moments
+FLOOR = 1e-4  # added to second moments of mean 1
+POWER = -0.125
+EVERY, AT_FIRST = 10, 3  # steps between new roots, after the first ones
+LARGEST = 1024  # units of an axis from which on its roots cost more than they gain
+THIN = 4  # rows or columns up to which a matrix takes the Adam direction
+
+
+def axes_with_slots(shape: tuple[int, ...]) -> list[int]:
+    """Axes of a tensor that have slots in the state: this depends on its shape alone."""
+    return [i for i, d in enumerate(shape) if 1 < d <= LARGEST] if len(shape) > 1 else []
+
+
+def fresh(p: Tensor) -> dict[str, Tensor]:
+    """Zero slots ``moment0``, ``root0`` [d, d] ... of a tensor (at least float32)."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return {
+        f"{slot}{i}": p.new_zeros((p.shape[i], p.shape[i]), dtype=dtype)
+        for i in axes_with_slots(tuple(p.shape))
+        for slot in ("moment", "root")
+    }
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tensors of one shape, and the axes of theirs that are whitened."""
+
+    names: tuple[str, ...]
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    groups: tuple[_Group, ...]
+    names: tuple[str, ...]
+    whole: tuple[Tensor, ...]  # of every stack, which matrices are whitened on both sides: [N, 1, 1]
+
+
+class Whitening:
+    """The roots of a layout's tensors at one step.
+
+    Args:
+        layout: of the tensors that are trained.
+        g: their gradients in the frame, a ``[N, R, C]`` per stack.
+        state: with the slots of :func:`fresh`.
+
+    Attributes:
+        state: the next one.
+        whole: of every stack, which matrices are whitened on both sides: bool ``[N, 1, 1]``.
+    """
+
+    def __init__(self, layout: Layout, g: list[Tensor], state: State) -> None:
+        self._layout, self._plan = layout, _plan(ByIdentity(layout.symmetry), layout)
+        self._roots: list[dict[int, Tensor]] = []
+        self.whole = self._plan.whole
+        self.state = dict(state)
+        tensors = layout.scatter(g, self._plan.names)
+        for group in self._plan.groups:
+            self._roots.append(self._renewed(group, _stacked(tensors, group.names)))
+
+    def _renewed(self, group: _Group, g: Tensor) -> dict[int, Tensor]:
+        """Roots [M, d, d] per axis of a group's tensors, whose gradients are ``[M, ...]``."""
+        slots = [self.state[n] for n in group.names]
+        step = torch.stack([s["step"] for s in slots])
+        due = (step <= AT_FIRST) | (step % EVERY == 0)
+        roots, new = {}, [dict(s) for s in slots]
+        for i in group.axes:
+            unfolded = _unfolded(g, i)
+            moment = torch.stack([s[f"moment{i}"] for s in slots])
+            moment = torch.lerp(moment, unfolded @ unfolded.mT / unfolded.shape[-1], 1 - AVERAGE)
+            roots[i] = inverse_root(moment, torch.stack([s[f"root{i}"] for s in slots]), due)
+            for s, a, p in zip(new, moment, roots[i], strict=True):
+                s |= {f"moment{i}": a, f"root{i}": p}
+        self.state |= dict(zip(group.names, new, strict=True))
+        return roots
+
+    def __call__(self, stacks: list[Tensor]) -> list[Tensor]:
+        """``P x P`` of matrices ``[N, R, C]`` per stack; of tensors with more axes, along each that is whitened."""
+        tensors = self._layout.scatter(stacks, self._plan.names)
+        for group, roots in zip(self._plan.groups, self._roots, strict=True):
+            x = _stacked(tensors, group.names)
+            for i, root in roots.items():
+                moved = x.movedim(i + 1, 1)
+                x = (root @ moved.flatten(2)).reshape(moved.shape).movedim(1, i + 1)
+            tensors |= dict(zip(group.names, x, strict=True))
+        return self._layout.replaced(stacks, tensors)
+
+
+def inverse_root(moment: Tensor, old: Tensor, due: Tensor) -> Tensor:
+    """``(A / mean of its diagonal + FLOOR)^POWER`` where it is due, else the old one. What is not finite counts as I.
+
+    Args:
+        moment: symmetric, ``[M, d, d]``.
+        old: ``[M, d, d]``.
+        due: bool ``[M]``. Where none is, nothing is computed, under vmap neither.
+    """
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    finite = moment.isfinite().all(-1).all(-1)[..., None, None]
+    relative = torch.where(finite, moment, 0) / torch.where(finite & (mean > 0), mean, 1)
+    return _InverseRoot.apply(relative, old, due)[0]
+
+
+class _InverseRoot(torch.autograd.Function):
+    """``(A + FLOOR)^POWER`` by eigenvalues, differentiable where they coincide too (Daleckii and Krein's formula)."""
+
+    @staticmethod
+    def forward(a: Tensor, old: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values, vectors = old.new_ones(old.shape[:-1]), torch.zeros_like(old)
+        root = old
+        if due.any():
+            which = due.nonzero()[:, 0]
+            some, basis = torch.linalg.eigh(a[which])
+            some = some.clamp(min=0) + FLOOR
+            root = old.index_copy(0, which, (basis * some.pow(POWER)[..., None, :]) @ basis.mT)
+            values, vectors = values.index_copy(0, which, some), vectors.index_copy(0, which, basis)
+        return root, values, vectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        _, values, vectors = output
+        ctx.mark_non_differentiable(values, vectors)
+        ctx.save_for_backward(values, vectors, inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+        values, vectors, due = ctx.saved_tensors
+        row, col = values[..., :, None], values[..., None, :]
+        near = (row - col).abs() <= 1e-3 * (row + col)
+        slope = POWER * ((row + col) / 2).pow(POWER - 1)
+        divided = torch.where(near, slope, (row.pow(POWER) - col.pow(POWER)) / torch.where(near, 1, row - col))
+        inner = vectors.mT @ (grad + grad.mT) / 2 @ vectors
+        kept = torch.where(due[..., None, None], 0, grad)
+        return vectors @ (divided * inner) @ vectors.mT, kept, None  # vectors are zero where it is not due
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Any, Any]:
+        size = info.batch_size
+        whole = [
+            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(tensors, in_dims, strict=True)
+        ]
+        flat = _InverseRoot.apply(*(x.flatten(0, 1) for x in whole))
+        return tuple(x.unflatten(0, (size, -1)) for x in flat), (0, 0, 0)
+
+
+def _unfolded(x: Tensor, axis: int) -> Tensor:
+    """``[M, ...]`` -> ``[M, d, the rest]``."""
+    return x.movedim(axis + 1, 1).flatten(2)
+
+
+def _stacked(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    return torch.stack([tensors[n] for n in names]) if len(names) > 1 else tensors[names[0]].unsqueeze(0)
+
+
+@lru_cache(maxsize=256)
+def _plan(key: ByIdentity, layout: Layout) -> _Plan:
+    symmetry = key.symmetry
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    both = set()
+    for name in layout.names:
+        spec = symmetry.specs[name]
+        if not all(map(_is_wide, symmetry.blocks[name])):
+            continue
+        hidden = [any(leaf.label is not None for leaf in leaves_of(axis)) for axis in spec.axes]
+        axes = tuple(i for i in axes_with_slots(spec.shape) if hidden[i])
+        if axes:
+            groups.setdefault((spec.shape, axes), []).append(name)
+        if {"out", "in"} <= {spec.roles[i] for i in axes}:
+            both.add(name)
+    device = layout.stacks[0].fixed.device
+    whole = tuple(
+        torch.tensor([n in both for n, _, batch in stack.members for _ in range(batch)], device=device)[:, None, None]
+        for stack in layout.stacks
+    )
+    found = tuple(_Group(tuple(names), axes) for (_, axes), names in groups.items())
+    return _Plan(found, tuple(n for group in found for n in group.names), whole)
+
+
+def _is_wide(block: Block) -> bool:
+    return block.kind == "matrix" and min(block.shape[1:]) > THIN
