@@ -1,18 +1,22 @@
 """The nominal rule: steps in the frame that need no tuning. What NFNOpt takes, at a rate that the paced rule measures.
 
-On every matrix (folded convolution, attention block by axis role, first and last layer included) the polar factor
-of preconditioned Nesterov momentum, ``0.2 (512 / C)^(1/4) sqrt(max(R, C)) polar((0.9 m + 0.1 g) / v_hat^(1/4))`` for
-fan-in C, and a twentieth as much toward zero weights; on matrices of at most four rows or columns ``m_hat /
-sqrt(v_hat)``; on weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, either times ``2 r sqrt(C)``; on vectors,
-gains and embeddings twice ``m_hat / sqrt(v_hat)``; one rate for all, decaying.
+On every matrix (folded convolution, attention block by axis role, first and last layer included) of fan-in C, with
+momentum ``n = 0.9 m + 0.1 g`` and roots P of its hidden units' second moments (:mod:`learned_opt.rules.whitening`),
+
+    d = 0.2 (512 / C)^(1/4) sqrt(max(R, C)) P polar(P n P) P,    at the size of the polar factor,
+
+and a twentieth as much toward zero weights. The inputs and outputs of the network have no P; matrices that have them
+take ``n / v_hat^(1/4)`` for n. Exceptions: matrices of at most four rows or columns move along ``m_hat / sqrt(v_hat)``;
+weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, take steps ``2 r sqrt(C)`` times as large; vectors, gains and
+embeddings twice ``m_hat / sqrt(v_hat)``. One rate for all, decaying.
 A gradient more than four times as large as the last hundred were on average, as a matrix or vector in the frame,
 counts as four times as large: steps have one size whatever the gradient's, so one that is wild would be followed
 until the momentum has forgotten it (docs/experiments.md, 35).
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
-(power 1/2), that of the second moment between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen
-on VALID, the exceptions of thin matrices and small weights on regressions (docs/experiments.md, 18, 23, 26 and 28).
-The polar factor commutes with permutations and signs, and in the frame also with positive scale. The learned rule
-starts from this one and is judged by what it adds.
+(power 1/2), that of v between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen on VALID, the
+exceptions and the whitening on other tasks (docs/experiments.md, 18, 23, 26, 28 and 36).
+All of it commutes with permutations and signs, and in the frame also with positive scale. The learned rule starts from
+this one and is judged by what it adds.
 """
 
 from collections.abc import Mapping
@@ -184,7 +188,7 @@ def like_rms(x: Tensor, other: Tensor) -> Tensor:
 
 
 def polar_size(x: Tensor) -> float:
-    """``0.2 (512 / C)^(1/4) sqrt(max(R, C))``: times a polar factor of fan-in 512 and full rank its RMS is about 0.2."""
+    """``0.2 (512 / C)^(1/4) sqrt(max(R, C))``: a polar factor of full rank and fan-in 512 gets the RMS 0.2."""
     rows, fan_in = x.shape[-2:]
     return 0.2 * (FAN_IN / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5
 

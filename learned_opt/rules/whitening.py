@@ -24,7 +24,7 @@ from torch import Tensor
 from learned_opt.axes import leaves_of
 from learned_opt.layout import ByIdentity, Layout
 from learned_opt.rules.base import State
-from learned_opt.symmetry import Block, Symmetry
+from learned_opt.symmetry import Block
 
 AVERAGE = 0.98  # decay rate of the second moments
 FLOOR = 1e-4  # added to second moments of mean 1
