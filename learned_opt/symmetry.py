@@ -107,16 +107,24 @@ class Block:
     order: tuple[int, ...]  # leaf dims in the order batch, rows, cols
     kind: Literal["matrix", "embedding", "vector", "gain"]
 
-    @property
+    @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         """All leaves, batch first, then rows, then columns."""
         return self.batch + self.rows + self.cols
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """``(B, R, C)``."""
         b, r, c = (math.prod(x.size for x in leaves) for leaves in (self.batch, self.rows, self.cols))
         return b, r, c
+
+    @cached_property
+    def _leaf_shape(self) -> Shape:
+        return tuple(x.size for x in self.leaves)
+
+    @cached_property
+    def _inverse(self) -> tuple[int, ...]:
+        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
 
     def fold(self, piece: Tensor) -> Tensor:
         """Leaf-shaped piece of the parameter -> ``[B, R, C]``."""
@@ -124,8 +132,7 @@ class Block:
 
     def unfold(self, matrix: Tensor) -> Tensor:
         """``[B, R, C]`` -> leaf-shaped piece of the parameter."""
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return matrix.reshape([x.size for x in self.leaves]).permute(inverse)
+        return matrix.reshape(self._leaf_shape).permute(self._inverse)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def test_a_regression_on_one_output_keeps_its_weights():
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), x.square().sum(1, keepdim=True)).backward()
         optimizer.step()
-    assert max(float(p.detach().abs().max()) for p in model.parameters()) < 30
+    assert max(float(p.detach().abs().max()) for p in model.parameters()) < 100
 
 
 @every_model
