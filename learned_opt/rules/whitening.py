@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.axes import leaves_of
-from learned_opt.layout import ByIdentity, Layout
+from learned_opt.layout import Layout
 from learned_opt.rules.base import State
 from learned_opt.symmetry import Block
 
@@ -30,7 +30,7 @@ AVERAGE = 0.98  # decay rate of the second moments
 FLOOR = 1e-4  # added to second moments of mean 1
 POWER = -0.125
 EVERY, AT_FIRST = 10, 3  # steps between new roots, after the first ones
-LARGEST = 1024  # units of an axis from which on its roots cost more than they gain
+LARGEST = 1024  # units up to which an axis is whitened, lest its eigenvalues take most of the time
 THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 
 
@@ -78,7 +78,7 @@ class Whitening:
     """
 
     def __init__(self, layout: Layout, g: list[Tensor], state: State) -> None:
-        self._layout, self._plan = layout, _plan(ByIdentity(layout.symmetry), layout)
+        self._layout, self._plan = layout, _plan(layout)
         self._roots: list[dict[int, Tensor]] = []
         self.whole = self._plan.whole
         self.state = dict(state)
@@ -181,8 +181,8 @@ def _stacked(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _plan(key: ByIdentity, layout: Layout) -> _Plan:
-    symmetry = key.symmetry
+def _plan(layout: Layout) -> _Plan:
+    symmetry = layout.symmetry
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     both = set()
     for name in layout.names:
