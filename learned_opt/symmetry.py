@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from learned_opt.axes import (
     Axis,
+    Block,
     Leaf,
     Prod,
     Sum,
@@ -90,49 +91,6 @@ class Spec:
     def shape(self) -> Shape:
         """Shape of the tensor that the axes describe."""
         return tuple(size_of(a) for a in self.axes)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One piece of a parameter (a whole one, or q of ``q|k|v``) seen as a batch of matrices ``[B, R, C]``.
-
-    Rows are what the block writes, columns what it reads (kernel positions and lookups included). The batch is 1,
-    or the groups of a grouped convolution, whose columns are different units in every group.
-    """
-
-    param: str
-    batch: tuple[Leaf, ...]
-    rows: tuple[Leaf, ...]
-    cols: tuple[Leaf, ...]
-    order: tuple[int, ...]  # leaf dims in the order batch, rows, cols
-    kind: Literal["matrix", "embedding", "vector", "gain"]
-
-    @cached_property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """All leaves, batch first, then rows, then columns."""
-        return self.batch + self.rows + self.cols
-
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        """``(B, R, C)``."""
-        b, r, c = (math.prod(x.size for x in leaves) for leaves in (self.batch, self.rows, self.cols))
-        return b, r, c
-
-    @cached_property
-    def _leaf_shape(self) -> Shape:
-        return tuple(x.size for x in self.leaves)
-
-    @cached_property
-    def _inverse(self) -> tuple[int, ...]:
-        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
-
-    def fold(self, piece: Tensor) -> Tensor:
-        """Leaf-shaped piece of the parameter -> ``[B, R, C]``."""
-        return piece.permute(self.order).reshape(self.shape)
-
-    def unfold(self, matrix: Tensor) -> Tensor:
-        """``[B, R, C]`` -> leaf-shaped piece of the parameter."""
-        return matrix.reshape(self._leaf_shape).permute(self._inverse)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def network():
     return model, {n: p.detach().clone() for n, p in model.named_parameters()}, infer(model)
 
 
-def history(params, steps=2):
+def history(params, steps=2):  # after the third step roots that no step has taken would stay zero
     state, generator = Nominal().init(params), torch.Generator().manual_seed(1)
     for _ in range(steps):
         state = features.accumulate(

@@ -142,7 +142,7 @@ def test_tensors_are_multiplied_by_the_roots_along_every_whitened_axis():
     by_name = {
         n: bool(w)
         for stack, whole in zip(layout.stacks, white.whole, strict=True)
-        for (n, _, _), w in zip(stack.members, whole, strict=True)
+        for (n, _, _), w in zip(stack.members, torch.as_tensor(whole).expand(stack.shape[0], 1, 1), strict=True)
     }
     assert [n for n, both in by_name.items() if both] == ["2.weight"]
 

@@ -92,19 +92,19 @@ class Variant(Nominal):
         """What to subtract at unit rate."""
         o = self.options
         normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
-        whole = white.whole if white else [torch.tensor(False)] * len(views)
+        whole = white.whole if white else (False,) * len(views)
         x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
         polar = [newton_schulz(m, int(o.iterations)) for m in (white(x) if white else x)]
         x = [like_rms(d, p) for d, p in zip(white(polar), polar, strict=True)] if white else polar
         return [o.rate * self.direction(v, d, normalised) for v, d in zip(views, x, strict=True)]
 
-    def momentum(self, v: View, whole: Tensor) -> Tensor:
+    def momentum(self, v: View, whole: Tensor | bool) -> Tensor:
         """What the polar factor is taken of, before it is whitened."""
         o = self.options
         n = v.g.lerp(v.m, o.look_ahead)
         if o.slow:
             n = n / (1 - o.momentum**v.step) + o.slow * v.slow / (1 - 0.99**v.step)
-        return n * torch.where(whole, 1, features.quarter_power(v.v, v.step) ** (2 * o.power))
+        return n * torch.where(torch.as_tensor(whole), 1, features.quarter_power(v.v, v.step) ** (2 * o.power))
 
     def direction(self, v: View, polar: Tensor, normalised: bool) -> Tensor:
         """Of one stack."""

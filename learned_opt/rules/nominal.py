@@ -20,6 +20,7 @@ this one and is judged by what it adds.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class View:
         """The momentum that the direction is taken of."""
         return features.nesterov(self.m, self.g, self.memory)
 
-    @property
+    @cached_property
     def adam(self) -> Tensor:
         """``m_hat / sqrt(v_hat)``."""
         return features.adam_direction(self.m, self.v, self.step)
@@ -136,9 +137,12 @@ class View:
         """The step along an Adam direction: ``[N, R, C]``."""
         return adam * (self.smallness if self.stack.kind == "matrix" else VECTOR)
 
-    def preconditioned(self, momentum: Tensor, whitened: Tensor) -> Tensor:
-        """Divided by ``v_hat^(1/4)`` where it is not whitened on both sides (bool ``[N, 1, 1]``): ``[N, R, C]``."""
-        return momentum * torch.where(whitened, 1, features.quarter_power(self.v, self.step))
+    def preconditioned(self, momentum: Tensor, whole: Tensor | bool) -> Tensor:
+        """Divided by ``v_hat^(1/4)`` where it is not whitened on both sides (``Whitening.whole``): ``[N, R, C]``."""
+        if whole is True:
+            return momentum
+        root = features.quarter_power(self.v, self.step)
+        return momentum * (root if whole is False else torch.where(whole, 1, root))
 
     def along(self, direction: Tensor) -> Tensor:
         """A matrix's step along a direction of its polar factor's size, and a little toward zero: ``[N, R, C]``."""
@@ -291,7 +295,7 @@ class Nominal(UpdateRule):
         total_steps: float | Tensor | None,
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
-        return steps(views, [v.nesterov for v in views], white)
+        return steps(views, [v.m if v.by_entry else v.nesterov for v in views], white)
 
 
 def steps(views: list[View], momenta: list[Tensor], white: Whitening | None) -> list[Tensor]:
@@ -308,11 +312,13 @@ def steps(views: list[View], momenta: list[Tensor], white: Whitening | None) -> 
 
 def polar_directions(views: list[View], momenta: list[Tensor], white: Whitening | None) -> list[Tensor]:
     """``P polar(P n P) P`` of the preconditioned momentum of every matrix, at the size of the polar factor."""
-    whole = white.whole if white else [torch.tensor(False, device=m.device) for m in momenta]
-    x = [v.preconditioned(m, w) for v, m, w in zip(views, momenta, whole, strict=True)]
+    whole = white.whole if white else (False,) * len(views)
+    x = [m if v.by_entry else v.preconditioned(m, w) for v, m, w in zip(views, momenta, whole, strict=True)]
     x = white(x) if white else x
     polar = [m if v.by_entry else newton_schulz(m, NEWTON_SCHULZ) for v, m in zip(views, x, strict=True)]
-    return [like_rms(d, p) for d, p in zip(white(polar), polar, strict=True)] if white else polar
+    if white is None:
+        return polar
+    return [p if v.by_entry else like_rms(d, p) for v, d, p in zip(views, white(polar), polar, strict=True)]
 
 
 def _moderated(layout: Layout, frames: list[Frame], grads: list[Tensor], state: State) -> list[Tensor]:
