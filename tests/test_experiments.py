@@ -1,0 +1,101 @@
+"""The scripts of docs/experiments: each starts from the rule as it is, and what it changes counts."""
+
+import dataclasses
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from learned_opt.rules import nominal
+from learned_opt.rules.nominal import Nominal
+from learned_opt.rules.paced import Paced
+from tasks.data import digits
+from tasks.mlp import classifier
+from tests.states import assert_same, every_model, make, noise_like
+
+
+@every_model
+def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("nominal")
+    symmetry, params, grads, state = make(kind)
+    rules = Nominal(), script.Variant(script.Options())
+    ours, theirs = (rule(params, grads, state, symmetry, total_steps=50)[0] for rule in rules)
+    for n in params:
+        assert_same(theirs[n], ours[n])
+
+
+@pytest.mark.parametrize(
+    "kind, lacks",
+    [
+        ("mlp", {"normalised", "gain", "embedding", "thin", "power"}),
+        ("cnn", {"vector", "embedding"}),
+        ("transformer", {"vector", "first"}),
+    ],
+)
+def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("nominal")
+    symmetry, params, _, _ = make(kind)
+    params = {n: 0.3 * p for n, p in params.items()}  # small weights, for the option of that name
+
+    def norm(**told):
+        rule = script.Variant(script.Options(**told))
+        state = rule.init(params)
+        for t in range(3):
+            updates, state = rule(params, noise_like(params, t), state, symmetry, total_steps=50)
+        return sum(float(u.norm()) for u in updates.values())
+
+    told = {f.name: 0.5 * f.default or 0.4 for f in dataclasses.fields(script.Options) if f.type is float}
+    told |= {"decay": "square", "frame": 0.0, "whiten": 0.0, "iterations": 5.0, "thin": 5.0}
+    as_it_is = norm()
+    without = {name for name, value in told.items() if norm(**{name: value}) == pytest.approx(as_it_is, rel=1e-6)}
+    assert without == {"momentum", "horizon", *lacks}  # the first two are of the run, not of the rule
+
+
+@every_model
+def test_the_corrections_of_the_experiment_start_from_the_rule_and_all_count(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("first_order")
+    symmetry, params, _, _ = make(kind)
+    total = torch.tensor(50.0, dtype=torch.float64)
+
+    def third_update(rule):
+        state = rule.init(params)
+        for t in range(3):
+            updates, state = rule(params, noise_like(params, t), state, symmetry, total_steps=total)
+        return updates
+
+    as_it_is, names = third_update(Paced()), script.DEFAULT.split()
+    corrected = script.Corrected(names).double()
+    assert all(torch.allclose(u, as_it_is[n], rtol=1e-9, atol=1e-12) for n, u in third_update(corrected).items())
+    for i in range(len(names)):
+        with torch.no_grad():
+            corrected.coefficients.zero_()[i] = 0.3
+        assert any(not torch.allclose(u, as_it_is[n], rtol=1e-4) for n, u in third_update(corrected).items()), names[i]
+
+
+def test_constants_are_others_in_the_runs_of_their_experiment_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("constants")
+    monkeypatch.setattr(script, "SEEDS", 2)
+    task = classifier("small", digits(), [8], "relu", batch_size=8, steps=6)
+
+    def run(constants):
+        return script.losses("nominal", constants, task, 1.0)
+
+    plain, other = run(""), run("nominal.RATE=0.02,nominal.THIN=9")
+    assert len(plain) == 2 and other != plain
+    assert run("") == plain and nominal.RATE == 0.01
+    with pytest.raises(AttributeError, match="RATES"):
+        run("nominal.RATES=0.02")
+
+    runs = {"as it is": lambda task, multiple: plain, "other": lambda task, multiple: other}
+    script.compare({"small": lambda: task}, runs, tmp_path)
+    first = capsys.readouterr().out
+    script.compare({"small": lambda: task}, dict.fromkeys(runs), tmp_path)  # what is there is not run again
+    assert capsys.readouterr().out == first
+    change = sum(math.log(b / a) for a, b in zip(plain, other, strict=True)) / 2
+    assert first.splitlines()[1].startswith(f"other | {change:+.3f} |")
