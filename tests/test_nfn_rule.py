@@ -196,6 +196,18 @@ def test_the_update_is_odd(kind, rule):
     assert_same(there, minus(here), rtol=1e-12)
 
 
+@every_model
+def test_multiplying_the_loss_changes_nothing(kind):
+    symmetry, params, grads, state = make(kind)
+    powers = {"m": 1, "m_slow": 1, "v": 2, "moment0": 2, "moment1": 2, "moment2": 2, "moment3": 2}
+    louder = {n: {k: 1000.0 ** powers.get(k, 0) * x for k, x in s.items()} for n, s in state.items()}
+    rule = at_random(NFN())
+    with torch.no_grad():
+        here, _ = rule(params, grads, state, symmetry)
+        there, _ = rule(params, {n: 1000.0 * g for n, g in grads.items()}, louder, symmetry)
+    assert_same(there, here, rtol=1e-8, atol=1e-11)
+
+
 def test_a_layers_own_gain_sets_the_size_of_its_step():
     """Gates and unit gains change the direction, at the nominal size."""
     symmetry, params, grads, state = make("tanh")

@@ -82,6 +82,14 @@ def test_what_is_not_finite_counts_as_no_moment_and_leaves_the_others_alone(bad)
     torch.testing.assert_close(zero[0], roots[0])
 
 
+def test_eigenvalues_that_rounding_makes_negative_count_as_zero():
+    """Products with less than float32's precision inside are not positive semidefinite."""
+    a = torch.diag(torch.tensor([2.0, 1.0, -0.01], dtype=torch.float64))[None]
+    root = inverse_root(a, torch.zeros_like(a), YES)[0].diagonal()
+    torch.testing.assert_close(root[2], torch.tensor(FLOOR, dtype=torch.float64) ** POWER)
+    assert root[0] < root[1] < root[2]
+
+
 # ------------------------------------------------------------------------------------------- the slots
 def test_slots_follow_from_the_shape_alone():
     sizes = lambda *shape: {k: tuple(x.shape) for k, x in whitening.fresh(torch.zeros(shape)).items()}  # noqa: E731
