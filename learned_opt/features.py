@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import State, Weights
+from learned_opt.rules.base import State
 
 MOMENTUM, SLOW, SQUARE = 0.9, 0.99, 0.99  # decay rates of m, m_slow and v
 AVERAGES = ("m", "m_slow", "v")
@@ -28,18 +28,13 @@ def fresh(params: Mapping[str, Tensor], averages: Sequence[str] = AVERAGES) -> S
     return {n: {"step": zeros(p.new_zeros(())), **{k: zeros(p) for k in averages}} for n, p in params.items()}
 
 
-def accumulate(grads: Weights, state: State, memory: float | Tensor = MOMENTUM) -> State:
-    """Exponential moving averages of the gradient (two horizons) and of its square, those that the state has.
+def averaged(g: Tensor, old: Mapping[str, Tensor], memory: float | Tensor = MOMENTUM) -> dict[str, Tensor]:
+    """Exponential moving averages of the gradient (two horizons) and of its square, one step on.
 
     They are not bias-corrected; ``memory`` is the decay rate of ``m``.
     """
     decays = {"m": memory, "m_slow": SLOW, "v": SQUARE}
-    new = {}
-    for n, g in grads.items():
-        s = state[n]
-        seen = {k: torch.lerp(s[k], g * g if k == "v" else g, 1 - decay) for k, decay in decays.items() if k in s}
-        new[n] = {**s, "step": s["step"] + 1, **seen}
-    return new
+    return {k: torch.lerp(x, g * g if k == "v" else g, 1 - decays[k]) for k, x in old.items()}
 
 
 def nesterov(m: Tensor, g: Tensor, memory: float | Tensor = MOMENTUM) -> Tensor:

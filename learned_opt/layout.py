@@ -8,7 +8,7 @@ the whole network, whatever its architecture.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -41,10 +41,11 @@ class Stack:
     cols: Units
     row_scales: Units  # scale units
     col_scales: Units
+    plain: tuple[int, ...] | None  # shape of its tensors if each is one block as it lies in memory, and all are alike
 
     def parts(self, x: Tensor) -> Sequence[Tensor]:
         """``[N, R, C]`` -> what belongs to each member."""
-        return x.split([batch for _, _, batch in self.members]) if len(self.members) > 1 else [x]
+        return x.split([batch for _, _, batch in self.members])
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,35 +58,57 @@ class Layout:
     n_units: int  # permutation units; the dummy's position
     n_scales: int  # scale units; the dummy's position
 
+    @cached_property
+    def cut(self) -> tuple[str, ...]:
+        """The tensors of stacks that are not plain."""
+        return tuple(dict.fromkeys(n for s in self.stacks if s.plain is None for n, _, _ in s.members))
+
     def gather(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """``{name: tensor}`` -> one ``[N, R, C]`` per stack."""
-        blocks = {n: self.symmetry.split(n, tensors[n]) for n in self.names}
+        blocks = {n: self.symmetry.split(n, tensors[n]) for n in self.cut}
         stacks = []
         for stack in self.stacks:
-            matrices = [blocks[n][i] for n, i, _ in stack.members]
-            stacks.append(torch.cat(matrices) if len(matrices) > 1 else matrices[0])
+            if stack.plain is None:
+                parts = [blocks[n][i] for n, i, _ in stack.members]
+                stacks.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+            else:
+                parts = [tensors[n] for n, _, _ in stack.members]
+                stacks.append((torch.stack(parts) if len(parts) > 1 else parts[0]).reshape(stack.shape))
         return stacks
 
     def scatter(self, stacks: list[Tensor], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Inverse of :meth:`gather`, of some of the tensors (None: of all)."""
-        blocks: dict[str, dict[int, Tensor]] = {n: {} for n in (self.names if names is None else names)}
+        wanted = self.names if names is None else names
+        whole: dict[str, Tensor] = {}
+        blocks: dict[str, dict[int, Tensor]] = {n: {} for n in self.cut if n in wanted}
         for stack, x in zip(self.stacks, stacks, strict=True):
+            if stack.plain is not None:
+                whole |= zip((n for n, _, _ in stack.members), x.reshape(-1, *stack.plain).unbind(), strict=True)
+                continue
             for (n, i, _), part in zip(stack.members, stack.parts(x), strict=True):
                 if n in blocks:
                     blocks[n][i] = part
-        return {n: self.symmetry.merge(n, [b[i] for i in range(len(b))]) for n, b in blocks.items()}
+        whole |= {n: self.symmetry.merge(n, [b[i] for i in range(len(b))]) for n, b in blocks.items()}
+        return {n: whole[n] for n in wanted}
 
     def replaced(self, stacks: list[Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """The stacks with these tensors in the place of what they held of them."""
+        if not tensors:
+            return stacks
         blocks = {n: self.symmetry.split(n, x) for n, x in tensors.items()}
         new = []
         for stack, x in zip(self.stacks, stacks, strict=True):
-            parts = [
-                blocks[n][i] if n in blocks else part
-                for (n, i, _), part in zip(stack.members, stack.parts(x), strict=True)
-            ]
-            new.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+            if any(n in blocks for n, _, _ in stack.members):
+                parts = zip(stack.members, stack.parts(x), strict=True)
+                x = torch.cat([blocks[n][i] if n in blocks else part for (n, i, _), part in parts])
+            new.append(x)
         return new
+
+    def stack_of(self, names: tuple[str, ...]) -> int | None:
+        """The stack of these tensors as they are, in this order, and of nothing else."""
+        shape, of_them = self.symmetry.specs[names[0]].shape, tuple((n, 0, 1) for n in names)
+        same = (i for i, s in enumerate(self.stacks) if s.members == of_them and s.plain == s.shape[1:] == shape)
+        return next(same, None)
 
 
 def layout_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device) -> Layout:
@@ -147,9 +170,17 @@ def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
                 units("cols", perm_units, n_units),
                 units("rows", scale_units, n_scales),
                 units("cols", scale_units, n_scales),
+                _plain(symmetry, [name for name, _, _ in members]),
             )
         )
     return Layout(symmetry, names, tuple(stacks), n_units, n_scales)
+
+
+def _plain(symmetry: Symmetry, names: list[str]) -> tuple[int, ...] | None:
+    blocks = [symmetry.blocks[n] for n in names]
+    whole = all(len(b) == 1 and list(b[0].order) == sorted(b[0].order) for b in blocks)
+    shapes = {symmetry.specs[n].shape for n in names}
+    return shapes.pop() if whole and len(shapes) == 1 else None
 
 
 def _positions(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], int]:

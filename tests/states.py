@@ -27,6 +27,12 @@ def noise_like(tensors, seed, *lead):
     return {n: torch.randn(*lead, *p.shape, generator=g, dtype=p.dtype) for n, p in tensors.items()}
 
 
+def accumulated(grads, state):
+    """The state one step on: averages of the gradients, and the age."""
+    averages = {n: {k: x for k, x in s.items() if k in features.AVERAGES} for n, s in state.items()}
+    return {n: s | {"step": s["step"] + 1} | features.averaged(grads[n], averages[n]) for n, s in state.items()}
+
+
 def make(kind, steps=3):
     """Symmetry, weights, gradients and a state that has seen some steps, in float64."""
     torch.manual_seed(0)
@@ -34,7 +40,7 @@ def make(kind, steps=3):
     params = {n: p.detach() + 0.1 * torch.randn_like(p) for n, p in model.named_parameters()}
     state = features.fresh(params)
     for t in range(steps):
-        state = features.accumulate(noise_like(params, 10 + t), state)
+        state = accumulated(noise_like(params, 10 + t), state)
     slots = seen_by_whitening if steps else whitening.fresh
     state = {n: s | slots(params[n]) for n, s in state.items()}
     return infer(model), params, noise_like(params, 1), state

@@ -39,14 +39,13 @@ def differs(a, b):
 @pytest.mark.parametrize("total", [None, 50])
 def test_with_last_maps_at_zero_it_is_the_nominal_rule(kind, frame, pool, total):
     symmetry, params, grads, state = make(kind)
-    rule = NFN(frame=frame, pool=pool).double()
+    rule, nominal = NFN(frame=frame, pool=pool).double(), Nominal(frame=frame)
+    nominal.averages = rule.averages
     with torch.no_grad():  # whatever the hidden maps are
         for n, p in rule.named_parameters():
             if n.split(".")[0] not in ("gate", "unit_gain", "layer_gain", "blend"):
                 p.add_(torch.randn_like(p))
-        ours, theirs = (
-            r(params, grads, state, symmetry, total_steps=total, weight_decay=0.1) for r in (rule, Nominal(frame=frame))
-        )
+        ours, theirs = (r(params, grads, state, symmetry, total_steps=total, weight_decay=0.1) for r in (rule, nominal))
     assert_same(ours[0], theirs[0], rtol=1e-12)
     assert_same(ours[1], theirs[1], rtol=0, atol=0)
 
@@ -158,7 +157,8 @@ def test_fast_gates_equal_vectors_per_entry(kind):
     symmetry, params, grads, state = make(kind)
     rule = at_random(NFN())
     layout, frames = rule._laid_out(params, grads, symmetry)
-    views = rule._views(layout, frames, params, layout.gather(grads), features.accumulate(grads, state), 0.9)
+    seen, state = rule._seen(layout, frames, grads, state, 0.9)
+    views = rule._views(layout, frames, params, seen, state, 0.9)
     units = torch.randn(layout.n_units + 1, rule.width, dtype=torch.float64)
     units[-1] = 0
     for view in views:

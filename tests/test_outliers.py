@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt import features
 from learned_opt.rules.nominal import OUTLIER, DecayingPolar, Nominal, moderation
 from learned_opt.rules.paced import Paced
 from tasks.mlp import mlp
 from tests.inferred import infer
+from tests.states import accumulated
 
 
 class Unmoderated(Paced):
@@ -42,7 +42,7 @@ def network():
 def history(params, steps=2):  # after the third step roots that no step has taken would stay zero
     state, generator = Nominal().init(params), torch.Generator().manual_seed(1)
     for _ in range(steps):
-        state = features.accumulate(
+        state = accumulated(
             {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()}, state
         )
     return state

@@ -227,19 +227,14 @@ class Nominal(UpdateRule):
             return {}, state
         memory = self.memory(state)
         layout, frames = self._laid_out(params, grads, symmetry)
-        g = layout.gather(grads)
-        if self.moderate:
-            g = _moderated(layout, frames, g, state)
-            grads = layout.scatter(g)
-        state = {**state, **features.accumulate(grads, state, memory)}
+        seen, state = self._seen(layout, frames, grads, state, memory)
         clock = age(state)
-        views = self._views(layout, frames, params, g, state, memory)
+        views = self._views(layout, frames, params, seen, state, memory)
         rate, state = self.rate(views, state, clock, total_steps)
         white = Whitening(layout, [v.g for v in views], state) if self.whiten else None
         state = white.state if white else state
         directions = self.directions(layout, views, white, clock, total_steps)
-        steps = [into(d, frame) for d, frame in zip(directions, frames, strict=True)]
-        updates = {n: -rate * u for n, u in layout.scatter(steps).items()}
+        updates = layout.scatter([into(-rate * d, frame) for d, frame in zip(directions, frames, strict=True)])
         decays = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
         for n, wd in decays.items():
             if wd and n in updates:
@@ -251,22 +246,34 @@ class Nominal(UpdateRule):
         log_c = potentials(symmetry, params) if self.frame else None
         return layout, [scales(log_c, stack.row_scales, stack.col_scales) for stack in layout.stacks]
 
+    def _seen(
+        self, layout: Layout, frames: list[Frame], grads: Weights, state: State, memory: float | Tensor
+    ) -> tuple[list[dict[str, Tensor]], State]:
+        """Gradient (outliers shortened), its averages and their age of every stack; and the next state."""
+        old = {k: _slots(layout, state, k) for k in self.averages}
+        seen = []
+        for i, (stack, frame, g) in enumerate(zip(layout.stacks, frames, layout.gather(grads), strict=True)):
+            before = {k: x[i] for k, x in old.items()}
+            step = torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])[:, None, None]
+            if self.moderate:
+                g = g * moderation(into(g, frame), into(into(before["v"], frame), frame), step)
+            seen.append({"g": g, "step": step + 1, **features.averaged(g, before, memory)})
+        new = {k: layout.scatter([x[k] for x in seen]) for k in self.averages}
+        later = {n: {k: x[n] for k, x in new.items()} | {"step": state[n]["step"] + 1} for n in layout.names}
+        return seen, state | {n: state[n] | slots for n, slots in later.items()}
+
     def _views(
         self,
         layout: Layout,
         frames: list[Frame],
         params: Weights,
-        g: list[Tensor],
+        seen: list[dict[str, Tensor]],
         state: State,
         memory: float | Tensor,
     ) -> list[View]:
-        gathered = {
-            "w": layout.gather(params),
-            "g": g,
-            **{k: layout.gather({n: state[n][k] for n in layout.names}) for k in (*self.averages, *self.remembers)},
-        }
+        others = {"w": layout.gather(params), **{k: _slots(layout, state, k) for k in self.remembers}}
         views = [
-            View(stack, frame, memory, step=_steps(stack, state), **{k: x[i] for k, x in gathered.items()})
+            View(stack, frame, memory, **seen[i], **{k: x[i] for k, x in others.items()})
             for i, (stack, frame) in enumerate(zip(layout.stacks, frames, strict=True))
         ]
         hush(views)
@@ -321,18 +328,9 @@ def polar_directions(views: list[View], momenta: list[Tensor], white: Whitening 
     return [p if v.by_entry else like_rms(d, p) for v, d, p in zip(views, white(polar), polar, strict=True)]
 
 
-def _moderated(layout: Layout, frames: list[Frame], grads: list[Tensor], state: State) -> list[Tensor]:
-    """The gradients per stack, outliers shortened (:func:`moderation`)."""
-    before = layout.gather({n: state[n]["v"] for n in layout.names})
-    return [
-        g * moderation(into(g, frame), into(into(v, frame), frame), _steps(stack, state))
-        for stack, frame, g, v in zip(layout.stacks, frames, grads, before, strict=True)
-    ]
-
-
-def _steps(stack: Stack, state: State) -> Tensor:
-    """Of every matrix of a stack: ``[N, 1, 1]``."""
-    return torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])[:, None, None]
+def _slots(layout: Layout, state: State, key: str) -> list[Tensor]:
+    """What the state holds by this name: ``[N, R, C]`` per stack."""
+    return layout.gather({n: state[n][key] for n in layout.names})
 
 
 class DecayingPolar(Nominal):

@@ -53,7 +53,8 @@ class Paced(Nominal):
 
     def remember(self, updates: Weights, state: State) -> State:
         """The last update, zero for a tensor that sat out."""
-        return {n: {**s, "moved": updates.get(n, torch.zeros_like(s["moved"]))} for n, s in state.items()}
+        moved = {n: updates[n] if n in updates else torch.zeros_like(s["moved"]) for n, s in state.items()}
+        return {n: {**s, "moved": moved[n]} for n, s in state.items()}
 
     def memory(self, state: State) -> Tensor:
         """Decay rate of the momentum at the next step (0-d)."""
@@ -86,5 +87,5 @@ def cosine(views: list[View]) -> Tensor:
 
 def _of_the_oldest(state: State, key: str, clock: Tensor) -> Tensor:
     """A number that all tensors share, but those that joined later and have not yet taken it."""
-    shared = [torch.where(s["step"] == clock, s[key], -torch.inf) for s in state.values()]
-    return torch.stack(shared).amax()
+    steps, values = (torch.stack([s[k] for s in state.values()]) for k in ("step", key))
+    return torch.where(steps == clock, values, -torch.inf).amax()

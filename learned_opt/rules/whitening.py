@@ -14,7 +14,7 @@ that of the data, and to whiten it cost an MLP on photographs more than whitenin
 known to lose by the latter is classification that ends near zero loss (docs/experiments.md, 36).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -56,12 +56,13 @@ class _Group:
 
     names: tuple[str, ...]
     axes: tuple[int, ...]
+    stack: int | None  # that is all of them and nothing else, if there is one
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
     groups: tuple[_Group, ...]
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # tensors of the groups that are no stack
     whole: tuple[Tensor | bool, ...]  # see Whitening
 
 
@@ -83,9 +84,8 @@ class Whitening:
         self._roots: list[dict[int, Tensor]] = []
         self.whole = self._plan.whole
         self.state = dict(state)
-        tensors = layout.scatter(g, self._plan.names)
-        for group in self._plan.groups:
-            self._roots.append(self._renewed(group, _stacked(tensors, group.names)))
+        for group, x in zip(self._plan.groups, self._taken(g), strict=True):
+            self._roots.append(self._renewed(group, x))
 
     def _renewed(self, group: _Group, g: Tensor) -> dict[int, Tensor]:
         """Roots [M, d, d] per axis of a group's tensors, whose gradients are ``[M, ...]``."""
@@ -105,14 +105,21 @@ class Whitening:
 
     def __call__(self, stacks: list[Tensor]) -> list[Tensor]:
         """``P x P`` of matrices ``[N, R, C]`` per stack; of tensors with more axes, along each that is whitened."""
-        tensors = self._layout.scatter(stacks, self._plan.names)
-        for group, roots in zip(self._plan.groups, self._roots, strict=True):
-            x = _stacked(tensors, group.names)
+        new, tensors = list(stacks), dict[str, Tensor]()
+        for group, roots, x in zip(self._plan.groups, self._roots, self._taken(stacks), strict=True):
             for i, root in roots.items():
-                moved = x.movedim(i + 1, 1)
-                x = (root @ moved.flatten(2)).reshape(moved.shape).movedim(1, i + 1)
-            tensors |= dict(zip(group.names, x, strict=True))
-        return self._layout.replaced(stacks, tensors)
+                x = _along(x, i, root)
+            if group.stack is None:
+                tensors |= dict(zip(group.names, x, strict=True))
+            else:
+                new[group.stack] = x
+        return self._layout.replaced(new, tensors)
+
+    def _taken(self, stacks: list[Tensor]) -> Iterator[Tensor]:
+        """The tensors ``[M, ...]`` of every group."""
+        tensors = self._layout.scatter(stacks, self._plan.names) if self._plan.names else {}
+        for group in self._plan.groups:
+            yield torch.stack([tensors[n] for n in group.names]) if group.stack is None else stacks[group.stack]
 
 
 def inverse_root(moment: Tensor, old: Tensor, due: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ def inverse_root(moment: Tensor, old: Tensor, due: Tensor) -> Tensor:
         due: bool ``[M]``. Where none is, nothing is computed, under vmap neither.
     """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    finite = moment.isfinite().all(-1).all(-1)[..., None, None]
+    finite = moment.sum((-2, -1), keepdim=True).isfinite()
     relative = torch.where(finite, moment, 0) / torch.where(finite & (mean > 0), mean, 1)
     return _InverseRoot.apply(relative, old, due)[0]
 
@@ -177,8 +184,12 @@ def _unfolded(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis + 1, 1).flatten(2)
 
 
-def _stacked(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    return torch.stack([tensors[n] for n in names]) if len(names) > 1 else tensors[names[0]].unsqueeze(0)
+def _along(x: Tensor, axis: int, root: Tensor) -> Tensor:
+    """``[M, ...]`` multiplied by symmetric ``[M, d, d]`` along an axis."""
+    if axis == x.ndim - 2:
+        return (x.flatten(1, -2) @ root).reshape(x.shape)
+    moved = x.movedim(axis + 1, 1)
+    return (root @ moved.flatten(2)).reshape(moved.shape).movedim(1, axis + 1)
 
 
 @lru_cache(maxsize=256)
@@ -201,8 +212,8 @@ def _plan(layout: Layout) -> _Plan:
         all(x) if all(x) == any(x) else torch.tensor(x, device=stack.fixed.device)[:, None, None]
         for stack, x in zip(layout.stacks, sides, strict=True)
     )
-    found = tuple(_Group(tuple(names), axes) for (_, axes), names in groups.items())
-    return _Plan(found, tuple(n for group in found for n in group.names), whole)
+    found = tuple(_Group(tuple(names), axes, layout.stack_of(tuple(names))) for (_, axes), names in groups.items())
+    return _Plan(found, tuple(n for group in found if group.stack is None for n in group.names), whole)
 
 
 def _is_wide(block: Block) -> bool:
