@@ -200,7 +200,7 @@ def polar_size(x: Tensor) -> float:
 class Nominal(UpdateRule):
     """Decaying polar steps on matrices, Adam steps on the rest; ``frame=False`` leaves out the frame."""
 
-    averages: tuple[str, ...] = ("m", "v")  # of the gradient, as :func:`features.accumulate` names them
+    averages: tuple[str, ...] = ("m", "v")  # of the gradient, as :func:`features.averaged` names them
     remembers: tuple[str, ...] = ()  # what else of the state is like a weight
     moderate = True  # whether outliers among gradients are shortened
     whiten = True  # whether matrices step in the whitened units of their hidden axes
