@@ -9,7 +9,7 @@ from torch import nn
 from learned_opt.axes import Leaf, Prod, Sum
 from learned_opt.layout import layout_of
 from learned_opt.nfn.embedding import Embedding, broadcast
-from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry
+from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry, independent
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer
@@ -103,6 +103,38 @@ def test_gather_and_scatter_are_inverse(network):
     assert list(back) == list(tensors)
     for n, x in tensors.items():
         assert torch.equal(back[n], x) and back[n].shape == x.shape
+
+
+@every_network
+def test_a_stack_holds_the_blocks_of_its_members(network):
+    symmetry = NETWORKS[network]()
+    tensors, layout = tensors_of(symmetry), layout_for(symmetry)
+    blocks = {n: symmetry.split(n, x) for n, x in tensors.items()}
+    for stack, x in zip(layout.stacks, layout.gather(tensors), strict=True):
+        assert torch.equal(x, torch.cat([blocks[n][i] for n, i, _ in stack.members]))
+
+
+@every_network
+def test_some_tensors_can_be_taken_and_replaced(network):
+    symmetry = NETWORKS[network]()
+    tensors, layout = tensors_of(symmetry), layout_for(symmetry)
+    stacks = layout.gather(tensors)
+    for some in (list(tensors)[::2], [], list(tensors)):
+        taken = layout.scatter(stacks, some)
+        assert list(taken) == some and all(torch.equal(x, tensors[n]) for n, x in taken.items())
+        back = layout.scatter(layout.replaced(stacks, {n: -x for n, x in taken.items()}))
+        assert all(torch.equal(x, -tensors[n] if n in some else tensors[n]) for n, x in back.items())
+
+
+def test_tensors_that_are_a_stack_are_told_from_parts_and_other_orders():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), *(nn.Linear(n, 4) for n in (16, 4, 4)))
+    names = ("0.weight", "2.weight", "3.weight", "4.weight")
+    layout = layout_of(independent(dict(model.named_parameters())), names, torch.device("cpu"))
+    at = {n: i for i, stack in enumerate(layout.stacks) for n, _, _ in stack.members}
+    assert layout.stack_of(("3.weight", "4.weight")) == at["3.weight"] == at["4.weight"]
+    assert layout.stack_of(("2.weight",)) == at["2.weight"]
+    for other in (("4.weight", "3.weight"), ("3.weight",), ("2.weight", "3.weight"), ("0.weight",)):
+        assert layout.stack_of(other) is None
 
 
 @every_network

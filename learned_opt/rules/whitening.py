@@ -11,7 +11,7 @@ factor: a matrix moves along ``P polar(P n P) P``, the steepest descent for the 
 roots are functions of matrices, so they commute with permutations and signs of the units, and in the frame they do not
 see positive scales. Axes that no label permutes are left alone, above all the network's inputs: their covariance is
 that of the data, and to whiten it cost an MLP on photographs more than whitening its hidden units gained. What is
-known to lose by the latter is classification that ends near zero loss (docs/experiments.md, 36).
+known to lose a little by the latter is classification that ends near zero loss (docs/experiments.md, 36 and 37).
 """
 
 from collections.abc import Iterator
