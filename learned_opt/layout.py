@@ -80,7 +80,7 @@ class Layout:
         """Inverse of :meth:`gather`, of some of the tensors (None: of all)."""
         wanted = self.names if names is None else names
         whole: dict[str, Tensor] = {}
-        blocks: dict[str, dict[int, Tensor]] = {n: {} for n in self.cut if n in wanted}
+        blocks: dict[str, dict[int, Tensor]] = {n: {} for n in set(self.cut).intersection(wanted)}
         for stack, x in zip(self.stacks, stacks, strict=True):
             if stack.plain is not None:
                 whole |= zip((n for n, _, _ in stack.members), x.reshape(-1, *stack.plain).unbind(), strict=True)

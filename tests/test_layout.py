@@ -137,6 +137,15 @@ def test_tensors_that_are_a_stack_are_told_from_parts_and_other_orders():
         assert layout.stack_of(other) is None
 
 
+def test_tensors_of_other_shapes_share_a_stack_and_keep_them():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 4))
+    symmetry = independent(dict(model.named_parameters()))
+    tensors, layout = tensors_of(symmetry), layout_for(symmetry)
+    back = layout.scatter(layout.gather(tensors))
+    assert any({n for n, _, _ in s.members} == {"0.weight", "2.weight"} for s in layout.stacks)
+    assert all(torch.equal(back[n], x) for n, x in tensors.items())
+
+
 @every_network
 def test_a_stack_holds_one_kind_and_one_shape(network):
     symmetry = NETWORKS[network]()

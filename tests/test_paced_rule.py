@@ -113,6 +113,36 @@ def test_a_tensor_that_joins_late_takes_the_networks_rate():
     assert len({float(s["gained"]) for s in state.values()}) == 1
 
 
+def test_tensors_that_join_do_not_change_what_the_others_have_measured():
+    model = mlp([4, 16, 16, 3], "relu").double()
+    symmetry, rule, slopes = infer(model), Paced(), []
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    late = {k: params[k] for k in ("4.weight", "4.bias")}
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        state = rule.init({k: p for k, p in params.items() if k not in late})
+        for _ in range(8):
+            grads = {k: torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in params.items()}
+            before = state
+            _, state = rule(params, {k: grads[k] for k in state}, state, symmetry)
+        _, joined = rule(params, grads, before | rule.init(late), symmetry)
+        for key in ("slope", "gained"):
+            torch.testing.assert_close(joined["0.bias"][key], state["0.bias"][key])
+        slopes.append(float(before["0.bias"]["slope"]))
+    assert min(slopes) < 0 < max(slopes)
+
+
+def test_a_tensor_that_sits_out_has_not_moved():
+    model = mlp([4, 16, 3], "relu").double()
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    rule, symmetry, grads = Paced(), infer(model), {k: torch.ones_like(p) for k, p in params.items()}
+    _, state = rule(params, grads, rule.init(params), symmetry)
+    assert all(s["moved"].any() for s in state.values())
+    updates, state = rule(params, {k: g for k, g in grads.items() if k != "2.weight"}, state, symmetry)
+    assert not state["2.weight"]["moved"].any()
+    assert all(torch.equal(state[k]["moved"], u) for k, u in updates.items())
+
+
 def test_a_frozen_network_and_zero_gradients_leave_it_finite():
     model = mlp([4, 8, 3], "relu")
     optimizer = NFNOpt(model.named_parameters(), symmetry=infer(model), rule="paced", total_steps=20)
