@@ -136,6 +136,17 @@ def test_roots_are_renewed_at_first_and_then_every_tenth_step():
     assert renewed == [*range(1, AT_FIRST + 1), EVERY, 2 * EVERY]
 
 
+def test_an_axis_that_another_symmetry_did_not_whiten_gets_its_root_at_once():
+    params = {n: p.detach() for n, p in mlp([8, 6, 7], "tanh").named_parameters()}
+    rule, state = Nominal(), Nominal().init(params)
+    grads = {n: torch.ones_like(p) for n, p in params.items()}
+    for _ in range(AT_FIRST + 2):
+        _, state = rule(params, grads, state, infer(mlp([8, 6, 7], "tanh")))
+    assert not state["0.weight"]["root1"].any()
+    updates, state = rule(params, grads, state, independent(params))
+    assert state["0.weight"]["root1"].any() and updates["0.weight"].any()
+
+
 def test_tensors_are_multiplied_by_the_roots_along_every_whitened_axis():
     layout, seen, white = whitened(mlp([8, 6, 6, 7], "tanh"), steps=2)
     out = layout.scatter(white(layout.gather(seen[0])))

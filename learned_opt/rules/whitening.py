@@ -97,7 +97,9 @@ class Whitening:
             unfolded = _unfolded(g, i)
             moment = torch.stack([s[f"moment{i}"] for s in slots])
             moment = torch.lerp(moment, unfolded @ unfolded.mT / unfolded.shape[-1], 1 - AVERAGE)
-            roots[i] = inverse_root(moment, torch.stack([s[f"root{i}"] for s in slots]), due)
+            old = torch.stack([s[f"root{i}"] for s in slots])
+            fresh = old[..., 0, 0] == 0  # of an axis that another symmetry did not whiten
+            roots[i] = inverse_root(moment, old, due | fresh)
             for s, a, p in zip(new, moment, roots[i], strict=True):
                 s |= {f"moment{i}": a, f"root{i}": p}
         self.state |= dict(zip(group.names, new, strict=True))
