@@ -54,13 +54,13 @@ def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = S
     squares = [w * w for w in layout.gather(params)]
     log_c = squares[0].new_zeros(layout.n_scales + 1)
     for visit in plan.walk:
-        into, _ = _norms(layout, squares, log_c, visit)
+        into, _ = _norms(squares, log_c, visit)
         log_c = log_c + torch.where(into > 0, 0.5 * _safe_log(into), 0)
     for _ in range(sweeps):
         for visit in plan.sweep:
-            into, out = _norms(layout, squares, log_c, visit)
-            ratio = 0.25 * (_safe_log(into + plan.mean(into)) - _safe_log(out + plan.mean(out)))
-            log_c = log_c + torch.where((into > 0) & (out > 0), ratio, 0)
+            norms = _norms(squares, log_c, visit)
+            into, out = _safe_log(norms + plan.mean(norms))
+            log_c = log_c + torch.where((norms > 0).all(0), 0.25 * (into - out), 0)
     return log_c
 
 
@@ -72,9 +72,8 @@ def scales(log_c: Tensor | None, rows: Units, cols: Units) -> tuple[Tensor, Tens
 
 
 def _scale(log_c: Tensor, units: Units) -> Tensor:
-    """``sum_k exponent_k log c_k``: ``[N, L]``."""
-    n, length, k = units.index.shape
-    flat = log_c.index_select(0, units.index.flatten()).reshape(n, length, k)
+    """``sum_k exponent_k log c_k``: ``[..., K] -> [...]``."""
+    flat = log_c.index_select(0, units.index.flatten()).reshape(units.index.shape)
     return (flat * units.exponent.to(flat.dtype)).sum(-1)
 
 
@@ -84,12 +83,10 @@ def _safe_log(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Some blocks of one stack, and where their row and column sums of squares go."""
+    """Some blocks of one stack, and which sums of their squares are wanted."""
 
     stack: int
     take: Tensor | None  # blocks of the stack [n], or None for all
-    rows: Units
-    cols: Units
     row_sums: bool
     col_sums: bool
 
@@ -99,8 +96,11 @@ class _Visit:
     """One update of some labels: which blocks to sum, and which sums count as in and out of which unit."""
 
     parts: tuple[_Part, ...]
-    into: tuple[Tensor, Tensor, Tensor]  # (unit, position in the concatenated sums, weight)
-    out: tuple[Tensor, Tensor, Tensor]
+    units: Units  # [M, K]: of the rows and columns of every part, one after the other
+    lengths: tuple[int, ...]  # how many those are: rows and columns of the first part, of the second, ...
+    unit: Tensor  # [Q] where a sum counts: units of the flat vector that it is in of, then those that it is out of
+    at: Tensor  # [Q] position in the concatenated sums
+    weight: Tensor  # [Q]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,27 +111,25 @@ class _Plan:
     sizes: Tensor  # units of every label
 
     def mean(self, x: Tensor) -> Tensor:
-        """Over the units of a label, for each of them: ``[n_scales + 1] -> [n_scales + 1]``."""
-        sums = x.new_zeros(len(self.sizes)).index_add(0, self.label, x)
-        return (sums / self.sizes.to(x.dtype)).index_select(0, self.label)
+        """Over the units of a label, for each of them: ``[2, n_scales + 1] -> [2, n_scales + 1]``."""
+        sums = x.new_zeros(2, len(self.sizes)).index_add(1, self.label, x)
+        return (sums / self.sizes.to(x.dtype)).index_select(1, self.label)
 
 
-def _norms(layout: Layout, squares: list[Tensor], log_c: Tensor, visit: _Visit) -> tuple[Tensor, Tensor]:
-    """Squared norms in the current frame of what each visited unit writes and reads: ``[n_scales + 1]`` each."""
-    sums = []
-    for part in visit.parts:
+def _norms(squares: list[Tensor], log_c: Tensor, visit: _Visit) -> Tensor:
+    """Squared norms in the current frame of what each visited unit writes and reads: ``[2, n_scales + 1]``."""
+    factors = torch.exp(-2 * _scale(log_c, visit.units)).split(visit.lengths)
+    sums, own = [], []
+    for part, r, c in zip(visit.parts, factors[::2], factors[1::2], strict=True):
         x = squares[part.stack] if part.take is None else squares[part.stack].index_select(0, part.take)
-        r, c = (torch.exp(-2 * _scale(log_c, u)) for u in (part.rows, part.cols))
         if part.row_sums:
-            sums.append(((x @ c.unsqueeze(2)).squeeze(2) * r).flatten())
+            sums.append(torch.bmm(x, c.view(len(x), -1, 1)).flatten())
+            own.append(r)
         if part.col_sums:
-            sums.append(((r.unsqueeze(1) @ x).squeeze(1) * c).flatten())
-    flat = torch.cat(sums)
-    into, out = (
-        flat.new_zeros(len(log_c)).index_add(0, unit, flat.index_select(0, at) * weight.to(flat.dtype))
-        for unit, at, weight in (visit.into, visit.out)
-    )
-    return into, out
+            sums.append(torch.bmm(r.view(len(x), 1, -1), x).flatten())
+            own.append(c)
+    flat = (torch.cat(sums) * torch.cat(own)).index_select(0, visit.at) * visit.weight.to(log_c.dtype)
+    return flat.new_zeros(2 * len(log_c)).index_add(0, visit.unit, flat).view(2, -1)
 
 
 @lru_cache(maxsize=256)
@@ -223,19 +221,17 @@ def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_
     for label, touches in use.items():
         for t in touches:
             wanted.setdefault(t.stack, {}).setdefault(t.block, set()).add(label)
-    parts, position = [], 0
-    entries: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {True: [], False: []}
+    parts, all_units, position = [], [], 0
+    entries: list[tuple[Tensor, Tensor, Tensor]] = []
     for i, blocks in wanted.items():
         stack = layout.stacks[i]
         chosen = sorted(blocks)
         whole = len(chosen) == stack.shape[0]
         take = None if whole else torch.tensor(chosen, device=stack.fixed.device)
-        sides = {
-            "rows": _select(stack.row_scales, take),
-            "cols": _select(stack.col_scales, take),
-        }
         present = {}
-        for side, units in sides.items():
+        for side, scales in (("rows", stack.row_scales), ("cols", stack.col_scales)):
+            units = _select(scales, take)
+            all_units.append(units)
             mask = _belongs(units, [blocks[n] for n in chosen], label_of)
             if only_in:
                 mask = mask & (units.exponent > 0)
@@ -247,19 +243,26 @@ def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_
             weight = torch.ones(n, length, k)
             if side == "cols":  # fan_in / fan_out of the reading tensor, counted in units of the label
                 weight = weight * _label_sizes(units, label_of, layout) / stack.shape[1]
-            for positive in (True, False):
-                m = mask & ((units.exponent > 0) if positive else (units.exponent < 0))
-                cpu = m.cpu()
-                entries[positive].append((units.index.cpu()[cpu], at[cpu], weight[cpu]))
+            place = units.index + torch.where(units.exponent > 0, 0, layout.n_scales + 1)
+            cpu = mask.cpu()
+            entries.append((place.cpu()[cpu], at[cpu], weight[cpu]))
             position += n * length
-        parts.append(_Part(i, take, sides["rows"], sides["cols"], present["rows"], present["cols"]))
+        parts.append(_Part(i, take, present["rows"], present["cols"]))
     device = layout.stacks[0].fixed.device
+    unit, at, weight = (torch.cat(x).to(device) for x in zip(*entries, strict=True))
+    lengths = tuple(u.index.shape[0] * u.index.shape[1] for u in all_units)
+    return _Visit(tuple(parts), _one_after_the_other(all_units, layout.n_scales), lengths, unit, at, weight)
 
-    def collect(rows: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        unit, at, weight = (torch.cat(x).to(device) for x in zip(*rows, strict=True))
-        return unit, at, weight
 
-    return _Visit(tuple(parts), collect(entries[True]), collect(entries[False]))
+def _one_after_the_other(parts: list[Units], dummy: int) -> Units:
+    """``[N, L, K]`` of several shapes -> ``[M, K]``."""
+    most = max(u.index.shape[-1] for u in parts)
+
+    def joined(tensors: list[Tensor], value: float) -> Tensor:
+        padded = [torch.nn.functional.pad(x, (0, most - x.shape[-1]), value=value) for x in tensors]
+        return torch.cat([x.flatten(0, 1) for x in padded])
+
+    return Units(joined([u.index for u in parts], dummy), joined([u.exponent for u in parts], 0.0))
 
 
 def _select(units: Units, take: Tensor | None) -> Units:
