@@ -5,21 +5,21 @@
 Residual MLPs with LayerNorm on photographs, as in TRAIN, where they have widths up to 48 and up to 3 blocks and runs of
 at most 700 steps. Per cell the horizon speed-up over the study's nominal term (`polar`): 1/r for the multiple r of the
 steps at which the rule, told that horizon, has the nominal term's final train loss, interpolated between the multiples
-that are run. Writes a table and a picture.
+that are run. Writes a table and a picture after every cell; what is there is not run again, so that it may be stopped.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from learned_opt import NFNOpt
-from meta_train.curves import horizon_speed_up, run
+from meta_train.curves import horizon_speed_up, iqm, iqm_interval, run
 from meta_train.symmetries import symmetry_of
 from tasks.data import Noisy, photos
 from tasks.residual import mlp_classifier
@@ -85,27 +85,45 @@ def main() -> None:
     store = args.out / "speed_ups.jsonl"
     lines = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
     done = {tuple(r["job"]): r["speed_up"] for r in lines}
-    missing = [j for s in range(args.seeds) for cell in cells() if (j := (args.rule, *cell, s)) not in done]
-    missing.sort(key=lambda j: j[1] * j[2] * j[3])
+    jobs = [(args.rule, *cell, s) for s in range(args.seeds) for cell in cells()]
+    missing = sorted((j for j in jobs if j not in done), key=lambda j: j[1] * j[2] * j[3])
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool, store.open("a") as file:
-        for job, found in zip(missing, pool.map(speed_up, missing), strict=True):
-            done[job] = found
-            file.write(json.dumps({"job": job, "speed_up": found}) + "\n")
+        write(args.out, by_cell(args.rule, done))
+        running = {pool.submit(speed_up, job): job for job in missing}
+        for future in as_completed(running):
+            job = running[future]
+            done[job] = future.result()
+            file.write(json.dumps({"job": job, "speed_up": done[job]}) + "\n")
             file.flush()
-            print(*job, f"{found:.3f}", flush=True)
-    write(args.out, {cell: [done[args.rule, *cell, s] for s in range(args.seeds)] for cell in cells()})
+            print(*job, f"{done[job]:.3f}", flush=True)
+            write(args.out, by_cell(args.rule, done))
+
+
+def by_cell(rule: str, done: dict[tuple, float]) -> dict[tuple, list[float]]:
+    """The speed-ups of every seed that there is."""
+    return {cell: [done[j] for j in sorted(done) if j[:-1] == (rule, *cell)] for cell in cells()}
 
 
 def write(out: Path, found: dict[tuple[int, int, int], list[float]]) -> None:
     """The table and the picture: one map of width and depth per horizon."""
-    lines = ["| width | blocks | steps | horizon speed-up over the nominal term (seeds) |", "|---|---|---|---|"]
-    lines += [f"| {w} | {d} | {t} | {', '.join(f'{x:.2f}' for x in v)} |" for (w, d, t), v in found.items()]
+    lines = [
+        "| width | blocks | steps | horizon speed-up over the nominal term (seeds) | mean |",
+        "|---|---|---|---|---|",
+    ]
+    for (w, d, t), v in found.items():
+        mean = f"{np.mean(v):.2f}" if v else "-"
+        lines.append(f"| {w} | {d} | {t} | {', '.join(f'{x:.2f}' for x in v) or 'not run'} | {mean} |")
+    there = [v for v in found.values() if v]
+    if there:
+        interval = iqm_interval(there)
+        text = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+        lines += ["", f"Interquartile mean over cells and seeds: {iqm(np.concatenate(there)):.2f}{text}."]
     (out / "transfer.md").write_text("\n".join(lines) + "\n")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(STEPS), 3), layout="constrained")
     for axes, steps in zip(figure.subplots(1, len(STEPS)), STEPS, strict=True):
-        table = np.array([[np.mean(found.get((w, d, steps), [np.nan])) for w in WIDTHS] for d in DEPTHS])
+        table = np.array([[np.mean(found.get((w, d, steps)) or np.nan) for w in WIDTHS] for d in DEPTHS])
         axes.imshow(table, cmap="RdYlGn", vmin=0.6, vmax=1.67, aspect="auto")
         for (i, j), value in np.ndenumerate(table):
             axes.text(j, i, "-" if np.isnan(value) else f"{value:.2f}", ha="center", va="center")
