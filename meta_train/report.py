@@ -115,6 +115,8 @@ def _legend(plan: Plan) -> str:
         "over Adam's, median over tasks.",
         f"Tuned: by the mean final train loss of the first {plan.tuning_seeds} of these seeds.",
     ]
+    if any(o.shared for o in plan.optimizers.values()):
+        lines.append("@all: one learning rate for all tasks, with the least mean of the logarithm of that loss.")
     if plan.horizon:
         lines.append(
             "Horizon speed-up: 1/r for the multiple r of the steps with which the optimizer, told that horizon, "
@@ -246,7 +248,7 @@ def _time_ratio(found: Sequence[Outcome], mine: Sequence[Outcome]) -> str:
 
 
 def draw_curves(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
-    """One panel a task: train loss solid, held-out dashed, bands from least to largest seed."""
+    """One panel a task: train loss solid, held-out dashed, bands from least to largest seed; one line a colour."""
     from matplotlib.lines import Line2D
 
     tasks = [task for task in plan.tasks if any(o.task == task for o in found)]
@@ -256,18 +258,21 @@ def draw_curves(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
+    colours = _colours(plan, found)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for label, colour in _colours(plan).items():
+        for label, colour in colours.items():
             curves = [o.curve for o in _of(found, label) if o.task == task]
             if curves:
                 _draw_seeds(axis, curves, colour, label)
         axis.set_yscale("log")
-        axis.set_ylim(*_limits([o.curve for o in found if o.task == task], plan.tasks[task].ceiling))
+        axis.set_ylim(
+            *_limits([o.curve for o in found if o.task == task and o.optimizer in colours], plan.tasks[task].ceiling)
+        )
         axis.set_title(task)
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
         axis.grid(alpha=0.25)
-    handles = [Line2D([], [], color=c, label=label) for label, c in _colours(plan).items()]
+    handles = [Line2D([], [], color=c, label=label) for label, c in colours.items()]
     handles += [
         Line2D([], [], color="grey", linestyle="-", label="train"),
         Line2D([], [], color="grey", linestyle="--", label="held-out"),
@@ -306,11 +311,11 @@ def draw_speed_ups(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
     labels = _ranked(plan, found)[::-1]
     figure = _figure(7.5, 0.45 * len(labels) + 1.4)
     axis = figure.subplots()
-    colours = _colours(plan)
+    colours = _colours(plan, found)
     for row, label in enumerate(labels):
         strata = _strata(_of(found, label), lambda o: o.speed_up)
         value, interval = iqm(np.concatenate(strata)), iqm_interval(strata)
-        axis.barh(row, value, color=colours[label], height=0.62, alpha=0.8)
+        axis.barh(row, value, color=colours.get(label, "lightgrey"), height=0.62, alpha=0.8)
         if interval is not None:
             spread = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
             axis.errorbar(value, row, xerr=spread, color="black", capsize=3, linewidth=1)
@@ -339,12 +344,10 @@ def draw_profile(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
         return adam[o.task, o.seed] / max(o.curve.best_held_out, 1e-30)
 
     for axis, measure in ((left, lambda o: o.speed_up), (right, held_out)):
-        for k, (label, colour) in enumerate(_colours(plan).items()):
+        for label, colour in _colours(plan, found).items():
             medians = np.sort([np.median(s) for s in _strata(_of(found, label), measure)])
-            if len(medians):
-                share = 1 - np.arange(len(medians) + 1) / len(medians)
-                steps, style = [0, *medians, medians[-1]], "-" if k < len(COLOURS) else "--"
-                axis.step(steps, [1, *share], where="pre", color=colour, linestyle=style, label=label)
+            share = 1 - np.arange(len(medians) + 1) / len(medians)
+            axis.step([0, *medians, medians[-1]], [1, *share], where="pre", color=colour, label=label)
         axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axis.grid(alpha=0.25)
     left.set_xlim(0, CAP)
@@ -387,8 +390,12 @@ def draw_training(folder: Path) -> bool:
     return True
 
 
-def _colours(plan: Plan) -> dict[str, str]:
-    return {label: COLOURS[k % len(COLOURS)] for k, label in enumerate(plan.optimizers)}
+def _colours(plan: Plan, found: Sequence[Outcome]) -> dict[str, str]:
+    """Of the labels that have lines of their own in pictures: the fastest and Adam, not with one rate for all tasks."""
+    shown = [label for label in _ranked(plan, found) if not plan.optimizers[label].shared]
+    if REFERENCE in shown[len(COLOURS) :]:
+        shown[len(COLOURS) - 1] = REFERENCE
+    return dict(zip(shown, COLOURS, strict=False))
 
 
 def _figure(width: float, height: float):
