@@ -93,12 +93,12 @@ class _Part:
 
 @dataclass(frozen=True, eq=False)
 class _Visit:
-    """One update of some labels: which blocks to sum, and which sums count as in and out of which unit."""
+    """One update of some labels: which blocks to sum, and which sums count as written or read by which unit."""
 
     parts: tuple[_Part, ...]
     units: Units  # [M, K]: of the rows and columns of every part, one after the other
     lengths: tuple[int, ...]  # how many those are: rows and columns of the first part, of the second, ...
-    unit: Tensor  # [Q] where a sum counts: units of the flat vector that it is in of, then those that it is out of
+    unit: Tensor  # [Q] number of the unit that writes what is summed, or of the one that reads it + n_scales + 1
     at: Tensor  # [Q] position in the concatenated sums
     weight: Tensor  # [Q]
 
@@ -229,12 +229,11 @@ def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_
         whole = len(chosen) == stack.shape[0]
         take = None if whole else torch.tensor(chosen, device=stack.fixed.device)
         present = {}
-        for side, scales in (("rows", stack.row_scales), ("cols", stack.col_scales)):
-            units = _select(scales, take)
+        for side, of_stack in (("rows", stack.row_scales), ("cols", stack.col_scales)):
+            units = _select(of_stack, take)
             all_units.append(units)
             mask = _belongs(units, [blocks[n] for n in chosen], label_of)
-            if only_in:
-                mask = mask & (units.exponent > 0)
+            mask = mask & (units.exponent > 0 if only_in else units.exponent != 0)
             present[side] = bool(mask.any())
             if not present[side]:
                 continue
@@ -243,9 +242,9 @@ def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_
             weight = torch.ones(n, length, k)
             if side == "cols":  # fan_in / fan_out of the reading tensor, counted in units of the label
                 weight = weight * _label_sizes(units, label_of, layout) / stack.shape[1]
-            place = units.index + torch.where(units.exponent > 0, 0, layout.n_scales + 1)
+            unit = units.index + torch.where(units.exponent > 0, 0, layout.n_scales + 1)
             cpu = mask.cpu()
-            entries.append((place.cpu()[cpu], at[cpu], weight[cpu]))
+            entries.append((unit.cpu()[cpu], at[cpu], weight[cpu]))
             position += n * length
         parts.append(_Part(i, take, present["rows"], present["cols"]))
     device = layout.stacks[0].fixed.device

@@ -98,8 +98,8 @@ class Whitening:
             moment = torch.stack([s[f"moment{i}"] for s in slots])
             moment = torch.lerp(moment, unfolded @ unfolded.mT / unfolded.shape[-1], 1 - AVERAGE)
             old = torch.stack([s[f"root{i}"] for s in slots])
-            fresh = old[..., 0, 0] == 0  # of an axis that another symmetry did not whiten
-            roots[i] = inverse_root(moment, old, due | fresh)
+            missing = old[..., 0, 0] == 0  # of an axis that another symmetry did not whiten
+            roots[i] = inverse_root(moment, old, due | missing)
             for s, a, p in zip(new, moment, roots[i], strict=True):
                 s |= {f"moment{i}": a, f"root{i}": p}
         self.state |= dict(zip(group.names, new, strict=True))
