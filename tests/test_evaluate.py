@@ -28,7 +28,7 @@ from meta_train.__main__ import main
 from meta_train.curves import CAP, Curve
 from meta_train.evaluate import evaluate
 from meta_train.optimizers import UnknownName
-from meta_train.store import Job, Store
+from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Store
 
 HERE = Path(__file__).parent
 ME = f"{Path(__file__).stem}:SUITE"  # the suite of this file, by name, as workers find it
@@ -606,6 +606,17 @@ def test_report_writes_table_and_pictures(tmp_path):
         "adamw-cosine",
     }
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_pictures_show_the_fastest_and_adam_each_in_a_colour_of_its_own():
+    speed_ups = {f"o{i}": 9.0 - i for i in range(9)} | {"adam": 0.5, "o0@all": 8.5}
+    optimizers = {n: PlannedOptimizer(n, "", None, shared="@" in n) for n in reversed(speed_ups)}
+    plan = Plan("S", {"t": PlannedTask(10, 1.0, "f")}, optimizers, seeds=1, tuning_seeds=1)
+    found = [ev.Outcome(n, "t", 0, None, False, curve([1.0]), x, False, x, {}) for n, x in speed_ups.items()]
+    colours = rp._colours(plan, found)
+    assert list(colours) == [*(f"o{i}" for i in range(7)), "adam"]
+    assert len(set(colours.values())) == 8
+    assert list(rp._colours(plan, found[:3])) == ["o0", "o1", "o2"]
 
 
 def test_report_of_an_unfinished_evaluation_shows_what_is_there(tmp_path):
