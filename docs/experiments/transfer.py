@@ -11,8 +11,6 @@ that are run. Writes a table and a picture after every cell; what is there is no
 import argparse
 import json
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ import torch
 
 from learned_opt import NFNOpt
 from meta_train.curves import horizon_speed_up, iqm, iqm_interval, run
+from meta_train.evaluate import pool
 from meta_train.symmetries import symmetry_of
 from tasks.data import Noisy, photos
 from tasks.residual import mlp_classifier
@@ -27,6 +26,7 @@ from tasks.residual import mlp_classifier
 WIDTHS, DEPTHS, STEPS = (48, 160, 480), (3, 9), (600, 3000)
 SHORTER, LONGER = (0.8, 0.67, 0.5), (1.25, 1.6)  # multiples of the steps, in the order of the search
 NOMINAL = "polar"
+Job = tuple[str, int, int, int, int]  # rule, width, blocks, steps, seed
 
 
 def make_task(width: int, depth: int, steps: int):
@@ -59,8 +59,8 @@ def final_loss(rule: str, cell: tuple[int, int, int], seed: int, multiple: float
     return math.inf if curve.diverged else curve.final_train
 
 
-def speed_up(job: tuple[str, int, int, int, int]) -> float:
-    """Over the nominal term: ever shorter runs while they reach its loss, ever longer ones while they do not."""
+def speed_up(job: Job) -> tuple[Job, float]:
+    """The job and its result over the nominal term: shorter runs while they reach its loss, else longer ones."""
     torch.set_num_threads(1)
     rule, *cell, seed = job
     target = final_loss(NOMINAL, tuple(cell), seed, 1.0)
@@ -70,7 +70,7 @@ def speed_up(job: tuple[str, int, int, int, int]) -> float:
         losses[multiple] = final_loss(rule, tuple(cell), seed, multiple)
         if (losses[multiple] <= target) != reached:
             break
-    return horizon_speed_up(losses, target)
+    return job, horizon_speed_up(losses, target)
 
 
 def main() -> None:
@@ -87,15 +87,13 @@ def main() -> None:
     done = {tuple(r["job"]): r["speed_up"] for r in lines}
     jobs = [(args.rule, *cell, s) for s in range(args.seeds) for cell in cells()]
     missing = sorted((j for j in jobs if j not in done), key=lambda j: j[1] * j[2] * j[3])
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool, store.open("a") as file:
-        write(args.out, by_cell(args.rule, done))
-        running = {pool.submit(speed_up, job): job for job in missing}
-        for future in as_completed(running):
-            job = running[future]
-            done[job] = future.result()
-            file.write(json.dumps({"job": job, "speed_up": done[job]}) + "\n")
+    write(args.out, by_cell(args.rule, done))
+    with pool(args.workers) as execute, store.open("a") as file:
+        for job, found in execute(speed_up, missing):
+            done[job] = found
+            file.write(json.dumps({"job": job, "speed_up": found}) + "\n")
             file.flush()
-            print(*job, f"{done[job]:.3f}", flush=True)
+            print(*job, f"{found:.3f}", flush=True)
             write(args.out, by_cell(args.rule, done))
 
 
