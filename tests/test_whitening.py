@@ -90,6 +90,35 @@ def test_eigenvalues_that_rounding_makes_negative_count_as_zero():
     assert root[0] < root[1] < root[2]
 
 
+def some_rows(seed, size=50, awake=13):
+    """float32 moments of units of which few ever had a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.zeros(size, 64).index_add(
+        0, torch.randperm(size, generator=g)[:awake], torch.randn(awake, 64, generator=g)
+    )
+    return (x @ x.mT)[None]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_roots_in_float32_where_most_units_sleep_and_where_lapack_fails(failing, monkeypatch):
+    eigh = torch.linalg.eigh
+
+    def half_broken(x):
+        if x.dtype == torch.float64:
+            return eigh(x)
+        if len(x) > 1:
+            raise torch.linalg.LinAlgError("did not converge")
+        return tuple(torch.full_like(part, torch.nan) for part in eigh(x))
+
+    if failing:
+        monkeypatch.setattr(torch.linalg, "eigh", half_broken)
+    for a in (some_rows(0), torch.cat([some_rows(seed) for seed in range(20)])):
+        yes = torch.ones(len(a), dtype=torch.bool)
+        root = inverse_root(a, torch.zeros_like(a), yes)
+        exact = inverse_root(a.double(), torch.zeros_like(a).double(), yes)
+        torch.testing.assert_close(root.double(), exact, rtol=1e-3, atol=5e-3)
+
+
 # ------------------------------------------------------------------------------------------- the slots
 def test_slots_follow_from_the_shape_alone():
     sizes = lambda *shape: {k: tuple(x.shape) for k, x in whitening.fresh(torch.zeros(shape)).items()}  # noqa: E731

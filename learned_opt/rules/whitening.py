@@ -147,8 +147,7 @@ class _InverseRoot(torch.autograd.Function):
         root = old
         if due.any():
             which = due.nonzero()[:, 0]
-            some, basis = torch.linalg.eigh(a[which])
-            some = some.clamp(min=0) + FLOOR
+            some, basis = _eigen(a[which])
             root = old.index_copy(0, which, (basis * some.pow(POWER)[..., None, :]) @ basis.mT)
             values, vectors = values.index_copy(0, which, some), vectors.index_copy(0, which, basis)
         return root, values, vectors
@@ -179,6 +178,22 @@ class _InverseRoot(torch.autograd.Function):
         ]
         flat = _InverseRoot.apply(*(x.flatten(0, 1) for x in whole))
         return tuple(x.unflatten(0, (size, -1)) for x in flat), (0, 0, 0)
+
+
+def _eigen(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [M, d] and vectors [M, d, d] of ``a + FLOOR`` of semidefinite ``a``.
+
+    The floor is added before: LAPACK's float32 fails, or gives NaN without a word, where many rows are zero, as of
+    units that no example reached yet. Where it fails all the same, float64.
+    """
+    a = a + FLOOR * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    try:
+        values, vectors = torch.linalg.eigh(a)
+    except torch.linalg.LinAlgError:
+        values = vectors = a.new_tensor(torch.nan)
+    if not (values.sum() + vectors.sum()).isfinite():
+        values, vectors = (x.to(a.dtype) for x in torch.linalg.eigh(a.double()))
+    return values.clamp(min=FLOOR), vectors
 
 
 def _unfolded(x: Tensor, axis: int) -> Tensor:
