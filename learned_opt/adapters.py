@@ -79,19 +79,18 @@ def functional(
         theta: Weights | None = None,
         lr: float | Tensor = lr,
     ) -> tuple[Weights, State]:
-        trained = {n: state[n] for n in grads}
-        updates, new = apply_rule(
+        updates, state = apply_rule(
             rule,
             params,
             grads,
-            trained,
+            state,
             fitting(params),
             total_steps=total_steps,
             weight_decay=weight_decay,
             theta=theta,
         )
         moved = {n: stepped(params[n], updates[n], lr) for n in grads}
-        return {**params, **moved}, {**state, **new}
+        return {**params, **moved}, state
 
     return rule.init, update
 
@@ -157,6 +156,7 @@ def _differentiable(base: Any) -> type:  # the class of a package that is option
                     params[name], groups[name], places[name] = p, group, (i, j)
                     if g is not None:
                         grads[name] = -g if group["maximize"] else g
+                    if g is not None or self.state[i][j]:
                         state[name] = self.state[i][j] or self.rule.init({name: p.detach()})[name]
             if not grads:
                 return
@@ -173,6 +173,8 @@ def _differentiable(base: Any) -> type:  # the class of a package that is option
             for name, update in updates.items():
                 i, j = places[name]
                 self.param_groups[i]["params"][j] = stepped(params[name], update, groups[name]["lr"])
-                self.state[i][j] = state[name]
+            for name, slots in state.items():
+                i, j = places[name]
+                self.state[i][j] = slots
 
     return DifferentiableNFNOpt

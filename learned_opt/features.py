@@ -20,12 +20,19 @@ N_STATISTICS = 6
 
 
 def fresh(params: Mapping[str, Tensor], averages: Sequence[str] = AVERAGES) -> State:
-    """Zero accumulators: ``step`` 0-d, and some of ``m``, ``m_slow``, ``v`` like each parameter (at least float32)."""
+    """Zero accumulators of each parameter, at least float32.
+
+    ``step`` and ``clock``, 0-d, how often it and how often the network was stepped; some of ``m``, ``m_slow`` and
+    ``v``, like it.
+    """
 
     def zeros(p: Tensor) -> Tensor:
         return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
-    return {n: {"step": zeros(p.new_zeros(())), **{k: zeros(p) for k in averages}} for n, p in params.items()}
+    def ages(p: Tensor) -> dict[str, Tensor]:
+        return {k: zeros(p.new_zeros(())) for k in ("step", "clock")}
+
+    return {n: ages(p) | {k: zeros(p) for k in averages} for n, p in params.items()}
 
 
 def averaged(g: Tensor, old: Mapping[str, Tensor], memory: float | Tensor = MOMENTUM) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,14 +107,15 @@ class NFNOpt(torch.optim.Optimizer):
             others by position.
         lr: multiplies the update (also per group); a number or a 1-element tensor. "paced", "nominal" and
             the learned rules set their own rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
-        weight_decay: decoupled, per step at ``lr=1`` (also per group).
+        weight_decay: decoupled as AdamW's, times the rate (also per group): ``lr`` times what the rule sets,
+            which is about 0.01 and decays; 1 for "adam", "sgd" and "muon".
         total_steps: how many steps the training takes, if that is known; it sets the schedule of
             "paced", "nominal" and the learned rules.
         rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "paced" is
             "nominal", what the learned rules start from, at a rate that the first steps measure; it is the
             default until a theta is better (docs/experiments.md, 18 to 20).
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
-            out, weights and state unchanged (:attr:`skipped_steps` counts, a warning names it
+            out, weights and averages unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is
             checked. (Where it is checked, a gradient with entries over 1e15 is scaled down to that,
             lest squares overflow.)
@@ -153,6 +155,7 @@ class NFNOpt(torch.optim.Optimizer):
         self._known: Binding | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
         self._bound: tuple[Any, Binding] | None = None  # for the tensors that the first item identifies
         self._watch: Watch | None = None
+        self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         options = {
             "lr": lr,
@@ -243,7 +246,7 @@ class NFNOpt(torch.optim.Optimizer):
             What the closure returns, else None.
 
         Raises:
-            RuntimeError: a complex parameter or a sparse gradient.
+            RuntimeError: a complex or sharded parameter, or a sparse gradient.
             FloatingPointError: a non-finite gradient under ``nan_policy="raise"``.
         """
         loss = None
@@ -261,24 +264,37 @@ class NFNOpt(torch.optim.Optimizer):
             trained = [e for e in entries if e.trained]
             usable = self._usable([e for e in trained if e.param.numel()])
             self._create_state(trained)
+            if usable:
+                self._count()
             for device in {e.param.device: None for e in usable}:
                 here = [e for e in entries if e.param.device == device and e.param.numel()]
                 self._step(here, [e for e in usable if e.param.device == device], symmetry)
         return loss
 
+    def _count(self) -> None:
+        self._steps += 1
+        total = self.param_groups[0]["total_steps"]
+        if self.rule.ends and total is not None and 0 <= self._steps - 1 - float(total) < 1:  # once
+            warnings.warn(
+                f"NFNOpt: step {self._steps}, but total_steps={total}: the schedule has ended, and weights stay where "
+                "they are. Pass the number of optimizer steps, epochs times batches.",
+                stacklevel=4,
+            )
+
     def _step(self, entries: list[Entry], trained: list[Entry], symmetry: Symmetry) -> None:
-        """Update ``trained``; the other tensors of ``entries`` are context."""
+        """Update ``trained``; the other tensors of ``entries`` are context, and those with a state age along."""
         params = {e.name: e.param.detach() for e in entries if not e.param.is_complex()}
         factors = {e.name: -e.shrink if e.group["maximize"] else e.shrink for e in trained}
         grads = {e.name: e.grad for e in trained}
         for n, factor in factors.items():
             if factor != 1:
                 grads[n] = factor * grads[n].to(accumulator_dtype(grads[n]))
+        known = [e for e in entries if self.state.get(e.param)]
         updates, state = apply_rule(
             self.rule,
             params,
             grads,
-            {e.name: self.state[e.param] for e in trained},
+            {e.name: self.state[e.param] for e in known},
             symmetry,
             total_steps=self.param_groups[0]["total_steps"],
             weight_decay={e.name: e.group["weight_decay"] for e in trained},
@@ -286,6 +302,7 @@ class NFNOpt(torch.optim.Optimizer):
         for entry in trained:
             moved = stepped(params[entry.name], updates[entry.name], entry.group["lr"])
             entry.param.detach().copy_(moved)
+        for entry in known:
             self.state[entry.param] = state[entry.name]
 
     def _create_state(self, entries: list[Entry]) -> None:
@@ -336,6 +353,8 @@ class NFNOpt(torch.optim.Optimizer):
         name of every position), so that a run resumes bit for bit with what it was started with.
         """
         saved = super().state_dict()
+        for group in saved["param_groups"]:  # plain numbers: torch.load(weights_only=True) takes no NumPy scalars
+            group |= {k: v.item() for k, v in group.items() if isinstance(v, np.generic)}
         saved["param_groups"][0] |= identity(self.rule, self._known)
         return saved
 
@@ -363,7 +382,7 @@ class NFNOpt(torch.optim.Optimizer):
             self.rule, self._known = loading["rule"], loading["known"]
             for p, slots in loading["state"]:
                 self.state[p] = slots  # torch has cast them to the dtype of the parameter
-            self._bound = None
+            self._bound, self._steps = None, max((int(s.get("clock", 0)) for _, s in loading["state"]), default=0)
             if self._known != "infer":
                 self._unwatch()
 
@@ -377,7 +396,7 @@ class NFNOpt(torch.optim.Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "nan_policy", "skipped_steps", "_given", "_known")
+        own = ("rule", "nan_policy", "skipped_steps", "_given", "_known", "_steps")
         return super().__getstate__() | {k: getattr(self, k) for k in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -411,13 +430,16 @@ def _check_options(options: Mapping[str, Any]) -> None:
     lr = options.get("lr", 0.0)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
+    for name in ("lr", "weight_decay", "total_steps"):
+        if isinstance(options.get(name), str):
+            raise TypeError(f"{name}={options[name]!r} must be a number")
     for name in ("lr", "weight_decay"):
         value = options.get(name, 0.0)
         if not 0.0 <= float(value) < math.inf:
             raise ValueError(f"{name}={value} must be finite and not negative")
     steps = options.get("total_steps")
-    if steps is not None and not float(steps) > 0:
-        raise ValueError(f"total_steps={steps} must be positive; leave it out if it is not known")
+    if steps is not None and not 0.0 < float(steps) < math.inf:
+        raise ValueError(f"total_steps={steps} must be positive and finite; leave it out if it is not known")
 
 
 def _check_same_horizon(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
@@ -446,6 +468,11 @@ def _refuse_unsupported(entry: Entry) -> None:
         raise RuntimeError(f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real.")
     if entry.grad.layout != torch.strided:
         raise RuntimeError(f"NFNOpt does not take sparse gradients: {entry.name}. Use nn.Embedding(sparse=False).")
+    if hasattr(entry.param, "placements"):  # torch.distributed.tensor.DTensor, which takes long to import
+        raise RuntimeError(
+            f"NFNOpt does not take sharded parameters (DTensor, as of fully_shard): {entry.name}. Its steps need whole "
+            "matrices. Use DistributedDataParallel."
+        )
 
 
 def _largest_magnitudes(tensors: list[Tensor]) -> list[float]:

@@ -142,11 +142,11 @@ def saved_state(
     wrong: list[str] = []
     owners: dict[Any, tuple[str, Tensor]] = {}
     for group, other in zip(groups, saved["param_groups"], strict=True):
-        own_names = group.get("param_names")
-        names = own_names or other.get("param_names") or [f"parameter {k}" for k in other["params"]]
+        own_names, other_names = group.get("param_names"), other.get("param_names")
+        names = own_names or other_names or [f"parameter {k}" for k in other["params"]]
         for key, name, p in zip(other["params"], names, group["params"], strict=True):
             owners[key] = (name, p)
-        pairs = zip(own_names or [], other.get("param_names", own_names) or [], strict=True)
+        pairs = zip(own_names, other_names, strict=True) if own_names and other_names else ()
         wrong += [f"{a} here is {b} in the state dict" for a, b in pairs if bare(a) != bare(b)]
     wrong += [f"state of unknown parameter {k!r}" for k in saved["state"] if k not in owners]
     restored = []

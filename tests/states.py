@@ -30,7 +30,8 @@ def noise_like(tensors, seed, *lead):
 def accumulated(grads, state):
     """The state one step on: averages of the gradients, and the age."""
     averages = {n: {k: x for k, x in s.items() if k in features.AVERAGES} for n, s in state.items()}
-    return {n: s | {"step": s["step"] + 1} | features.averaged(grads[n], averages[n]) for n, s in state.items()}
+    ages = {n: {k: s[k] + 1 for k in ("step", "clock")} for n, s in state.items()}
+    return {n: s | ages[n] | features.averaged(grads[n], averages[n]) for n, s in state.items()}
 
 
 def make(kind, steps=3):

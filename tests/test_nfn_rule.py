@@ -281,7 +281,7 @@ def test_a_weight_that_is_not_trained_is_context_for_the_frame():
         here, after = rule(params, some, state, symmetry)
         there, _ = rule({**params, "2.weight": 3 * params["2.weight"]}, some, state, symmetry)
     assert here.keys() == some.keys()
-    assert_same(after["2.weight"], state["2.weight"], rtol=0, atol=0)
+    assert_same(after["2.weight"], state["2.weight"] | {"clock": state["2.weight"]["clock"] + 1}, rtol=0, atol=0)
     assert differs(here, there) == set(some)
 
 
@@ -383,12 +383,13 @@ def test_the_clock_is_the_networks_not_the_tensors(name):
     rule = at_random(RULES[name]())
     for n in params:
         if n != "2.weight":
-            state[n]["step"] = state[n]["step"] + 49
-    fresh = {n: {**s, "step": torch.zeros_like(s["step"])} for n, s in state.items()}
+            state[n] |= {k: state[n][k] + 49 for k in ("step", "clock")}
+    fresh = {n: s | {k: torch.zeros_like(s[k]) for k in ("step", "clock")} for n, s in state.items()}
     with torch.no_grad():
         late, after = rule(params, grads, state, symmetry, total_steps=100)
         early, _ = rule(params, grads, fresh, symmetry, total_steps=100)
     assert after["2.weight"]["step"] == 1 and after["0.weight"]["step"] == 50
+    assert all(s["clock"] == 50 for s in after.values())
     ratio = late["2.weight"].norm() / early["2.weight"].norm()
     expected = 1 - 0.49
     if name == "nominal":

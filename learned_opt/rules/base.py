@@ -18,6 +18,8 @@ class UpdateRule(nn.Module, ABC):
     that is optimised. Runs under ``torch.func.functional_call``, ``vmap`` and ``grad``.
     """
 
+    ends = False  # whether it takes no more steps after ``total_steps``
+
     @abstractmethod
     def init(self, params: Weights) -> State:
         """Fresh state. Slots are float32 (float64 for float64 parameters); ``step`` is a 0-d float tensor."""

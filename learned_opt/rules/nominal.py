@@ -168,8 +168,8 @@ def moderation(g: Tensor, v: Tensor, step: Tensor) -> Tensor:
 
 
 def age(state: State) -> Tensor:
-    """Steps that the network has made, which some tensors may have sat out (0-d)."""
-    return torch.stack([s["step"] for s in state.values()]).amax()
+    """Steps that the network has made, each of which some tensors may have sat out (0-d)."""
+    return torch.stack([s["clock"] for s in state.values()]).amax()
 
 
 def hush(views: list[View]) -> None:
@@ -200,6 +200,7 @@ def polar_size(x: Tensor) -> float:
 class Nominal(UpdateRule):
     """Decaying polar steps on matrices, Adam steps on the rest; ``frame=False`` leaves out the frame."""
 
+    ends = True
     averages: tuple[str, ...] = ("m", "v")  # of the gradient, as :func:`features.averaged` names them
     remembers: tuple[str, ...] = ()  # what else of the state is like a weight
     moderate = True  # whether outliers among gradients are shortened
@@ -228,7 +229,7 @@ class Nominal(UpdateRule):
         memory = self.memory(state)
         layout, frames = self._laid_out(params, grads, symmetry)
         seen, state = self._seen(layout, frames, grads, state, memory)
-        clock = age(state)
+        clock = age(state) + 1
         views = self._views(layout, frames, params, seen, state, memory)
         rate, state = self.rate(views, state, clock, total_steps)
         white = Whitening(layout, [v.g for v in views], state) if self.whiten else None
@@ -239,7 +240,7 @@ class Nominal(UpdateRule):
         for n, wd in decays.items():
             if wd and n in updates:
                 updates[n] = updates[n] - rate * wd * params[n]
-        return updates, self.remember(updates, state)
+        return updates, {n: s | {"clock": clock} for n, s in self.remember(updates, state).items()}
 
     def _laid_out(self, params: Weights, grads: Weights, symmetry: Symmetry) -> tuple[Layout, list[Frame]]:
         layout = layout_of(symmetry, tuple(grads), next(iter(grads.values())).device)

@@ -59,7 +59,7 @@ class Paced(Nominal):
     def memory(self, state: State) -> Tensor:
         """Decay rate of the momentum at the next step (0-d)."""
         clock = age(state)
-        rising = (-_of_the_oldest(state, "slope", clock) / OSCILLATION).clamp(0.0, 1.0)
+        rising = (-_of_the_oldest(state, "slope") / OSCILLATION).clamp(0.0, 1.0)
         return MOMENTUM + LONGER * rising * (clock >= LONGEST)
 
     def rate(
@@ -67,7 +67,7 @@ class Paced(Nominal):
     ) -> tuple[Tensor, State]:
         """What the directions are multiplied by at a step (0-d), and the next state."""
         end = LONGEST if total_steps is None else (SHARE * torch.as_tensor(total_steps)).clamp(SHORTEST, LONGEST)
-        slope, gained = (_of_the_oldest(state, key, clock) for key in ("slope", "gained"))
+        slope, gained = (_of_the_oldest(state, key) for key in ("slope", "gained"))
         slope = torch.lerp(slope, cosine(views), 1 - MEMORY)
         mean = slope / (1 - MEMORY ** (clock - 1).clamp(min=1))  # the first cosine is of no step: zero
         gain = GAIN / (1 + clock / FADE) * ((clock > 1) & (clock <= end))
@@ -85,7 +85,7 @@ def cosine(views: list[View]) -> Tensor:
     return down / torch.where(most > 0, most, 1)
 
 
-def _of_the_oldest(state: State, key: str, clock: Tensor) -> Tensor:
-    """A number that all tensors share, but those that joined later and have not yet taken it."""
-    steps, values = (torch.stack([s[k] for s in state.values()]) for k in ("step", key))
-    return torch.where(steps == clock, values, -torch.inf).amax()
+def _of_the_oldest(state: State, key: str) -> Tensor:
+    """A number that all tensors share, but those that joined later and have not yet taken it (0-d)."""
+    clocks, values = (torch.stack([s[k] for s in state.values()]) for k in ("clock", key))
+    return torch.where(clocks == clocks.amax(), values, -torch.inf).amax()
