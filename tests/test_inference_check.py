@@ -1,13 +1,16 @@
 """Inference leaves the model as it was; its numeric check demotes what is wrong, its converse finds what was missed."""
 
+import logging
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 
-from learned_opt import infer_symmetry
-from learned_opt.inference import missed_labels
+from learned_opt import NFNOpt, infer_symmetry
+from learned_opt.inference import InferenceError, missed_labels
 from learned_opt.inference.engine import Engine, Value
 from learned_opt.inference.operators import RULES
 
@@ -99,3 +102,72 @@ def test_outputs_that_are_not_finite_leave_the_symmetry_unverified() -> None:
 
     symmetry = infer_symmetry(Infinite(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 3))
     assert any("not verified" in note for note in symmetry.notes)
+
+
+# ------------------------------------------------------------------------- what a forward pass leaves open
+class Tasks(nn.Module):
+    """One trunk, and a head for each of two tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(3, 5), nn.ModuleDict({"a": nn.Linear(5, 2), "b": nn.Linear(5, 4)})
+
+    def forward(self, x: Tensor, *tasks: str) -> Tensor:
+        h = self.trunk(x).relu()
+        return torch.cat([self.heads[task](h) for task in tasks], -1)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_parameters_that_are_not_read_are_named(trained: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Tasks(), torch.randn(4, 3)
+    model.heads["b"].requires_grad_(trained)
+    optimizer = NFNOpt(model.parameters(), rule="adam")
+    model(x, "a").sum().backward()
+    optimizer.step()
+    assert optimizer.symmetry is not None and optimizer.symmetry.check(model, x, "b") > 1e-3
+    assert "heads.b.weight, heads.b.bias: not read" in optimizer.symmetry.notes[0]
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == trained and all("heads.b.weight" in w and "independent" in w for w in warned)
+    both = infer_symmetry(model, x, "a", "b")
+    assert both.notes == () and both.check(model, x, "b") < 1e-12
+
+
+def test_an_object_that_may_hold_the_output_is_not_left_out() -> None:
+    class Held:
+        def __init__(self, y: Tensor) -> None:
+            self.y = y
+
+    class Holding(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return Held(super().forward(x)), x.sum()
+
+    with pytest.raises(InferenceError, match="Held"):
+        infer_symmetry(Holding(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 3))
+
+
+class Mixed(nn.Module):
+    """Takes tensors, a number and None, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.read = nn.Embedding(7, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor, x: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+        y = self.read((self.table(ids) + x).tanh()) * scale
+        return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("order", ["scale x ids", "ids bias x", "none x ids", "ids x scale"])
+def test_keywords_in_any_order_are_verified(order: str) -> None:
+    given = {"ids": torch.arange(4), "x": torch.ones(4, 1), "scale": 2.0, "bias": torch.ones(3)}
+    symmetry = infer_symmetry(Mixed(), **{"bias" if n == "none" else n: given.get(n) for n in order.split()})
+    assert symmetry.notes == () and list(symmetry.labels) == ["table"]
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*was assigned during export")
+@pytest.mark.parametrize("norm", [spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_what_writes_into_a_given_tensor_is_an_unknown_operator(norm: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Its rule is not asked, which would fail; the decomposed graph has no such operators."""
+    model = nn.Sequential(norm(nn.Linear(6, 10)), nn.ReLU(), nn.Linear(10, 3))
+    assert infer_symmetry(model, torch.randn(4, 6)).notes == ()
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]

@@ -16,7 +16,7 @@ from models import CASES, Inputs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from learned_opt import infer_symmetry
+from learned_opt import NFNOpt, infer_symmetry
 from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of
 from learned_opt.frame import potentials
 from learned_opt.symmetry import Element, Label, Spec, Symmetry, randomised
@@ -115,6 +115,27 @@ def test_modes_of_modules_stay() -> None:
     modes = [m.training for m in model.modules()]
     infer_symmetry(model, torch.randn(2, 3), verify=False)
     assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize("how", [{}, {"return_dict": False}, {"use_cache": False}])
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_language_models_are_inferred_with_their_cache(kind: str, how: dict[str, bool]) -> None:
+    """As they are trained: with labels, and a cache among the outputs unless it is refused."""
+    transformers = pytest.importorskip("transformers", exc_type=ModuleNotFoundError)
+    name = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}[kind]
+    sizes = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=8)
+    tokens = dict(vocab_size=19, bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM")
+    config = getattr(transformers, f"{kind}Config")(**sizes, **tokens)
+    model, ids = getattr(transformers, name)(config), torch.randint(0, 19, (2, 6))
+    optimizer = NFNOpt(model.parameters(), rule="adam")
+    output = model(input_ids=ids, labels=ids, **how)
+    output[0].backward()
+    optimizer.step()
+    found = optimizer.symmetry
+    assert found is not None and len(found.scales) > 2
+    assert not [note for note in found.notes if "verified" in note]
+    moving = [n for n in found.specs if any(map(_moves, _labels(found, n)))]
+    assert set(moving) >= {n for n, p in model.named_parameters() if p.ndim > 1}
 
 
 # ------------------------------------------------------------------------------------ as an expert writes

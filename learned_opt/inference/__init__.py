@@ -7,11 +7,13 @@ on the axes of ``axes``), solves for the scales (``solve``) and checks the resul
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
+from learned_opt.binding import listed
 from learned_opt.inference.engine import UnknownOperator
 from learned_opt.inference.graph import InferenceError, Network, Propagation, export
 from learned_opt.inference.operators.registry import register_rule
@@ -41,7 +43,8 @@ def infer_symmetry(
     """How the axes of a model's tensors move together: which permutations, scales and signs leave its function alone.
 
     The model is exported in its present mode (training or evaluation) and stays as it is. Operators that are not
-    known fix what they touch, and ``notes`` names them. What the example inputs do not exercise is fixed.
+    known fix what they touch, and ``notes`` names them. What the example inputs do not exercise is fixed; parameters
+    that they do not use at all are noted, and warned of if they require gradients.
 
     Args:
         model: any module that ``torch.export`` can trace.
@@ -51,7 +54,7 @@ def infer_symmetry(
             scale that changes it is fixed, with a warning. "auto": up to 100 million weights, and up to 5e10
             multiplications with weights in a forward pass.
         outputs: picks from what the model returns the tensors that must not change; default: all, except a
-            language model's ``past_key_values``.
+            language model's cache (``past_key_values``).
         keywords: example keyword inputs, for a model that calls one of them as an argument of this function.
         kwargs: the other example keyword inputs.
 
@@ -66,7 +69,7 @@ def infer_symmetry(
         raise ValueError(f"verify={verify!r:.200} is unknown; it is True, False or 'auto'. {_CLASH.format('verify')}")
     model = getattr(model, "_orig_mod", model)
     network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
-    symmetry = symmetry_of(network, _shapes(model), propagation)
+    symmetry = _with_unread(model, propagation.read, symmetry_of(network, _shapes(model), propagation))
     weights = sum(t.numel() for t in network.tensors.values())
     meta = any(t.device.type == "meta" for t in network.tensors.values())
     cheap = weights <= AUTO_WEIGHTS and network.operations() <= AUTO_OPERATIONS and not meta
@@ -104,6 +107,27 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in model.named_parameters()}
 
 
+def _with_unread(model: nn.Module, read: Set[str], symmetry: Symmetry) -> Symmetry:
+    """The symmetry with a note on parameters that this forward pass does not read: it need not be one of another.
+
+    A warning too where one of them is trained: then some pass is likely to read it, perhaps along with labels that it
+    leaves open here (a second head on one trunk). What is frozen and not read (a pooler) is mostly never read.
+    """
+    unread = {n: p for n, p in model.named_parameters() if n not in read}
+    if not unread:
+        return symmetry
+    note = f"{listed(unread)}: not read by this forward pass, so that their axes stay in place"
+    if any(p.requires_grad for p in unread.values()):
+        logger.warning(
+            "symmetry of %s: %s. If another pass reads them together with the other parameters, what is claimed of"
+            " those need not hold: give NFNOpt symmetry=infer_symmetry(...) of a pass that reads all of them,"
+            ' or symmetry="independent".',
+            type(model).__name__,
+            note,
+        )
+    return replace(symmetry, notes=(*symmetry.notes, note))
+
+
 def _propagated(model: nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> tuple[Network, Propagation]:
     if outputs is not None and not callable(outputs):
         raise ValueError(
@@ -135,7 +159,7 @@ def _verified(network: Network, symmetry: Symmetry, name: str, samples: int) -> 
         reason = "its outputs are not finite, or zero"
     if verdict is None:
         logger.warning("the symmetry of %s could not be verified (%s)", name, reason)
-        return Symmetry(symmetry.specs, symmetry.labels, symmetry.scales, (*symmetry.notes, f"not verified: {reason}"))
+        return replace(symmetry, notes=(*symmetry.notes, f"not verified: {reason}"))
     if verdict.demoted:
         warnings.warn(
             f"inferred symmetry of {name}: {', '.join(verdict.demoted)} changed the function in the numeric check and"

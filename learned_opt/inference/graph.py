@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from learned_opt.inference.engine import Engine, Profile, Stack, UnknownOperator, Value
 from learned_opt.inference.operators import RULES
@@ -64,10 +65,18 @@ class _Selected(nn.Module):
 
 
 def without_cache(output: Any) -> Any:
-    """What counts of a model's output by default: all of it, except the key-value cache of a language model."""
-    if isinstance(output, Mapping) and "past_key_values" in output:
-        return {k: v for k, v in output.items() if k != "past_key_values" and v is not None}
-    return output
+    """What counts of a model's output by default: all of it, except the key-value cache of a language model.
+
+    A cache is known by its class (``DynamicCache``), wherever it is, or as tensors by its old key. Other objects that
+    are no tensors are not dropped: what they hold may be the output (a dataclass), which must not be forgotten.
+    """
+    if isinstance(output, Mapping):
+        output = {k: v for k, v in output.items() if k != "past_key_values" and v is not None}
+    return pytree.tree_map(lambda x: None if _is_cache(x) else x, output, is_leaf=_is_cache)
+
+
+def _is_cache(x: Any) -> bool:
+    return any(c.__name__.endswith("Cache") for c in type(x).__mro__)
 
 
 def export(
@@ -351,7 +360,7 @@ class Propagation(Engine):
             if result is not None:
                 return result
         rule = RULES.get(name)
-        if rule is None:
+        if rule is None or "out" in kwargs:  # which writes into another tensor: no rule covers that
             raise UnknownOperator(name)
         return rule(self, *_collapsed(self, args), **_collapsed(self, kwargs))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
@@ -30,15 +30,17 @@ class Function:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        inputs = iter(pytree.tree_leaves(network.program.example_inputs))
-        specs = {s.arg.name: s for s in network.program.graph_signature.input_specs if hasattr(s.arg, "name")}
-        given = set(network.program.graph_signature.user_inputs)
+        signature = network.program.graph_signature
+        specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
+        # numbers and None have placeholders too, and `signature.user_inputs` has their values instead of their names
+        inputs = [s.arg.name for s in signature.input_specs if s.kind == InputKind.USER_INPUT]
+        given = dict(zip(inputs, pytree.tree_leaves(network.program.example_inputs), strict=True))
         self.held: dict[str, Any] = {}
         for node in network.graph.graph.nodes:
             if node.op != "placeholder" or isinstance(network.placeholders[node.name], str):
                 continue
             if node.name in given:
-                self.held[node.name] = _wide(next(inputs))
+                self.held[node.name] = _wide(given[node.name])
             else:
                 self.held[node.name] = _wide(_constant(network, node.name, specs))
 
