@@ -101,6 +101,8 @@ def _writable(path: Path | None, suffixes: tuple[str, ...], option: str) -> None
         _fail(f"{option} {path}: the name must end in {' or '.join(suffixes)}.")
     if not path.absolute().parent.is_dir():
         _fail(f"{option} {path}: there is no folder {path.parent}.")
+    if path.is_dir():
+        _fail(f"{option} {path}: it is a folder. Name a file.")
 
 
 # ------------------------------------------------------------------------------------- the user's model

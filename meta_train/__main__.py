@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _main(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, RuntimeError) as error:
         from learned_opt.rules.checkpoint import CheckpointError
+        from meta_train.optimizers import BadInput
         from meta_train.recipes import RecipeError
 
-        if not isinstance(error, (RecipeError, CheckpointError)):
+        if not isinstance(error, (BadInput, RecipeError, CheckpointError)):
             raise
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -136,17 +137,13 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
     Args:
         folder: the --out of an evaluation or of a training.
     """
-    from meta_train.optimizers import UnknownName
     from meta_train.report import draw_training, report
 
-    try:
-        if (folder / "log.jsonl").exists():
-            drawn = draw_training(folder)
-            print(f"written: {folder / 'training.png'}" if drawn else "no outer step is finished yet: nothing to draw")
-            return
-        print(report(folder))
-    except UnknownName as error:
-        _fail(str(error))
+    if (folder / "log.jsonl").exists():
+        drawn = draw_training(folder)
+        print(f"written: {folder / 'training.png'}" if drawn else "no outer step is finished yet: nothing to draw")
+        return
+    print(report(folder))
     print("written: " + ", ".join(str(folder / n) for n in ("report.md", "curves.png", "speedups.png", "profile.png")))
 
 
@@ -172,6 +169,9 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> N
         workers: processes, each with one thread.
         steps: steps of every run of the race.
     """
+    from meta_train.evaluate import at_least_one
+
+    at_least_one(workers=workers, steps=steps)
     print("1. Meta-training a fresh optimizer for about a minute (only to show the loop).", flush=True)
     _train("demo", recipe_named("demo"), out / "train", "never")
     print("2. Training three networks with the shipped NFNOpt and with tuned Adam.", flush=True)
@@ -192,7 +192,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> N
 def recipe_named(name: str) -> Any:
     """The recipe of that name, or the one that ``recipe()`` in a ``.py`` file returns."""
     if name.endswith(".py"):
-        return _defined(name)["recipe"]()
+        return _made(name)
     from meta_train.recipes import RECIPES
 
     if name not in RECIPES:
@@ -201,6 +201,16 @@ def recipe_named(name: str) -> Any:
             "or the path of a .py file that defines recipe()."
         )
     return RECIPES[name]()
+
+
+def _made(name: str) -> Any:
+    from meta_train.recipes import Recipe
+
+    recipe = _defined(name)["recipe"]
+    found = recipe() if callable(recipe) else recipe
+    if found is recipe or not isinstance(found, Recipe):
+        _fail(f"recipe in {name} gives {type(found).__name__}: it must be a function that returns a Recipe.")
+    return found
 
 
 def _tables(name: str) -> dict[str, Any]:
@@ -249,23 +259,29 @@ def _train(name: str, recipe: Any, out: Path | None, resume: Literal["auto", "ne
     from meta_train.train import train
 
     out = Path("runs") / Path(name).stem if out is None else out
+    _folder(out)
     train(recipe, out, resume=resume, **_tables(name))
 
 
 def _evaluate(optimizers: Sequence[str], out: Path, **options: Any) -> None:
     from meta_train.evaluate import evaluate
-    from meta_train.optimizers import UnknownName
 
+    _folder(out)
     try:
         evaluate(optimizers, out, **options)
-    except UnknownName as error:
-        _fail(str(error))
     except KeyboardInterrupt:
         _fail(
             f"interrupted. Finished runs are in {out / 'runs.jsonl'}: the same command goes on "
             f"from there, and '{PROG} report {out}' shows what is there."
         )
     report(out)
+
+
+def _folder(out: Path) -> None:
+    """Fail before the work and not after it."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            _fail(f"--out {out}: {path} is a file. Name a folder, which need not exist yet.")
 
 
 def _split(names: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from meta_train.curves import CAP, DIVERGED, Curve, first_reaching, horizon_speed_up, loss_ratio, run, speed_up
-from meta_train.optimizers import UnknownName, digest, optimizer_named
+from meta_train.optimizers import OPTIMIZERS, BadInput, UnknownName, digest, optimizer_named
 from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
 from meta_train.symmetries import symmetry_of
 
@@ -130,8 +130,10 @@ def evaluate(
 
     Raises:
         UnknownName: for a name that does not exist; the message lists those that do.
+        BadInput: for two optimizers of one label, or a number below 1.
         KeyboardInterrupt: after Ctrl-C; ``runs.jsonl`` holds what is finished, call again to go on.
     """
+    at_least_one(workers=workers)
     optimizer_named.cache_clear()  # a checkpoint may have been overwritten since the last call
     plan = make_plan(suite, tasks, optimizers, seeds, tuning_seeds, horizon, data, steps, grids)
     store = Store(Path(out) / "runs.jsonl")
@@ -157,20 +159,8 @@ def make_plan(
     grids: Mapping[str, tuple[float, ...]] | None,
 ) -> Plan:
     """Look up every name; arguments and errors as in :func:`evaluate`."""
-    if seeds < 1 or tuning_seeds < 1:
-        raise ValueError(f"seeds and tuning_seeds must be 1 or more, got {seeds}, {tuning_seeds}.")
-    planned: dict[str, PlannedOptimizer] = {}
-    for spec in [REFERENCE, *optimizers]:
-        labelled = _LABEL.match(spec)
-        label, name = (labelled[1], spec[labelled.end() :]) if labelled else (spec, spec)
-        shared, name = name.endswith(SHARED), name.removesuffix(SHARED)
-        entry, theta = optimizer_named(name)
-        grid = (grids or {}).get(name, entry.grid)
-        if shared and grid is None:
-            raise UnknownName(f"{spec!r}: {name} has no learning rate to share among tasks. Leave out {SHARED!r}.")
-        planned[label] = PlannedOptimizer(name, theta, grid, shared, entry.told)
-    if planned[REFERENCE].name != REFERENCE:
-        raise ValueError(f"the label {REFERENCE!r} is taken: all speed-ups are measured against it.")
+    at_least_one(seeds=seeds, tuning_seeds=tuning_seeds, steps=1 if steps is None else steps)
+    planned = _planned_optimizers(optimizers, grids or {})
     pairs = [(label, opponent) for label, _, opponent in (spec.rpartition("/") for spec in horizon)]
     for label in {label for pair in pairs for label in pair if label} - planned.keys():
         raise UnknownName(f"--horizon: {label!r} is not evaluated. Valid labels: {', '.join(planned)}.")
@@ -180,6 +170,34 @@ def make_plan(
         task = task_named(suite, name, data, steps)
         infos[name] = PlannedTask(task.steps, float(task.ceiling), task_fingerprint(task))
     return Plan(suite, infos, planned, seeds, min(tuning_seeds, seeds), tuple(dict.fromkeys(pairs)))
+
+
+def at_least_one(**counts: int) -> None:
+    """Raises BadInput for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise BadInput(f"{name} must be 1 or more, not {count}.")
+
+
+def _planned_optimizers(
+    optimizers: Sequence[str], grids: Mapping[str, tuple[float, ...]]
+) -> dict[str, PlannedOptimizer]:
+    """By label, the reference first."""
+    planned: dict[str, PlannedOptimizer] = {}
+    for spec in dict.fromkeys([REFERENCE, *optimizers]):
+        labelled = _LABEL.match(spec)
+        label, name = (labelled[1], spec[labelled.end() :]) if labelled else (spec, spec)
+        if labelled and label in (*OPTIMIZERS, "nfnopt"):
+            raise BadInput(f"{spec!r}: the label {label!r} is the name of an optimizer. Choose another label.")
+        if label in planned:
+            raise BadInput(f"{spec!r}: the label {label!r} is taken by {planned[label].name!r}. Choose another label.")
+        shared, name = name.endswith(SHARED), name.removesuffix(SHARED)
+        entry, theta = optimizer_named(name)
+        grid = grids.get(name, entry.grid)
+        if shared and grid is None:
+            raise UnknownName(f"{spec!r}: {name} has no learning rate to share among tasks. Leave out {SHARED!r}.")
+        planned[label] = PlannedOptimizer(name, theta, grid, shared, entry.told)
+    return planned
 
 
 def job(plan: Plan, task: str, label: str, lr: float | None, seed: int, steps: int) -> Job:

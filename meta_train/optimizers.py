@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -26,7 +27,11 @@ Made = tuple[torch.optim.Optimizer, LRScheduler | None]
 MakeOptimizer = Callable[..., Made]
 
 
-class UnknownName(ValueError):
+class BadInput(ValueError):
+    """What is asked for cannot be done; the message says why, and what to do."""
+
+
+class UnknownName(BadInput):
     """A name that stands for nothing; the message lists the valid ones, or says what to do."""
 
 
@@ -216,8 +221,12 @@ def _option(text: str) -> tuple[str, float | bool]:
         return "told", False
     if text.startswith("lr="):
         with contextlib.suppress(ValueError):
-            return "factor", float(text.removeprefix("lr="))
-    raise UnknownName(f"unknown option @{text} of NFNOpt: use @lr=NUMBER, or @untold to hide the horizon.")
+            factor = float(text.removeprefix("lr="))
+            if 0 < factor < math.inf:
+                return "factor", factor
+    raise UnknownName(
+        f"unknown option @{text} of NFNOpt: use @lr=NUMBER, positive and finite, or @untold to hide the horizon."
+    )
 
 
 def rule_fingerprint(rule: nn.Module) -> str:

@@ -3,6 +3,7 @@
 Variants are made with ``dataclasses.replace``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -100,6 +101,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         low, high = self.horizon
+        rates = {n: getattr(self, n) for n in ("lr", "warmup", "final_lr", "weight_decay", "validate_every")}
         checks = {
             "families must name at least one family with a positive share": bool(self.families)
             and all(share > 0 for share in self.families.values()),
@@ -107,10 +109,12 @@ class Recipe:
             f"tasks_per_step {self.tasks_per_step} must be from 1 to workers {self.workers}": 1
             <= self.tasks_per_step
             <= self.workers,
-            "outer_steps, resample and checkpoint_every must be positive": min(
-                self.outer_steps, self.resample, self.checkpoint_every
+            "outer_steps, resample, checkpoint_every and validation_steps must be positive": min(
+                self.outer_steps, self.resample, self.checkpoint_every, self.validation_steps
             )
             > 0,
+            f"betas {self.betas} must be in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
+            **{f"{n} {value} must be 0 or more, and finite": 0 <= value < math.inf for n, value in rates.items()},
             f"0 <= floor {self.floor} < clip {self.clip} must hold, and floor > 0 for 'log'": (
                 0 <= self.floor < self.clip and (self.floor > 0 or self.transform != "log")
             ),

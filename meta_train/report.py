@@ -1,7 +1,6 @@
 """Tables and pictures from ``runs.jsonl``, the file that :mod:`meta_train.evaluate` writes, and the curve of a
 meta-training from its ``log.jsonl``."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meta_train import jsonl
 from meta_train.curves import CAP, iqm, iqm_interval
 from meta_train.evaluate import REFERENCE, Outcome, outcomes
 from meta_train.optimizers import UnknownName
@@ -364,7 +364,7 @@ def draw_training(folder: Path) -> bool:
 
     False if the log has no outer step with a finite loss yet.
     """
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = jsonl.read(folder / "log.jsonl")
     steps = [line for line in lines if line.get("loss") is not None]
     if not steps:
         return False

@@ -1,12 +1,11 @@
 """What an evaluation is to do and what is done: the plan, its jobs, and ``runs.jsonl``."""
 
-import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meta_train import jsonl
 from meta_train.curves import Curve
 
 
@@ -92,13 +91,7 @@ class Store:
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        if not self.path.exists():
-            return
-        for line in self.path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # cut off by a crash: that run is done again
-                continue
+        for record in jsonl.read(self.path):  # a run whose line a crash cut off is done again
             if "plan" in record:
                 self.plan = Plan.from_dict(record["plan"])
             else:
@@ -106,21 +99,12 @@ class Store:
 
     def add_plan(self, plan: Plan) -> None:
         self.plan = plan
-        self._append({"plan": asdict(plan)})
+        jsonl.append(self.path, {"plan": asdict(plan)})
 
     def add(self, job: Job, curve: Curve) -> None:
         self.runs[job.key] = curve
         values = {**asdict(curve), "train": _finite(curve.train)}
-        self._append({"job": asdict(job), "curve": {**values, "held_out": _finite(curve.held_out)}})
-
-    def _append(self, record: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            if file.tell() > 0:  # a line that a crash cut off must not swallow this one
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        jsonl.append(self.path, {"job": asdict(job), "curve": {**values, "held_out": _finite(curve.held_out)}})
 
 
 def _finite(losses: list[float]) -> list[float | None]:

@@ -1,6 +1,5 @@
 """The meta-training loop: estimate, step theta, validate, log, checkpoint; in one process or several."""
 
-import json
 import platform
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import tasks.suites
 from learned_opt.rules import RULES, SHIPPED
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
-from meta_train import checkpoint
+from meta_train import checkpoint, jsonl
 from meta_train.outer import Estimated, Run, chosen, estimate, mean, outer_step, score, with_mean
 from meta_train.processes import Processes, processes
 from meta_train.progress import Interruption, Reporter
@@ -221,14 +220,14 @@ def _found(recipe: Recipe, out: Path, resume: str, report: Reporter) -> tuple[Pa
     changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
     if changed:
         raise RecipeError(
-            f"{path} is of a recipe that differs in {', '.join(changed)}. Use another folder, or "
-            "resume='never' to delete that run."
+            f"{path} is of a recipe that differs in {', '.join(changed)}. Use another folder, or delete that run "
+            "with --resume never (in Python: resume='never')."
         )
     return path, data["run"]
 
 
 def _provenance(recipe: Recipe, run: Run, out: Path, count: int) -> dict[str, Any]:
-    curve = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    curve = jsonl.read(out / "log.jsonl")
     losses = [x["loss"] for x in curve if "gradient_norm" in x and x["loss"] is not None]
     tenth = max(1, len(losses) // 10)
     return {

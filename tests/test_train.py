@@ -268,7 +268,7 @@ def test_checkpoints_hold_tensors_and_plain_data(tmp_path):
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     recipe = replace(RECIPE, validate_every=0, outer_steps=2)
     run(recipe, tmp_path)
-    with pytest.raises(ValueError, match="differs in lr.*another folder"):
+    with pytest.raises(ValueError, match="differs in lr.*another folder.*--resume never"):
         run(replace(recipe, lr=0.5), tmp_path)
     run(replace(recipe, lr=0.5), tmp_path, resume="never")
     assert min(x["lr"] for x in log_of(tmp_path)) > 0.01, "the old log is gone"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from learned_opt.rules.checkpoint import write_atomically
+from meta_train import jsonl
 
 Measures = dict[str, float]
 Published = Mapping[tuple[str, str], float | str]  # (method, dataset) -> the paper's number
@@ -92,11 +93,7 @@ class Run:
 def read_runs(path: Path) -> dict[str, Run]:
     """The finished jobs of a ``runs.jsonl``, by key; a line that a crash cut off is passed over."""
     runs: dict[str, Run] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for record in jsonl.read(path):
         measures = {n: math.nan if x is None else x for n, x in record["measures"].items()}
         run = Run(Job(**record["job"]), measures, record["seconds"])
         runs[run.job.key] = run
@@ -105,15 +102,8 @@ def read_runs(path: Path) -> dict[str, Run]:
 
 def append_run(path: Path, run: Run) -> None:
     """Add one line, after the end of a line that a crash cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     measures = {n: x if math.isfinite(x) else None for n, x in run.measures.items()}
-    record = {"job": asdict(run.job), "measures": measures, "seconds": round(run.seconds, 2)}
-    with open(path, "a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+    jsonl.append(path, {"job": asdict(run.job), "measures": measures, "seconds": round(run.seconds, 2)})
 
 
 def run_grid(
