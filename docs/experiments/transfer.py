@@ -111,11 +111,12 @@ def write(out: Path, found: dict[tuple[int, int, int], list[float]]) -> None:
     for (w, d, t), v in found.items():
         mean = f"{np.mean(v):.2f}" if v else "-"
         lines.append(f"| {w} | {d} | {t} | {', '.join(f'{x:.2f}' for x in v) or 'not run'} | {mean} |")
-    there = [v for v in found.values() if v]
-    if there:
-        interval = iqm_interval(there)
+    seeds = max(map(len, found.values()))
+    whole = [v for v in found.values() if v and len(v) == seeds]
+    if whole:
+        interval = iqm_interval(whole)
         text = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-        lines += ["", f"Interquartile mean over cells and seeds: {iqm(np.concatenate(there)):.2f}{text}."]
+        lines += ["", f"Interquartile mean over cells with all seeds: {iqm(np.concatenate(whole)):.2f}{text}."]
     (out / "transfer.md").write_text("\n".join(lines) + "\n")
     from matplotlib.figure import Figure
 
