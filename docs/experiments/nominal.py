@@ -43,6 +43,8 @@ class Options:
     thin: float = 4.0  # matrices of at most so many rows or columns take one Adam direction
     embedding: float = 2.0
     shrink: float = 0.05  # part of a matrix's step that goes toward zero weights
+    shrink_steps: float = 0.0  # power of 500 / T in it
+    shrink_fan_in: float = 0.0  # power of 40 / C in it
     first: float = 1.0
     last: float = 1.0
     small: float = 1.0  # power of the RMS times root fan-in of weights smaller than usual in their step
@@ -91,6 +93,7 @@ class Variant(Nominal):
     def directions(self, layout, views: list[View], white, clock, total_steps) -> list[Tensor]:
         """What to subtract at unit rate."""
         o = self.options
+        self.shrink = o.shrink * (500 / total_steps) ** o.shrink_steps
         normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
         whole = white.whole if white else (False,) * len(views)
         x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
@@ -121,7 +124,8 @@ class Variant(Nominal):
         step = polar_size(polar) * polar
         if self.options.size:
             step = step * (features.mean_square(v.w) * v.w.shape[-1]).clamp(1e-4, 9).sqrt() ** self.options.size
-        return step + self.options.shrink * features.root_mean_square(step) * features.unit_rms(v.w)
+        shrink = self.shrink * (40 / v.w.shape[-1]) ** self.options.shrink_fan_in
+        return step + shrink * features.root_mean_square(step) * features.unit_rms(v.w)
 
 
 @mock.patch.object(features, "MOMENTUM", features.MOMENTUM)  # restored afterwards
