@@ -12,7 +12,7 @@ from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
 from meta_train.outer import Worker, estimate
 from meta_train.recipes import Recipe
-from meta_train.train import fresh_rule, trained
+from meta_train.train import fresh_rule, known, trained
 from tasks.task import TaskFamily
 
 
@@ -48,9 +48,16 @@ def throughput(
     rules: Mapping[str, Callable[[], UpdateRule]] | None = None,
     families: Mapping[str, TaskFamily] | None = None,
 ) -> Throughput:
-    """Measure one estimator call per family of the recipe, after one to warm up."""
-    rule = fresh_rule(recipe, RULES if rules is None else rules)
+    """Measure one estimator call per family of the recipe, after one to warm up.
+
+    Raises:
+        RecipeError: a rule or a family that the tables lack.
+    """
+    rules = RULES if rules is None else rules
     families = tasks.suites.TRAIN if families is None else families
+    known("rule", [recipe.rule], rules)
+    known("task family", recipe.families, families)
+    rule = fresh_rule(recipe, rules)
     theta = trained(recipe, rule)
     recipe = replace(recipe, curriculum=0.0)
     rows = {}

@@ -4,7 +4,7 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,13 +65,13 @@ def train(
     rules = RULES if rules is None else rules
     families = tasks.suites.TRAIN if families is None else families
     validation = tasks.suites.VALID if validation is None else validation
-    _known("rule", [recipe.rule], rules)
-    _known("task family", recipe.families, families)
-    _known("validation task", recipe.validation, validation)
+    known("rule", [recipe.rule], rules)
+    known("task family", recipe.families, families)
+    known("validation task", recipe.validation, validation)
     rule = fresh_rule(recipe, rules)
     if not dict(rule.named_parameters()):
         raise RecipeError(f"rule {recipe.rule!r} has no theta to train. Choose a learned rule.")
-    _known("part of theta", recipe.trained, dict(rule.named_children()) | dict(rule.named_parameters()))
+    known("part of theta", recipe.trained, dict(rule.named_children()) | dict(rule.named_parameters()))
 
     with processes() as group, Reporter(out, recipe.outer_steps, group.rank == 0) as report, Interruption() as told:
         if recipe.tasks_per_step < group.count:
@@ -162,7 +162,8 @@ def _joined(group: Processes, mine: _Work) -> _Work:
     )
 
 
-def _known(kind: str, names: Any, table: Mapping[str, Any]) -> None:
+def known(kind: str, names: Iterable[str], table: Mapping[str, Any]) -> None:
+    """Raises RecipeError unless all names are in the table."""
     unknown = [n for n in names if n not in table]
     if unknown:
         raise RecipeError(f"unknown {kind} {', '.join(unknown)}. Choose from {', '.join(table)}.")

@@ -32,6 +32,7 @@ REFUSED = {
     "train tiny --out a_file": "a_file is a file. Name a folder",
     "train text.py": "recipe in text.py gives str: it must be a function that returns a Recipe",
     "train plain.py": "recipe in plain.py gives int: it must be a function that returns a Recipe",
+    "throughput other.py": "unknown task family other. Choose from mlp,",
     "throughput text.py": "it must be a function that returns a Recipe",
 }
 
@@ -42,6 +43,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "a_folder.json").mkdir()
     (tmp_path / "text.py").write_text("def recipe():\n    return 'text'\n")
     (tmp_path / "plain.py").write_text("recipe = 3\n")
+    (tmp_path / "other.py").write_text(
+        "from meta_train.recipes import Recipe\ndef recipe():\n    return Recipe(families={'other': 1.0})\n"
+    )
     monkeypatch.chdir(tmp_path)
     meta_train.__main__._defined.cache_clear()
     before = sorted(tmp_path.rglob("*"))
