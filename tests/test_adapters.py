@@ -231,6 +231,34 @@ def test_higher_continues_a_used_optimizer(higher):
     assert all(s["step"] == 3 for s in optimizer.state.values())
 
 
+@pytest.mark.parametrize("name", ["nominal", "paced"])
+def test_layers_trained_in_turn_age_alike_in_all_forms(higher, name):
+    """First one layer has gradients, then the other, which is new to the state but not to the schedule."""
+    model, rule, symmetry, lr, start, _, _ = setting(name)
+    optimizer = optimizer_for(model, rule, symmetry, lr)
+
+    def in_turn(params, step):
+        return loss_of(model, {n: p if (n[0] == "2") == (step < 4) else p.detach() for n, p in params.items()})
+
+    with higher.innerloop_ctx(model, optimizer, track_higher_grads=False) as (fmodel, diffopt):
+        for step in range(6):
+            diffopt.step(in_turn(dict(fmodel.named_parameters()), step))
+        theirs = {n: p.detach() for n, p in fmodel.named_parameters()}
+    init, update = functional(rule, symmetry, lr=lr, weight_decay=0.1, total_steps=30)
+    params, state = start, init({n: p.detach() for n, p in start.items()})
+    for step in range(6):
+        grads = torch.autograd.grad(in_turn(params, step), list(params.values()), allow_unused=True)
+        grads = {n: g for n, g in zip(params, grads, strict=True) if g is not None}
+        params, state = update(params, grads, state)
+        params = {n: p.detach().requires_grad_() for n, p in params.items()}
+        optimizer.zero_grad()
+        in_turn(dict(model.named_parameters()), step).backward()
+        optimizer.step()
+    ours = {n: p.detach() for n, p in model.named_parameters()}
+    assert_same(theirs, ours)
+    assert_same({n: p.detach() for n, p in params.items()}, ours)
+
+
 def test_higher_in_test_mode_keeps_no_graph(higher):
     model, rule, symmetry, lr, start, theta, reference = setting("nfn")
     optimizer = optimizer_for(model, rule, symmetry, lr)
