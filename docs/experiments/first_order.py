@@ -5,7 +5,7 @@
 A coefficient ``HEAD.FEATURE`` says how much of a feature of a layer goes into a correction of its step. With features
 ``f`` (of unit size, about) and ``a = tanh(sum coefficient * f)``, a matrix's polar step P is taken of ``n + a_slow
 rms(n) slow``, then ``P + a_adam rms(P) adam`` brought back to P's size, times ``exp(a_gain)``, and the pull to zero is
-``0.05 + 0.2 a_shrink``; where steps are Adam's, ``vslow`` and ``vgain`` do the same. At zero this is ``paced``.
+``0.2 a_shrink`` more; where steps are Adam's, ``vslow`` and ``vgain`` do the same. At zero this is ``paced``.
 
 Antithetic evolution strategies over whole runs of fresh TRAIN tasks, all families in turn; the loss is the logarithm of
 the train loss toward the end of the run. Printed: d log loss / d coefficient with its standard error (every call
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from learned_opt import features
 from learned_opt.layout import Layout
-from learned_opt.rules.nominal import SHRINK, View, polar_directions, polar_size
+from learned_opt.rules.nominal import View, polar_directions, polar_size, pull, relative_fan_in
 from learned_opt.rules.paced import Paced
 from learned_opt.rules.whitening import Whitening
 from meta_train.estimators import ES
@@ -71,15 +71,17 @@ class Corrected(Paced):
             for v, x, a in zip(views, odd, told, strict=True)
         ]
         polar = polar_directions(views, momenta, white)
-        return [_direction(*each) for each in zip(views, polar, odd, told, strict=True)]
+        shrink = pull(clock, total_steps)
+        return [_direction(*each, shrink) for each in zip(views, polar, odd, told, strict=True)]
 
 
-def _direction(v: View, polar: Tensor, x: Tensor, a: dict[str, Tensor]) -> Tensor:
+def _direction(v: View, polar: Tensor, x: Tensor, a: dict[str, Tensor], shrink: Tensor) -> Tensor:
     if v.by_entry:
         return torch.exp(a["vgain"]) * _mixed(v.entrywise(v.adam), a["vslow"] * x[2])
     step = v.smallness * polar_size(polar) * polar
-    pull = (SHRINK + 0.2 * a["shrink"]) * features.root_mean_square(step) * features.unit_rms(v.w)
-    return torch.exp(a["gain"]) * _mixed(step, a["adam"] * x[4]) + pull
+    shrink = shrink * relative_fan_in(polar) + 0.2 * a["shrink"]
+    toward_zero = shrink * features.root_mean_square(step) * features.unit_rms(v.w)
+    return torch.exp(a["gain"]) * _mixed(step, a["adam"] * x[4]) + toward_zero
 
 
 def _mixed(step: Tensor, other: Tensor) -> Tensor:

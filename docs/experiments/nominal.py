@@ -17,7 +17,7 @@ from batched import PLAIN, SEEDS, compare, final_losses
 from torch import Tensor
 
 from learned_opt import features
-from learned_opt.rules.nominal import RATE, Nominal, View, like_rms, polar_size, schedule
+from learned_opt.rules.nominal import FAN_IN, HORIZON, RATE, SHRINK, Nominal, View, like_rms, polar_size, schedule
 from learned_opt.rules.polar import newton_schulz
 from meta_train.evaluate import suite_named
 from tasks.task import Task
@@ -42,9 +42,9 @@ class Options:
     gain: float = 2.0
     thin: float = 4.0  # matrices of at most so many rows or columns take one Adam direction
     embedding: float = 2.0
-    shrink: float = 0.05  # part of a matrix's step that goes toward zero weights
-    shrink_steps: float = 0.0  # power of 500 / T in it
-    shrink_fan_in: float = 0.0  # power of 40 / C in it
+    shrink: float = SHRINK  # part of a matrix's step that goes toward zero weights
+    shrink_steps: float = 0.5  # power of 800 / T in it
+    shrink_fan_in: float = 0.25  # power of 512 / C in it
     first: float = 1.0
     last: float = 1.0
     small: float = 1.0  # power of the RMS times root fan-in of weights smaller than usual in their step
@@ -93,7 +93,7 @@ class Variant(Nominal):
     def directions(self, layout, views: list[View], white, clock, total_steps) -> list[Tensor]:
         """What to subtract at unit rate."""
         o = self.options
-        self.shrink = o.shrink * (500 / total_steps) ** o.shrink_steps
+        self.shrink = o.shrink * (HORIZON / total_steps) ** o.shrink_steps
         normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
         whole = white.whole if white else (False,) * len(views)
         x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
@@ -124,7 +124,7 @@ class Variant(Nominal):
         step = polar_size(polar) * polar
         if self.options.size:
             step = step * (features.mean_square(v.w) * v.w.shape[-1]).clamp(1e-4, 9).sqrt() ** self.options.size
-        shrink = self.shrink * (40 / v.w.shape[-1]) ** self.options.shrink_fan_in
+        shrink = self.shrink * (FAN_IN / v.w.shape[-1]) ** self.options.shrink_fan_in
         return step + shrink * features.root_mean_square(step) * features.unit_rms(v.w)
 
 

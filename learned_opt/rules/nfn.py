@@ -17,7 +17,7 @@ from learned_opt import features
 from learned_opt.features import N_EVEN, N_ODD, N_STATISTICS
 from learned_opt.layout import Layout, Stack
 from learned_opt.nfn.embedding import Embedding, broadcast
-from learned_opt.rules.nominal import Nominal, View, steps
+from learned_opt.rules.nominal import Nominal, View, pull, steps
 from learned_opt.rules.whitening import Whitening
 
 KINDS = ("matrix", "embedding", "vector", "gain")
@@ -77,7 +77,8 @@ class NFN(Nominal):
             torch.cat([_statistics(v, x), _shape_features(v.stack, v.w)], -1) for v, x in zip(views, odd, strict=True)
         ]
         units, embedded = self.embedding(layout, even, layers, time_features(clock, total_steps))
-        nominal = steps(views, [self._momentum(*each) for each in zip(views, odd, embedded, strict=True)], white)
+        momenta = [self._momentum(*each) for each in zip(views, odd, embedded, strict=True)]
+        nominal = steps(views, momenta, white, pull(clock, total_steps))
         return [self._direction(*each, units) for each in zip(views, nominal, odd, even, embedded, strict=True)]
 
     def _direction(self, view: View, nominal: Tensor, x: Tensor, e: Tensor, layer: Tensor, units: Tensor) -> Tensor:

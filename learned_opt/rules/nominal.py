@@ -5,13 +5,17 @@ momentum ``n = 0.9 m + 0.1 g`` and roots P of its hidden units' second moments (
 
     d = 0.2 (512 / C)^(1/4) sqrt(max(R, C)) P polar(P n P) P,    at the size of the polar factor,
 
-and a twentieth as much toward zero weights. The inputs and outputs of the network have no P; matrices that have them
-take ``n / v_hat^(1/4)`` for n. Exceptions: matrices of at most four rows or columns move along ``m_hat / sqrt(v_hat)``;
-weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, take steps ``2 r sqrt(C)`` times as large; vectors, gains and
-embeddings twice ``m_hat / sqrt(v_hat)``. One rate for all, decaying.
+and ``0.025 (800 / T)^(1/2) (512 / C)^(1/4)`` times as much toward zero weights, over a horizon of T steps. The inputs
+and outputs of the network have no P; matrices that have them take ``n / v_hat^(1/4)`` for n. Exceptions: matrices of at
+most four rows or columns move along ``m_hat / sqrt(v_hat)``; weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``,
+take steps ``2 r sqrt(C)`` times as large; vectors, gains and embeddings twice ``m_hat / sqrt(v_hat)``. One rate for
+all, decaying.
 A gradient more than four times as large as the last hundred were on average, as a matrix or vector in the frame,
 counts as four times as large: steps have one size whatever the gradient's, so one that is wild would be followed
 until the momentum has forgotten it (docs/experiments.md, 35).
+The pull to zero is a decoupled weight decay (of weights up to the usual size) that takes the same share of them
+whatever the width and the length of the run. A constant part of the step takes one that grows like T^(1/2) C^(1/4):
+too much in wide networks and long runs (39 and 40).
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of v between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen on VALID, the
 exceptions and the whitening on other tasks (docs/experiments.md, 18, 23, 26, 28 and 36).
@@ -39,11 +43,12 @@ VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
 USUAL = 0.5  # RMS times root fan-in of weights below which they are small
 SMALLEST = 0.1  # relative to usual ones: smaller ones (zeros) count as that
 OUTLIER = 4.0  # times the RMS of those before it: what a gradient counts at most
-SHRINK = 0.05  # of a matrix's step goes straight toward zero weights
+SHRINK = 0.025  # of a matrix's step goes straight toward zero weights, over HORIZON steps and at FAN_IN
 NEWTON_SCHULZ = 4  # iterations: a fifth does not help, and lifts directions that are mostly noise
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
 _ROUNDING = 64  # times the machine epsilon: a vector's gradient below this share of the largest is noise
 HORIZON = 800  # at which the rate starts at RATE
+TO_COME = 500.0  # steps that the pull to zero expects besides those done where there is no horizon
 ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
 
 
@@ -55,8 +60,18 @@ def schedule(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     """
     if total_steps is None:
         return decay(step, None)
+    return of_length(step, total_steps) * decay(step, total_steps)
+
+
+def of_length(step: Tensor, total_steps: float | Tensor) -> Tensor:
+    """``sqrt(800 / T)``, at most 4 (0-d, like ``step``)."""
     total = torch.as_tensor(total_steps, dtype=step.dtype, device=step.device)
-    return torch.rsqrt(total / HORIZON).clamp(max=4.0) * decay(step, total)
+    return torch.rsqrt(total / HORIZON).clamp(max=4.0)
+
+
+def pull(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
+    """Part of a step that goes toward zero weights, of a matrix whose fan-in is 512 (0-d)."""
+    return SHRINK * of_length(step, step + TO_COME if total_steps is None else total_steps)
 
 
 def decay(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
@@ -144,10 +159,11 @@ class View:
         root = features.quarter_power(self.v, self.step)
         return momentum * (root if whole is False else torch.where(whole, 1, root))
 
-    def along(self, direction: Tensor) -> Tensor:
+    def along(self, direction: Tensor, shrink: Tensor) -> Tensor:
         """A matrix's step along a direction of its polar factor's size, and a little toward zero: ``[N, R, C]``."""
         step = self.smallness * polar_size(direction) * direction
-        return step + SHRINK * features.root_mean_square(step) * features.unit_rms(self.w)
+        toward_zero = features.root_mean_square(step) * features.unit_rms(self.w)
+        return step + shrink * relative_fan_in(direction) * toward_zero
 
 
 def moderation(g: Tensor, v: Tensor, step: Tensor) -> Tensor:
@@ -193,8 +209,12 @@ def like_rms(x: Tensor, other: Tensor) -> Tensor:
 
 def polar_size(x: Tensor) -> float:
     """``0.2 (512 / C)^(1/4) sqrt(max(R, C))``: a polar factor of full rank and fan-in 512 gets the RMS 0.2."""
-    rows, fan_in = x.shape[-2:]
-    return 0.2 * (FAN_IN / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5
+    return 0.2 * relative_fan_in(x) * max(x.shape[-2:]) ** 0.5
+
+
+def relative_fan_in(x: Tensor) -> float:
+    """``(512 / C)^(1/4)``."""
+    return (FAN_IN / x.shape[-1]) ** 0.25
 
 
 class Nominal(UpdateRule):
@@ -303,19 +323,21 @@ class Nominal(UpdateRule):
         total_steps: float | Tensor | None,
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
-        return steps(views, [v.m if v.by_entry else v.nesterov for v in views], white)
+        momenta = [v.m if v.by_entry else v.nesterov for v in views]
+        return steps(views, momenta, white, pull(clock, total_steps))
 
 
-def steps(views: list[View], momenta: list[Tensor], white: Whitening | None) -> list[Tensor]:
+def steps(views: list[View], momenta: list[Tensor], white: Whitening | None, shrink: Tensor) -> list[Tensor]:
     """The nominal steps, ``[N, R, C]`` per stack: of matrices along a momentum, of all else along Adam's direction.
 
     Args:
         views: of all stacks.
         momenta: of all stacks; those that are no matrices are not looked at.
         white: in whose units matrices step; None: in those of the frame.
+        shrink: the part of their steps that goes toward zero, as :func:`pull` has it (0-d).
     """
     directions = polar_directions(views, momenta, white)
-    return [v.entrywise(v.adam) if v.by_entry else v.along(d) for v, d in zip(views, directions, strict=True)]
+    return [v.entrywise(v.adam) if v.by_entry else v.along(d, shrink) for v, d in zip(views, directions, strict=True)]
 
 
 def polar_directions(views: list[View], momenta: list[Tensor], white: Whitening | None) -> list[Tensor]:
