@@ -93,7 +93,7 @@ class Variant(Nominal):
     def directions(self, layout, views: list[View], white, clock, total_steps) -> list[Tensor]:
         """What to subtract at unit rate."""
         o = self.options
-        self.shrink = o.shrink * (HORIZON / total_steps) ** o.shrink_steps
+        self.shrink = o.shrink * torch.as_tensor(HORIZON / total_steps).clamp(max=16.0) ** o.shrink_steps
         normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
         whole = white.whole if white else (False,) * len(views)
         x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
