@@ -17,7 +17,17 @@ from batched import PLAIN, SEEDS, compare, final_losses
 from torch import Tensor
 
 from learned_opt import features
-from learned_opt.rules.nominal import FAN_IN, HORIZON, RATE, SHRINK, Nominal, View, like_rms, polar_size, schedule
+from learned_opt.rules.nominal import (
+    FAN_IN,
+    RATE,
+    SHRINK,
+    Nominal,
+    View,
+    like_rms,
+    of_length,
+    polar_size,
+    schedule,
+)
 from learned_opt.rules.polar import newton_schulz
 from meta_train.evaluate import suite_named
 from tasks.task import Task
@@ -93,7 +103,7 @@ class Variant(Nominal):
     def directions(self, layout, views: list[View], white, clock, total_steps) -> list[Tensor]:
         """What to subtract at unit rate."""
         o = self.options
-        self.shrink = o.shrink * torch.as_tensor(HORIZON / total_steps).clamp(max=16.0) ** o.shrink_steps
+        self.shrink = o.shrink * of_length(clock, total_steps) ** (2 * o.shrink_steps)
         normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
         whole = white.whole if white else (False,) * len(views)
         x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
