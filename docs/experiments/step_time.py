@@ -1,8 +1,8 @@
 """Step time of NFNOpt beside that of torch, on one thread.
 
-    python docs/experiments/step_time.py [--precision highest|high|medium]
+    python docs/experiments/step_time.py [--compile] [--precision highest|high|medium]
 
-The precision is torch's, of products of float32 matrices.
+The precision is torch's, of products of float32 matrices. Compilation takes minutes per network.
 
 Prints milliseconds per step (median of interleaved repeats, processor time), the ratio to AdamW (foreach), and the
 bytes of state per parameter.
@@ -26,11 +26,11 @@ def mlp(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def optimizers(model: nn.Module, x: Tensor) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, Muon on the matrices alone, the nominal and the learned rule."""
+def optimizers(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, Muon on the matrices alone, and our rules."""
     named, symmetry = list(model.named_parameters()), infer_symmetry(model, x, verify=False)
     matrices = [p for _, p in named if p.ndim == 2]
-    return {
+    found = {
         "AdamW foreach": torch.optim.AdamW([p for _, p in named], foreach=True),
         "AdamW fused": torch.optim.AdamW([p for _, p in named], fused=True),
         "Muon (matrices)": torch.optim.Muon(matrices),
@@ -39,13 +39,14 @@ def optimizers(model: nn.Module, x: Tensor) -> dict[str, torch.optim.Optimizer]:
         "NFNOpt nominal": NFNOpt(named, symmetry=symmetry, rule="nominal"),
         "NFNOpt": NFNOpt(named, symmetry=symmetry),
     }
+    return found | ({"NFNOpt compiled": NFNOpt(named, symmetry=symmetry, compile=True)} if compiled else {})
 
 
-def measure(model: nn.Module, x: Tensor, repeats: int = 9) -> None:
+def measure(model: nn.Module, x: Tensor, compiled: bool, repeats: int = 9) -> None:
     """Print one row per optimizer."""
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    found = optimizers(model, x)
+    found = optimizers(model, x, compiled)
     times: dict[str, list[float]] = {name: [] for name in found}
     for repeat in range(repeats + 2):
         for name, optimizer in found.items():
@@ -65,10 +66,13 @@ def measure(model: nn.Module, x: Tensor, repeats: int = 9) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="highest", choices=("highest", "high", "medium"))
-    torch.set_float32_matmul_precision(parser.parse_args().precision)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision(args.precision)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    measure(mlp(32, 2), torch.randn(2, 784))
-    measure(mlp(512, 3), torch.randn(2, 784))
+    measure(mlp(32, 2), torch.randn(2, 784), args.compile)
+    measure(mlp(512, 3), torch.randn(2, 784), args.compile)
     shape = {"width": 256, "heads": 8, "depth": 4, "hidden": 1024}
-    measure(Transformer(nn.Embedding(1000, 256), 64, 1000, causal=True, **shape), torch.arange(128).reshape(2, 64))
+    model = Transformer(nn.Embedding(1000, 256), 64, 1000, causal=True, **shape)
+    measure(model, torch.arange(128).reshape(2, 64), args.compile)

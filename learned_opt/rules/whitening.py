@@ -138,19 +138,30 @@ def inverse_root(moment: Tensor, old: Tensor, due: Tensor) -> Tensor:
     return _InverseRoot.apply(relative, old, due)[0]
 
 
+@torch.library.custom_op("learned_opt::inverse_root", mutates_args=())
+def _inverse_root(a: Tensor, old: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Roots, new where they are due, and what those are made of. What is done depends on values: one operator."""
+    root, values, vectors = old.clone(), old.new_ones(old.shape[:-1]), torch.zeros_like(old)
+    if due.any():
+        which = due.nonzero()[:, 0]
+        some, basis = _eigen(a[which])
+        root.index_copy_(0, which, (basis * some.pow(POWER)[..., None, :]) @ basis.mT)
+        values.index_copy_(0, which, some)
+        vectors.index_copy_(0, which, basis)
+    return root, values, vectors
+
+
+@_inverse_root.register_fake
+def _(a: Tensor, old: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(old), old.new_empty(old.shape[:-1]), torch.empty_like(old)
+
+
 class _InverseRoot(torch.autograd.Function):
     """``(A + FLOOR)^POWER`` by eigenvalues, differentiable where they coincide too (Daleckii and Krein's formula)."""
 
     @staticmethod
     def forward(a: Tensor, old: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values, vectors = old.new_ones(old.shape[:-1]), torch.zeros_like(old)
-        root = old
-        if due.any():
-            which = due.nonzero()[:, 0]
-            some, basis = _eigen(a[which])
-            root = old.index_copy(0, which, (basis * some.pow(POWER)[..., None, :]) @ basis.mT)
-            values, vectors = values.index_copy(0, which, some), vectors.index_copy(0, which, basis)
-        return root, values, vectors
+        return _inverse_root(a, old, due)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,0 +1,107 @@
+"""A rule's step as one graph, compiled by torch's inductor: ``NFNOpt(compile=True)``.
+
+A step is a thousand small operations, and on networks of a few small tensors nearly all of its time goes into calling
+them. What it does depends on names, shapes and options, never on values (roots of second moments, which only some
+steps take anew, are one operator), so a trace of one step holds for all: what is compiled is the one numerics path.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_opt.layout import ByIdentity
+from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.symmetry import Symmetry
+
+MOST = 8  # graphs that an optimizer compiles
+
+log = logging.getLogger(__name__)
+Result = tuple[Weights, State]
+Names = tuple[tuple[str, ...], ...]
+
+
+class Compiled:
+    """A function like ``apply_rule``, compiled for every kind of arguments that it gets twice in a row.
+
+    A step that is unlike the others (one tensor sits it out) thus compiles nothing and runs as it is. So does every
+    step once a compilation has failed, which a warning tells.
+
+    Args:
+        apply: of the form of :func:`learned_opt.optimizer.apply_rule`, and pure.
+    """
+
+    def __init__(self, apply: Callable[..., Result]) -> None:
+        self._apply = apply
+        self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
+        self._last: Any = None
+        self._works = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Compiled, (self._apply,)  # a copy compiles for itself
+
+    def __call__(
+        self,
+        rule: UpdateRule,
+        params: Weights,
+        grads: Weights,
+        state: State,
+        symmetry: Symmetry,
+        *,
+        total_steps: float | Tensor | None,
+        weight_decay: Mapping[str, float],
+    ) -> Result:
+        """As ``apply``. Compiles anew where names, shapes, ``rule``, ``symmetry`` or ``weight_decay`` are new."""
+        theta = {n: t.detach() for n, t in [*rule.named_parameters(), *rule.named_buffers()]}
+        horizon = {} if total_steps is None else {"total_steps": torch.as_tensor(total_steps, dtype=torch.float32)}
+        inputs, names = _flat([params, grads, theta, horizon, *state.values()])
+
+        def step(*inputs: Tensor) -> list[Tensor]:
+            params, grads, theta, horizon, *slots = _grouped(inputs, names)
+            told = {"total_steps": horizon.get("total_steps"), "weight_decay": weight_decay, "theta": theta}
+            arguments = params, grads, dict(zip(state, slots, strict=True)), symmetry
+            updates, new = self._apply(rule, *arguments, **told)
+            return _flat([{n: updates[n] for n in grads}, *({k: new[n][k] for k in s} for n, s in state.items())])[0]
+
+        kinds = tuple((x.shape, x.dtype, x.device, x.stride()) for x in inputs)
+        key = (names, tuple(state), kinds, tuple(weight_decay.items()), rule, ByIdentity(symmetry))
+        again, self._last = key == self._last, key
+        if key not in self._graphs and again and self._works and len(self._graphs) < MOST:
+            self._compile(key, step, inputs)
+        outputs = self._graphs.get(key, step)(*inputs)
+        updates, *new = _grouped(outputs, (tuple(grads), *(tuple(s) for s in state.values())))
+        return updates, dict(zip(state, new, strict=True))
+
+    def _compile(self, key: Any, step: Callable[..., list[Tensor]], inputs: list[Tensor]) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx  # here, as it takes long to import
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own, of what it deprecates in itself
+                graph = torch.compile(make_fx(step)(*inputs), dynamic=False)
+                graph(*inputs)  # the compiler does its work in the first call
+            self._graphs[key] = graph
+        except Exception as error:  # of any kind: a compiler that is missing, an operation that it lacks
+            self._works = False
+            log.debug("compilation failed", exc_info=True)
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"NFNOpt(compile=True): steps could not be compiled ({type(error).__name__}: {reason}); they run as "
+                "they are, which is slower and else the same. torch.compile needs a C++ compiler, and Triton on a GPU.",
+                stacklevel=6,
+            )
+
+
+def _flat(groups: Iterable[Mapping[str, Tensor]]) -> tuple[list[Tensor], Names]:
+    """All tensors one after the other, and the names of every group."""
+    groups = list(groups)
+    return [x for group in groups for x in group.values()], tuple(map(tuple, groups))
+
+
+def _grouped(tensors: Iterable[Tensor], names: Names) -> list[dict[str, Tensor]]:
+    """Inverse of :func:`_flat`."""
+    rest = iter(tensors)
+    return [dict(zip(group, rest, strict=False)) for group in names]
