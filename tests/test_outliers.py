@@ -82,8 +82,7 @@ def test_a_run_survives_a_wild_gradient():
     model, params, symmetry = network()
     losses = {
         (rule, wild): trained(rule(), params, model, symmetry, wild, steps=300, at=150)[1]
-        for rule in (Paced, Unmoderated)
-        for wild in (1.0, 1e10)
+        for rule, wild in ((Paced, 1.0), (Paced, 1e10), (Unmoderated, 1e10))
     }
     assert losses[Paced, 1e10] < 4 * losses[Paced, 1.0]
     assert losses[Unmoderated, 1e10] > 100 * losses[Paced, 1.0]

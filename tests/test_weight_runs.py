@@ -56,7 +56,7 @@ def quiet(_):
 def test_finished_jobs_are_never_repeated(tmp_path, workers):
     path, log = tmp_path / "runs.jsonl", tmp_path / "log"
     work = partial(count, path=str(log))
-    first = run_grid(jobs(1), work, path, workers=workers, say=quiet)
+    first = run_grid(jobs(1), work, path, say=quiet)
     assert [run.job for run in first] == jobs(1)
     whole = run_grid(jobs(), work, path, workers=workers, say=quiet)
     assert [run.job for run in whole] == jobs()
