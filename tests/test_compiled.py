@@ -18,7 +18,7 @@ STEPS = 13  # roots of second moments are due at steps 1 to 3 and 10
 
 
 class Scaled(UpdateRule):
-    """Gradient descent whose rate is theta."""
+    """Gradient descent whose rate is theta over the horizon."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Scaled(UpdateRule):
         return {n: {"step": torch.zeros(())} for n in params}
 
     def forward(self, params, grads, state, symmetry, *, total_steps=None, weight_decay=0.0):
-        return {n: -self.size * g for n, g in grads.items()}, state
+        return {n: -self.size / total_steps * g for n, g in grads.items()}, state
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_step_unlike_the_others_is_not_compiled(graphs):
     assert graphs == [STEPS - 1]
 
 
-def test_other_gradients_are_compiled_anew_and_another_theta_is_not(graphs):
+def test_other_gradients_are_compiled_anew_another_theta_and_horizon_are_not(graphs):
     runs = []
     for c in (False, True):
         model, optimizer = make(rule=Scaled(), compile=c)
@@ -108,6 +108,7 @@ def test_other_gradients_are_compiled_anew_and_another_theta_is_not(graphs):
             model[0].weight.grad = None
         with torch.no_grad():
             optimizer.rule.size.add_(0.1)
+        optimizer.param_groups[0]["total_steps"] = 2
         runs.append(train(model, optimizer, 2))
     assert_alike(*runs)
     assert len(graphs) == 2
