@@ -193,17 +193,22 @@ class Block:
         return b, r, c
 
     @cached_property
-    def _leaf_shape(self) -> tuple[int, ...]:
-        return tuple(x.size for x in self.leaves)
+    def _forth(self) -> tuple[int, ...] | None:
+        """How leaf-shaped pieces ``[M, ...]`` are permuted; None: not at all."""
+        order = (0, *(i + 1 for i in self.order))
+        return None if list(order) == sorted(order) else order
 
     @cached_property
-    def _inverse(self) -> tuple[int, ...]:
-        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
+    def _back(self) -> tuple[int, ...]:
+        return tuple(sorted(range(len(self.order) + 1), key=(0, *(i + 1 for i in self.order)).__getitem__))
 
-    def fold(self, piece: Tensor) -> Tensor:
-        """Leaf-shaped piece of the parameter -> ``[B, R, C]``."""
-        return piece.permute(self.order).reshape(self.shape)
+    def fold(self, pieces: Tensor) -> Tensor:
+        """Leaf-shaped pieces of M parameters, ``[M, ...]`` -> ``[M B, R, C]``."""
+        pieces = pieces if self._forth is None else pieces.permute(self._forth)
+        b, r, c = self.shape
+        return pieces.reshape(len(pieces) * b, r, c)
 
-    def unfold(self, matrix: Tensor) -> Tensor:
-        """``[B, R, C]`` -> leaf-shaped piece of the parameter."""
-        return matrix.reshape(self._leaf_shape).permute(self._inverse)
+    def unfold(self, matrices: Tensor) -> Tensor:
+        """``[M B, R, C]`` -> leaf-shaped pieces of M parameters, ``[M, ...]``."""
+        pieces = matrices.reshape(len(matrices) // self.shape[0], *(x.size for x in self.leaves))
+        return pieces if self._forth is None else pieces.permute(self._back)

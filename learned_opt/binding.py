@@ -39,9 +39,9 @@ class Entry(NamedTuple):
 
     @property
     def grad(self) -> Tensor:
-        """The gradient of a trained tensor, detached."""
+        """The gradient of a trained tensor."""
         assert self.param.grad is not None
-        return self.param.grad.detach()
+        return self.param.grad
 
 
 class Binding(NamedTuple):

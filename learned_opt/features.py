@@ -69,8 +69,13 @@ def mean_square(x: Tensor) -> Tensor:
 
 def root_mean_square(x: Tensor) -> Tensor:
     """RMS over the matrix, with zero (not infinite) derivative at zero: ``[..., R, C] -> [..., 1, 1]``."""
-    x = mean_square(x)
-    return torch.where(x > 0, x, 1).sqrt() * (x > 0)
+    return root(mean_square(x))
+
+
+def root(x: Tensor) -> Tensor:
+    """``sqrt(x)`` with zero (not infinite) derivative at zero."""
+    positive = x > 0
+    return torch.where(positive, x, 1).sqrt() * positive
 
 
 def unit_rms(x: Tensor) -> Tensor:

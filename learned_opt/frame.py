@@ -54,30 +54,32 @@ def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = S
     squares = [w * w for w in layout.gather(params)]
     log_c = squares[0].new_zeros(layout.n_scales + 1)
     for visit in plan.walk:
-        into, _ = _norms(squares, log_c, visit)
-        log_c = log_c + torch.where(into > 0, 0.5 * _safe_log(into), 0)
-    for _ in range(sweeps):
-        for visit in plan.sweep:
-            norms = _norms(squares, log_c, visit)
-            into, out = _safe_log(norms + plan.mean(norms))
-            log_c = log_c + torch.where((norms > 0).all(0), 0.25 * (into - out), 0)
+        into = _norms(visit.taken(squares), log_c, visit)[0]
+        log_c = torch.add(log_c, _safe_log(into), alpha=0.5)
+    for visit, taken in [(visit, visit.taken(squares)) for visit in plan.sweep] * sweeps:
+        norms = _norms(taken, log_c, visit)
+        into, out = _safe_log(norms + plan.mean(norms)).unbind()
+        log_c = torch.add(log_c, (into - out) * (norms > 0).all(0), alpha=0.25)
     return log_c
 
 
-def scales(log_c: Tensor | None, rows: Units, cols: Units) -> tuple[Tensor, Tensor] | None:
-    """``s`` of a stack as its rank-one factors ``[N, R, 1]`` and ``[N, 1, C]`` (None: all ones)."""
+def scales(log_c: Tensor | None, rows: Units, cols: Units) -> Tensor | None:
+    """``s`` of a stack, ``[N, R, C]`` (None: all ones).
+
+    A product that a step takes a dozen times: made once, it is read in one pass each time, its two factors in two.
+    """
     if log_c is None or rows.index.shape[-1] + cols.index.shape[-1] == 0:
         return None
-    return _scale(log_c, rows).exp().unsqueeze(2), _scale(log_c, cols).exp().unsqueeze(1)
+    return _scale(log_c, rows).exp().unsqueeze(2) * _scale(log_c, cols).exp().unsqueeze(1)
 
 
 def _scale(log_c: Tensor, units: Units) -> Tensor:
     """``sum_k exponent_k log c_k``: ``[..., K] -> [...]``."""
-    flat = log_c.index_select(0, units.index.flatten()).reshape(units.index.shape)
-    return (flat * units.exponent.to(flat.dtype)).sum(-1)
+    return (log_c[units.index] * units.exponent.to(log_c.dtype)).sum(-1)
 
 
 def _safe_log(x: Tensor) -> Tensor:
+    """0 where x is."""
     return torch.where(x > 0, x, 1).log()
 
 
@@ -102,6 +104,10 @@ class _Visit:
     at: Tensor  # [Q] position in the concatenated sums
     weight: Tensor  # [Q]
 
+    def taken(self, squares: list[Tensor]) -> list[Tensor]:
+        """The blocks of every part, of the squares of all stacks."""
+        return [squares[p.stack] if p.take is None else squares[p.stack].index_select(0, p.take) for p in self.parts]
+
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
@@ -116,12 +122,11 @@ class _Plan:
         return (sums / self.sizes.to(x.dtype)).index_select(1, self.label)
 
 
-def _norms(squares: list[Tensor], log_c: Tensor, visit: _Visit) -> Tensor:
+def _norms(taken: list[Tensor], log_c: Tensor, visit: _Visit) -> Tensor:
     """Squared norms in the current frame of what each visited unit writes and reads: ``[2, n_scales + 1]``."""
     factors = torch.exp(-2 * _scale(log_c, visit.units)).split(visit.lengths)
     sums, own = [], []
-    for part, r, c in zip(visit.parts, factors[::2], factors[1::2], strict=True):
-        x = squares[part.stack] if part.take is None else squares[part.stack].index_select(0, part.take)
+    for part, x, r, c in zip(visit.parts, taken, factors[::2], factors[1::2], strict=True):
         if part.row_sums:
             sums.append(torch.bmm(x, c.view(len(x), -1, 1)).flatten())
             own.append(r)

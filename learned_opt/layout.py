@@ -6,15 +6,16 @@ units that they write and read, so pooling over units is one ``index_add`` and b
 the whole network, whatever its architecture.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Leaf, lay
-from learned_opt.symmetry import Block, Symmetry, base_dim
+from learned_opt.axes import Axis, Block, Leaf, assembled, lay, leaves_of, map_leaves, pieces_of
+from learned_opt.symmetry import Symmetry, base_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +35,37 @@ class Stack:
     """Blocks of one kind and shape: matrices ``[N, R, C]``."""
 
     kind: str
-    members: tuple[tuple[str, int, int], ...]  # (parameter, block of the parameter, batch)
     shape: tuple[int, int, int]
+    runs: tuple[tuple[int, int], ...]  # (pack, block of its tensors), one after the other
+    lengths: tuple[int, ...]  # of the runs
+    members: tuple[tuple[str, int, int], ...]  # (parameter, block of the parameter, batch)
     fixed: Tensor  # [N, 2]: 1 where no row (column) belongs to a label: the network's outputs (inputs)
     rows: Units  # permutation units
     cols: Units
     row_scales: Units  # scale units
     col_scales: Units
-    plain: tuple[int, ...] | None  # shape of its tensors if each is one block as it lies in memory, and all are alike
 
-    def parts(self, x: Tensor) -> Sequence[Tensor]:
-        """``[N, R, C]`` -> what belongs to each member."""
-        return x.split([batch for _, _, batch in self.members])
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """``[N, R, C]`` -> what belongs to each run."""
+        return x.split(self.lengths) if len(self.lengths) > 1 else (x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Tensors that are cut alike, so it is done once for all: one shape, one form of axes, the same axes hidden."""
+
+    names: tuple[str, ...]
+    axes: tuple[Axis, ...]  # of the first of them
+    blocks: tuple[Block, ...]  # of the first of them
+    places: tuple[tuple[int, int], ...]  # of every block: the stack, and which of its runs
+
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """The tensors ``[M, ...]`` -> of every block ``[M B, R, C]``."""
+        return [block.fold(piece) for block, piece in zip(self.blocks, pieces_of(x, self.axes, 1), strict=True)]
+
+    def joined(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`cut`."""
+        return assembled([b.unfold(x) for b, x in zip(self.blocks, blocks, strict=True)], self.axes, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,61 +74,58 @@ class Layout:
 
     symmetry: Symmetry
     names: tuple[str, ...]
+    packs: tuple[Pack, ...]
     stacks: tuple[Stack, ...]
     n_units: int  # permutation units; the dummy's position
     n_scales: int  # scale units; the dummy's position
 
     @cached_property
-    def cut(self) -> tuple[str, ...]:
-        """The tensors of stacks that are not plain."""
-        return tuple(dict.fromkeys(n for s in self.stacks if s.plain is None for n, _, _ in s.members))
+    def counts(self) -> list[int]:
+        """Matrices of every stack."""
+        return [stack.shape[0] for stack in self.stacks]
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """Positions among the names of the tensors that all matrices belong to: ``[sum of counts]``."""
+        number = {n: i for i, n in enumerate(self.names)}
+        owners = [number[n] for stack in self.stacks for n, _, batch in stack.members for _ in range(batch)]
+        return torch.tensor(owners, dtype=torch.long, device=self.stacks[0].fixed.device)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """``{name: tensor}`` -> one ``[N, R, C]`` per stack."""
-        blocks = {n: self.symmetry.split(n, tensors[n]) for n in self.cut}
-        stacks = []
-        for stack in self.stacks:
-            if stack.plain is None:
-                parts = [blocks[n][i] for n, i, _ in stack.members]
-                stacks.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-            else:
-                parts = [tensors[n] for n, _, _ in stack.members]
-                stacks.append((torch.stack(parts) if len(parts) > 1 else parts[0]).reshape(stack.shape))
-        return stacks
+        blocks = [pack.cut(stacked([tensors[n] for n in pack.names])) for pack in self.packs]
+        return [joined([blocks[i][k] for i, k in stack.runs]) for stack in self.stacks]
 
-    def scatter(self, stacks: list[Tensor], names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Inverse of :meth:`gather`, of some of the tensors (None: of all)."""
-        wanted = self.names if names is None else names
-        whole: dict[str, Tensor] = {}
-        blocks: dict[str, dict[int, Tensor]] = {n: {} for n in set(self.cut).intersection(wanted)}
-        for stack, x in zip(self.stacks, stacks, strict=True):
-            if stack.plain is not None:
-                whole |= zip((n for n, _, _ in stack.members), x.reshape(-1, *stack.plain).unbind(), strict=True)
-                continue
-            for (n, i, _), part in zip(stack.members, stack.parts(x), strict=True):
-                if n in blocks:
-                    blocks[n][i] = part
-        whole |= {n: self.symmetry.merge(n, [b[i] for i in range(len(b))]) for n, b in blocks.items()}
-        return {n: whole[n] for n in wanted}
+    def scatter(self, stacks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Inverse of :meth:`gather`."""
+        packs = zip(self.packs, self.packed(stacks, range(len(self.packs))), strict=True)
+        tensors = {n: x for pack, xs in packs for n, x in zip(pack.names, xs.unbind(), strict=True)}
+        return {n: tensors[n] for n in self.names}
 
-    def replaced(self, stacks: list[Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """The stacks with these tensors in the place of what they held of them."""
-        if not tensors:
-            return stacks
-        blocks = {n: self.symmetry.split(n, x) for n, x in tensors.items()}
-        new = []
-        for stack, x in zip(self.stacks, stacks, strict=True):
-            if any(n in blocks for n, _, _ in stack.members):
-                parts = zip(stack.members, stack.parts(x), strict=True)
-                x = torch.cat([blocks[n][i] if n in blocks else part for (n, i, _), part in parts])
-            new.append(x)
+    def packed(self, stacks: Sequence[Tensor], packs: Iterable[int]) -> list[Tensor]:
+        """The tensors of some packs, ``[M, ...]`` each."""
+        chosen = [self.packs[i] for i in packs]
+        parts = {i: self.stacks[i].split(stacks[i]) for i in {i for pack in chosen for i, _ in pack.places}}
+        return [pack.joined([parts[i][k] for i, k in pack.places]) for pack in chosen]
+
+    def replaced(self, stacks: Sequence[Tensor], packs: Mapping[int, Tensor]) -> list[Tensor]:
+        """The stacks with the tensors of some packs, ``[M, ...]`` each, in the place of what they held of them."""
+        blocks = {i: self.packs[i].cut(x) for i, x in packs.items()}
+        new = list(stacks)
+        for at in {at for i in packs for at, _ in self.packs[i].places}:
+            runs = zip(self.stacks[at].runs, self.stacks[at].split(stacks[at]), strict=True)
+            new[at] = joined([blocks[i][k] if i in blocks else part for (i, k), part in runs])
         return new
 
-    def stack_of(self, names: tuple[str, ...]) -> int | None:
-        """The stack of these tensors as they are, in this order, and of nothing else."""
-        shape, of_them = self.symmetry.specs[names[0]].shape, tuple((n, 0, 1) for n in names)
-        same = (i for i, s in enumerate(self.stacks) if s.members == of_them and s.plain == s.shape[1:] == shape)
-        return next(same, None)
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """``[M, ...]``; a view if there is one."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One after the other; the part itself if there is one."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def layout_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device) -> Layout:
@@ -141,46 +158,57 @@ def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
     def scale_units(leaf: Leaf) -> list[tuple[Tensor, int]]:
         return [(scale_start[name], e) for name, e in leaf.scale]
 
-    groups: dict[tuple[str, int, int], list[tuple[str, int, Block]]] = {}
-    for name in names:
-        for i, block in enumerate(symmetry.blocks[name]):
-            groups.setdefault((block.kind, *block.shape[1:]), []).append((name, i, block))
-    stacks = []
-    for (kind, r, c), members in groups.items():
-        blocks = [b for _, _, b in members]
-        n = sum(b.shape[0] for b in blocks)
+    def stack(kind: str, r: int, c: int, runs: list[tuple[int, int]]) -> Stack:
+        members = tuple((n, k, symmetry.blocks[n][k]) for i, k in runs for n in packs[i])
+        blocks = [b for _, _, b in members for _ in range(b.shape[0])]
 
-        def units(
-            side: str, of: Callable[[Leaf], list[tuple[Tensor, int]]], dummy: int, blocks: list[Block] = blocks
-        ) -> Units:
-            return _cat([_units(b, side, of, dummy, symmetry) for b in blocks], dummy, device)
+        def units(side: str, of: Callable[[Leaf], list[tuple[Tensor, int]]], dummy: int) -> Units:
+            return _cat([_units(b, side, of, dummy, symmetry) for _, _, b in members], dummy, device)
 
-        fixed = [
-            [all(x.label is None for x in side) for side in (b.batch + b.rows, b.batch + b.cols)]
-            for b in blocks
-            for _ in range(b.shape[0])
-        ]
-        stacks.append(
-            Stack(
-                kind,
-                tuple((name, i, b.shape[0]) for name, i, b in members),
-                (n, r, c),
-                torch.tensor(fixed, dtype=torch.float32, device=device),
-                units("rows", perm_units, n_units),
-                units("cols", perm_units, n_units),
-                units("rows", scale_units, n_scales),
-                units("cols", scale_units, n_scales),
-                _plain(symmetry, [name for name, _, _ in members]),
-            )
+        fixed = [[all(x.label is None for x in b.batch + side) for side in (b.rows, b.cols)] for b in blocks]
+        return Stack(
+            kind,
+            (len(blocks), r, c),
+            tuple(runs),
+            tuple(len(packs[i]) * symmetry.blocks[packs[i][0]][k].shape[0] for i, k in runs),
+            tuple((n, k, b.shape[0]) for n, k, b in members),
+            torch.tensor(fixed, dtype=torch.float32, device=device),
+            units("rows", perm_units, n_units),
+            units("cols", perm_units, n_units),
+            units("rows", scale_units, n_scales),
+            units("cols", scale_units, n_scales),
         )
-    return Layout(symmetry, names, tuple(stacks), n_units, n_scales)
+
+    def pack(i: int) -> Pack:
+        axes, blocks = symmetry.specs[packs[i][0]].axes, symmetry.blocks[packs[i][0]]
+        return Pack(packs[i], axes, blocks, tuple(places[i, k] for k in range(len(blocks))))
+
+    packs = _alike(symmetry, names)
+    runs: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    for i, alike in enumerate(packs):
+        for k, block in enumerate(symmetry.blocks[alike[0]]):
+            runs.setdefault((block.kind, *block.shape[1:]), []).append((i, k))
+    places = {run: (at, k) for at, own in enumerate(runs.values()) for k, run in enumerate(own)}
+    return Layout(
+        symmetry,
+        names,
+        tuple(map(pack, range(len(packs)))),
+        tuple(stack(*key, own) for key, own in runs.items()),
+        n_units,
+        n_scales,
+    )
 
 
-def _plain(symmetry: Symmetry, names: list[str]) -> tuple[int, ...] | None:
-    blocks = [symmetry.blocks[n] for n in names]
-    whole = all(len(b) == 1 and list(b[0].order) == sorted(b[0].order) for b in blocks)
-    shapes = {symmetry.specs[n].shape for n in names}
-    return shapes.pop() if whole and len(shapes) == 1 else None
+def _alike(symmetry: Symmetry, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The tensors of every pack."""
+    packs: dict[Any, list[str]] = {}
+    for name in names:
+        spec = symmetry.specs[name]
+        hidden = [[leaf.label is not None for leaf in leaves_of(axis)] for axis in spec.axes]
+        sizes = tuple(map_leaves(lambda leaf: Leaf(leaf.size), axis) for axis in spec.axes)
+        cut = tuple((b.kind, b.shape, b.order) for b in symmetry.blocks[name])
+        packs.setdefault((spec.roles, str(hidden), sizes, cut), []).append(name)
+    return [tuple(own) for own in packs.values()]
 
 
 def _positions(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], int]:

@@ -291,7 +291,7 @@ class NFNOpt(torch.optim.Optimizer):
         """Update ``trained``; the other tensors of ``entries`` are context, and those with a state age along."""
         params = {e.name: e.param.detach() for e in entries if not e.param.is_complex()}
         factors = {e.name: -e.shrink if e.group["maximize"] else e.shrink for e in trained}
-        grads = {e.name: e.grad for e in trained}
+        grads = {e.name: e.grad.detach() for e in trained}
         for n, factor in factors.items():
             if factor != 1:
                 grads[n] = factor * grads[n].to(accumulator_dtype(grads[n]))
@@ -307,7 +307,7 @@ class NFNOpt(torch.optim.Optimizer):
         )
         for entry in trained:
             moved = stepped(params[entry.name], updates[entry.name], entry.group["lr"])
-            entry.param.detach().copy_(moved)
+            params[entry.name].copy_(moved)
         for entry in known:
             self.state[entry.param] = state[entry.name]
 

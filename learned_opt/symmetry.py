@@ -209,12 +209,12 @@ class Symmetry:
     def split(self, name: str, tensor: Tensor) -> list[Tensor]:
         """A tensor as its blocks' matrices, each ``[B, R, C]``."""
         pieces = self.pieces(name, tensor)
-        return [b.fold(p) for b, p in zip(self.blocks[name], pieces, strict=True)]
+        return [b.fold(p[None]) for b, p in zip(self.blocks[name], pieces, strict=True)]
 
     def merge(self, name: str, matrices: list[Tensor]) -> Tensor:
         """Inverse of :meth:`split`."""
         blocks = self.blocks[name]
-        return self.assemble(name, [b.unfold(m) for b, m in zip(blocks, matrices, strict=True)])
+        return self.assemble(name, [b.unfold(m)[0] for b, m in zip(blocks, matrices, strict=True)])
 
     # -- the group
     def table_shape(self, label: str | None, size: int) -> Shape:

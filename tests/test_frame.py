@@ -261,7 +261,7 @@ def test_s_is_what_potentials_do_to_weights(kind):
     for stack, w, expected in zip(layout.stacks, layout.gather(params), layout.gather(acted), strict=True):
         s = scales(log_c, stack.row_scales, stack.col_scales)
         if s is not None:
-            w = w * s[0] * s[1]
+            w = w * s
         torch.testing.assert_close(w, expected, rtol=1e-12, atol=0)
 
 

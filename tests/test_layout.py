@@ -115,26 +115,38 @@ def test_a_stack_holds_the_blocks_of_its_members(network):
 
 
 @every_network
-def test_some_tensors_can_be_taken_and_replaced(network):
+def test_some_packs_can_be_taken_and_replaced(network):
     symmetry = NETWORKS[network]()
     tensors, layout = tensors_of(symmetry), layout_for(symmetry)
     stacks = layout.gather(tensors)
-    for some in (list(tensors)[::2], [], list(tensors)):
-        taken = layout.scatter(stacks, some)
-        assert list(taken) == some and all(torch.equal(x, tensors[n]) for n, x in taken.items())
-        back = layout.scatter(layout.replaced(stacks, {n: -x for n, x in taken.items()}))
-        assert all(torch.equal(x, -tensors[n] if n in some else tensors[n]) for n, x in back.items())
+    for some in (range(0, len(layout.packs), 2), [], range(len(layout.packs))):
+        taken = dict(zip(some, layout.packed(stacks, some), strict=True))
+        for i, xs in taken.items():
+            assert all(torch.equal(x, tensors[n]) for n, x in zip(layout.packs[i].names, xs, strict=True))
+        back = layout.scatter(layout.replaced(stacks, {i: -x for i, x in taken.items()}))
+        negative = {n for i in some for n in layout.packs[i].names}
+        assert all(torch.equal(x, -tensors[n] if n in negative else tensors[n]) for n, x in back.items())
 
 
-def test_tensors_that_are_a_stack_are_told_from_parts_and_other_orders():
-    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), *(nn.Linear(n, 4) for n in (16, 4, 4)))
-    names = ("0.weight", "2.weight", "3.weight", "4.weight")
-    layout = layout_of(independent(dict(model.named_parameters())), names, torch.device("cpu"))
-    at = {n: i for i, stack in enumerate(layout.stacks) for n, _, _ in stack.members}
-    assert layout.stack_of(("3.weight", "4.weight")) == at["3.weight"] == at["4.weight"]
-    assert layout.stack_of(("2.weight",)) == at["2.weight"]
-    for other in (("4.weight", "3.weight"), ("3.weight",), ("2.weight", "3.weight"), ("0.weight",)):
-        assert layout.stack_of(other) is None
+def test_tensors_that_are_cut_alike_are_cut_at_once():
+    """One cut for q, k and v of all layers; one for what is of the same shape and not cut."""
+    model = Transformer(nn.Embedding(5, 8), 3, 5, width=8, heads=2, depth=3, hidden=12, causal=True)
+    layout = layout_for(infer(model))
+    packs = {n: pack for pack in layout.packs for n in pack.names}
+    assert packs["blocks.0.attn.qkv.weight"].names == tuple(f"blocks.{i}.attn.qkv.weight" for i in range(3))
+    assert packs["blocks.0.attn.proj.bias"].names == packs["blocks.2.fc2.bias"].names
+    assert sorted(n for pack in layout.packs for n in pack.names) == sorted(layout.names)
+
+
+def test_tensors_of_one_shape_are_no_pack_if_other_axes_are_hidden():
+    model = mlp([8, 8, 8, 8], "tanh")
+    layout = layout_for(infer(model))
+    assert [pack.names for pack in layout.packs if pack.names[0].endswith("weight")] == [
+        ("0.weight",),
+        ("2.weight",),
+        ("4.weight",),
+    ]
+    assert any({n for n, _, _ in s.members} == {"0.weight", "2.weight", "4.weight"} for s in layout.stacks)
 
 
 def test_tensors_of_other_shapes_share_a_stack_and_keep_them():

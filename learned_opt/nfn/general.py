@@ -371,7 +371,7 @@ def frame_of(symmetry: Symmetry, weights: Mapping[str, Tensor]) -> Features:
         stacks = []
         for x, stack in zip(layout.gather(params), layout.stacks, strict=True):
             s = scales(log_c, stack.row_scales, stack.col_scales)
-            stacks.append(torch.ones_like(x) if s is None else (s[0] * s[1]).expand_as(x))
+            stacks.append(torch.ones_like(x) if s is None else s)
         return layout.scatter(stacks)
 
     return torch.func.vmap(one)({n: weights[n] for n in names})

@@ -81,12 +81,12 @@ def decay(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     return 1 - ((step - 1) / total_steps).clamp(max=1.0)
 
 
-Frame = tuple[Tensor, Tensor] | None  # rank-one factors of a stack's scales; None: all ones
+Frame = Tensor | None  # a stack's scales [N, R, C]; None: all ones
 
 
 def into(x: Tensor, frame: Frame) -> Tensor:
     """Where gradients enter the frame, and updates leave it: ``[N, R, C]``."""
-    return x if frame is None else x * frame[0] * frame[1]
+    return x if frame is None else x * frame
 
 
 class View:
@@ -94,7 +94,7 @@ class View:
 
     def __init__(self, stack: Stack, frame: Frame, memory: float | Tensor, **tensors: Tensor) -> None:
         def inverse(x: Tensor) -> Tensor:
-            return x if frame is None else x / frame[0] / frame[1]
+            return x if frame is None else x / frame
 
         self.stack, self.memory = stack, memory
         self.step = tensors["step"]  # [N, 1, 1]
@@ -145,8 +145,12 @@ class View:
     @property
     def smallness(self) -> Tensor:
         """The weights' RMS relative to usual ones, 1 for those that are not small: ``[N, 1, 1]``."""
-        relative = features.root_mean_square(self.w) * self.w.shape[-1] ** 0.5 / USUAL
+        relative = features.root(self._mean_square) * (self.w.shape[-1] ** 0.5 / USUAL)
         return relative.clamp(SMALLEST, 1.0)
+
+    @cached_property
+    def _mean_square(self) -> Tensor:
+        return features.mean_square(self.w)
 
     def entrywise(self, adam: Tensor) -> Tensor:
         """The step along an Adam direction: ``[N, R, C]``."""
@@ -162,25 +166,33 @@ class View:
     def along(self, direction: Tensor, shrink: Tensor) -> Tensor:
         """A matrix's step along a direction of its polar factor's size, and a little toward zero: ``[N, R, C]``."""
         step = self.smallness * polar_size(direction) * direction
-        toward_zero = features.root_mean_square(step) * features.unit_rms(self.w)
-        return step + shrink * relative_fan_in(direction) * toward_zero
+        to_size = features.root_mean_square(step) * features.rsqrt(self._mean_square)
+        return torch.addcmul(step, self.w, shrink * relative_fan_in(direction) * to_size)
 
 
-def moderation(g: Tensor, v: Tensor, step: Tensor) -> Tensor:
+def moderation(square: Tensor, v: Tensor, step: Tensor) -> Tensor:
     """What to multiply a gradient by, so that its RMS is at most ``OUTLIER`` times that of those before it.
 
     Args:
-        g: gradients in the frame, ``[N, R, C]``.
-        v: in the frame, the average of their squares up to the step before, ``[N, R, C]``.
-        step: how many steps those are, ``[N, 1, 1]``.
+        square: mean squares of gradients in the frame, ``[N]``.
+        v: the averages of those up to the step before, ``[N]``.
+        step: how many steps those are, ``[N]``.
 
     Returns:
-        ``[N, 1, 1]``, at most 1; 1 where all gradients before were zero.
+        ``[N]``, at most 1; 1 where all gradients before were zero.
     """
-    usual = v.mean((-2, -1), keepdim=True) / (1 - features.SQUARE ** step.clamp(min=1))
+    usual = v / (1 - features.SQUARE ** step.clamp(min=1))
     known = usual > 0
-    ratio = torch.where(known, usual, 1).sqrt() * features.rsqrt(features.mean_square(g))
+    ratio = torch.where(known, usual, 1).sqrt() * features.rsqrt(square)
     return torch.where(known, OUTLIER * ratio, 1).clamp(max=1.0)
+
+
+def moderated(layout: Layout, frames: list[Frame], g: list[Tensor], v: list[Tensor], steps: Tensor) -> list[Tensor]:
+    """The gradients ``[N, R, C]`` of all stacks, outliers shortened; their matrices are ``steps`` [.., 1, 1] old."""
+    squares = torch.cat([features.mean_square(into(x, f)) for x, f in zip(g, frames, strict=True)])
+    usual = torch.cat([into(into(x, f), f).mean((-2, -1), keepdim=True) for x, f in zip(v, frames, strict=True)])
+    factors = moderation(squares, usual, steps).split(layout.counts)
+    return [x * factor.to(x.dtype) for x, factor in zip(g, factors, strict=True)]
 
 
 def age(state: State) -> Tensor:
@@ -194,7 +206,7 @@ def hush(views: list[View]) -> None:
     Some have a gradient that is zero but for rounding (a key's bias: softmax cannot see it). Relative to its own
     size that noise would become full steps and features.
     """
-    size = [v.m.abs().amax((-2, -1), keepdim=True) for v in views]
+    size = [torch.linalg.vector_norm(v.m, torch.inf, (-2, -1), keepdim=True) for v in views]
     loudest = torch.stack([x.amax() for x in size]).amax()
     for view, x in zip(views, size, strict=True):
         if view.stack.kind in ("vector", "gain"):
@@ -255,7 +267,8 @@ class Nominal(UpdateRule):
         white = Whitening(layout, [v.g for v in views], state) if self.whiten else None
         state = white.state if white else state
         directions = self.directions(layout, views, white, clock, total_steps)
-        updates = layout.scatter([into(-rate * d, frame) for d, frame in zip(directions, frames, strict=True)])
+        back = -rate
+        updates = layout.scatter([into(back * d, frame) for d, frame in zip(directions, frames, strict=True)])
         decays = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
         for n, wd in decays.items():
             if wd and n in updates:
@@ -272,16 +285,18 @@ class Nominal(UpdateRule):
     ) -> tuple[list[dict[str, Tensor]], State]:
         """Gradient (outliers shortened), its averages and their age of every stack; and the next state."""
         old = {k: _slots(layout, state, k) for k in self.averages}
-        seen = []
-        for i, (stack, frame, g) in enumerate(zip(layout.stacks, frames, layout.gather(grads), strict=True)):
-            before = {k: x[i] for k, x in old.items()}
-            step = torch.stack([state[n]["step"] for n, _, batch in stack.members for _ in range(batch)])[:, None, None]
-            if self.moderate:
-                g = g * moderation(into(g, frame), into(into(before["v"], frame), frame), step)
-            seen.append({"g": g, "step": step + 1, **features.averaged(g, before, memory)})
+        g = layout.gather(grads)
+        steps = torch.stack([state[n]["step"] for n in layout.names])
+        ages = steps.index_select(0, layout.owners)[:, None, None]
+        if self.moderate:
+            g = moderated(layout, frames, g, old["v"], ages)
+        seen = [
+            {"g": x, "step": age.to(x.dtype), **features.averaged(x, {k: y[i] for k, y in old.items()}, memory)}
+            for i, (x, age) in enumerate(zip(g, (ages + 1).split(layout.counts), strict=True))
+        ]
         new = {k: layout.scatter([x[k] for x in seen]) for k in self.averages}
-        later = {n: {k: x[n] for k, x in new.items()} | {"step": state[n]["step"] + 1} for n in layout.names}
-        return seen, state | {n: state[n] | slots for n, slots in later.items()}
+        new["step"] = dict(zip(layout.names, (steps + 1).unbind(), strict=True))
+        return seen, state | {n: state[n] | {k: x[n] for k, x in new.items()} for n in layout.names}
 
     def _views(
         self,

@@ -79,10 +79,11 @@ class Paced(Nominal):
 
 def cosine(views: list[View]) -> Tensor:
     """How far the last step points down the new gradient: ``- sum <g, d> / sum |g| |d|``, in [-1, 1], 0-d."""
-    down = torch.stack([-(v.g * v.moved).sum() for v in views]).sum()
-    sizes = [torch.linalg.vector_norm(x, dim=(-2, -1)) for v in views for x in (v.g, v.moved)]
-    most = torch.stack([(g * d).sum() for g, d in zip(sizes[::2], sizes[1::2], strict=True)]).sum()
-    return down / torch.where(most > 0, most, 1)
+    gs, ds = [v.g for v in views], [v.moved for v in views]
+    up = torch.stack([(g * d).sum() for g, d in zip(gs, ds, strict=True)]).sum()
+    sizes = [torch.cat([torch.linalg.vector_norm(x, dim=(-2, -1)) for x in of]) for of in (gs, ds)]
+    most = (sizes[0] * sizes[1]).sum()
+    return -up / torch.where(most > 0, most, 1)
 
 
 def _of_the_oldest(state: State, key: str) -> Tensor:

@@ -14,7 +14,6 @@ that of the data, and to whiten it cost an MLP on photographs more than whitenin
 known to lose a little by the latter is classification that ends near zero loss (docs/experiments.md, 36 and 37).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.axes import leaves_of
-from learned_opt.layout import Layout
+from learned_opt.axes import Block, leaves_of
+from learned_opt.layout import Layout, joined
 from learned_opt.rules.base import State
-from learned_opt.symmetry import Block
 
 AVERAGE = 0.98  # decay rate of the second moments
 FLOOR = 1e-4  # added to second moments of mean 1
@@ -51,18 +49,18 @@ def fresh(p: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Tensors of one shape, and the axes of theirs that are whitened."""
+class _Side:
+    """Whitened axes of one size, over all tensors."""
 
-    names: tuple[str, ...]
-    axes: tuple[int, ...]
-    stack: int | None  # that is all of them and nothing else, if there is one
+    parts: tuple[tuple[int, int], ...]  # (pack of the layout, axis of its tensors)
+    counts: tuple[int, ...]  # tensors of each
+    slots: tuple[tuple[str, int], ...]  # (tensor, axis): those of the first part, of the second, ...
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    groups: tuple[_Group, ...]
-    names: tuple[str, ...]  # tensors of the groups that are no stack
+    axes: dict[int, tuple[int, ...]]  # pack of the layout: the axes of its tensors that are whitened
+    sides: tuple[_Side, ...]
     whole: tuple[Tensor | bool, ...]  # see Whitening
 
 
@@ -81,47 +79,33 @@ class Whitening:
 
     def __init__(self, layout: Layout, g: list[Tensor], state: State) -> None:
         self._layout, self._plan = layout, _plan(layout)
-        self._roots: list[dict[int, Tensor]] = []
         self.whole = self._plan.whole
         self.state = dict(state)
-        for group, x in zip(self._plan.groups, self._taken(g), strict=True):
-            self._roots.append(self._renewed(group, x))
+        self._roots: dict[tuple[int, int], Tensor] = {}  # [M, d, d] by pack and axis
+        tensors = dict(zip(self._plan.axes, layout.packed(g, self._plan.axes), strict=True))
+        for side in self._plan.sides:
+            self._renew(side, [_gram(tensors[pack], axis) for pack, axis in side.parts])
 
-    def _renewed(self, group: _Group, g: Tensor) -> dict[int, Tensor]:
-        """Roots [M, d, d] per axis of a group's tensors, whose gradients are ``[M, ...]``."""
-        slots = [self.state[n] for n in group.names]
+    def _renew(self, side: _Side, grams: list[Tensor]) -> None:
+        """One side's moments and roots, of ``G G^T / n`` [M, d, d] of every part."""
+        slots = [self.state[n] for n, _ in side.slots]
         step = torch.stack([s["step"] for s in slots])
         due = (step <= AT_FIRST) | (step % EVERY == 0)
-        roots, new = {}, [dict(s) for s in slots]
-        for i in group.axes:
-            unfolded = _unfolded(g, i)
-            moment = torch.stack([s[f"moment{i}"] for s in slots])
-            moment = torch.lerp(moment, unfolded @ unfolded.mT / unfolded.shape[-1], 1 - AVERAGE)
-            old = torch.stack([s[f"root{i}"] for s in slots])
-            missing = old[..., 0, 0] == 0  # of an axis that another symmetry did not whiten
-            roots[i] = inverse_root(moment, old, due | missing)
-            for s, a, p in zip(new, moment, roots[i], strict=True):
-                s |= {f"moment{i}": a, f"root{i}": p}
-        self.state |= dict(zip(group.names, new, strict=True))
-        return roots
+        old = [torch.stack([self.state[n][f"{slot}{i}"] for n, i in side.slots]) for slot in ("moment", "root")]
+        moment = torch.lerp(old[0], joined(grams), 1 - AVERAGE)
+        missing = old[1][..., 0, 0] == 0  # of an axis that another symmetry did not whiten
+        root = inverse_root(moment, old[1], due | missing)
+        for (n, i), a, p in zip(side.slots, moment.unbind(), root.unbind(), strict=True):
+            self.state[n] = self.state[n] | {f"moment{i}": a, f"root{i}": p}
+        self._roots |= zip(side.parts, root.split(side.counts), strict=True)
 
     def __call__(self, stacks: list[Tensor]) -> list[Tensor]:
         """``P x P`` of matrices ``[N, R, C]`` per stack; of tensors with more axes, along each that is whitened."""
-        new, tensors = list(stacks), dict[str, Tensor]()
-        for group, roots, x in zip(self._plan.groups, self._roots, self._taken(stacks), strict=True):
-            for i, root in roots.items():
-                x = _along(x, i, root)
-            if group.stack is None:
-                tensors |= dict(zip(group.names, x, strict=True))
-            else:
-                new[group.stack] = x
-        return self._layout.replaced(new, tensors)
-
-    def _taken(self, stacks: list[Tensor]) -> Iterator[Tensor]:
-        """The tensors ``[M, ...]`` of every group."""
-        tensors = self._layout.scatter(stacks, self._plan.names) if self._plan.names else {}
-        for group in self._plan.groups:
-            yield torch.stack([tensors[n] for n in group.names]) if group.stack is None else stacks[group.stack]
+        packs = dict(zip(self._plan.axes, self._layout.packed(stacks, self._plan.axes), strict=True))
+        for pack, axes in self._plan.axes.items():
+            for i in axes:
+                packs[pack] = _along(packs[pack], i, self._roots[pack, i])
+        return self._layout.replaced(stacks, packs)
 
 
 def inverse_root(moment: Tensor, old: Tensor, due: Tensor) -> Tensor:
@@ -207,41 +191,51 @@ def _eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=FLOOR), vectors
 
 
-def _unfolded(x: Tensor, axis: int) -> Tensor:
-    """``[M, ...]`` -> ``[M, d, the rest]``."""
-    return x.movedim(axis + 1, 1).flatten(2)
+def _gram(x: Tensor, axis: int) -> Tensor:
+    """``[M, ...]`` unfolded along an axis, times its transpose, over the number of its columns: ``[M, d, d]``."""
+    x = x.movedim(axis + 1, 1).flatten(2)
+    return torch.bmm(x, x.mT) / x.shape[-1]
 
 
 def _along(x: Tensor, axis: int, root: Tensor) -> Tensor:
     """``[M, ...]`` multiplied by symmetric ``[M, d, d]`` along an axis."""
     if axis == x.ndim - 2:
-        return (x.flatten(1, -2) @ root).reshape(x.shape)
+        return torch.bmm(x.flatten(1, -2), root).reshape(x.shape)
     moved = x.movedim(axis + 1, 1)
-    return (root @ moved.flatten(2)).reshape(moved.shape).movedim(1, axis + 1)
+    return torch.bmm(root, moved.flatten(2)).reshape(moved.shape).movedim(1, axis + 1)
 
 
 @lru_cache(maxsize=256)
 def _plan(layout: Layout) -> _Plan:
-    symmetry = layout.symmetry
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    axes: dict[int, tuple[int, ...]] = {}
+    sides: dict[int, list[tuple[int, int]]] = {}
     both = set()
-    for name in layout.names:
-        spec = symmetry.specs[name]
-        if not all(map(_is_wide, symmetry.blocks[name])):
-            continue
+    for at, pack in enumerate(layout.packs):
+        spec = layout.symmetry.specs[pack.names[0]]
         hidden = [any(leaf.label is not None for leaf in leaves_of(axis)) for axis in spec.axes]
-        axes = tuple(i for i in axes_with_slots(spec.shape) if hidden[i])
-        if axes:
-            groups.setdefault((spec.shape, axes), []).append(name)
-        if {"out", "in"} <= {spec.roles[i] for i in axes}:
-            both.add(name)
-    sides = [[n in both for n, _, batch in stack.members for _ in range(batch)] for stack in layout.stacks]
-    whole = tuple(
-        all(x) if all(x) == any(x) else torch.tensor(x, device=stack.fixed.device)[:, None, None]
-        for stack, x in zip(layout.stacks, sides, strict=True)
-    )
-    found = tuple(_Group(tuple(names), axes, layout.stack_of(tuple(names))) for (_, axes), names in groups.items())
-    return _Plan(found, tuple(n for group in found if group.stack is None for n in group.names), whole)
+        own = tuple(i for i in axes_with_slots(spec.shape) if hidden[i]) if all(map(_is_wide, pack.blocks)) else ()
+        if own:
+            axes[at] = own
+        for i in own:
+            sides.setdefault(spec.shape[i], []).append((at, i))
+        if {"out", "in"} <= {spec.roles[i] for i in own}:
+            both.add(at)
+    return _Plan(axes, tuple(_side(layout, parts) for parts in sides.values()), _whole(layout, both))
+
+
+def _side(layout: Layout, parts: list[tuple[int, int]]) -> _Side:
+    slots = tuple((n, axis) for pack, axis in parts for n in layout.packs[pack].names)
+    return _Side(tuple(parts), tuple(len(layout.packs[pack].names) for pack, _ in parts), slots)
+
+
+def _whole(layout: Layout, both: set[int]) -> tuple[Tensor | bool, ...]:
+    """Of every stack, which matrices belong to these packs: all or none, or bool ``[N, 1, 1]``."""
+    found: list[Tensor | bool] = []
+    for stack in layout.stacks:
+        of_run = [pack in both for pack, _ in stack.runs]
+        of_each = torch.tensor(of_run).repeat_interleave(torch.tensor(stack.lengths))
+        found.append(all(of_run) if all(of_run) == any(of_run) else of_each.to(stack.fixed.device)[:, None, None])
+    return tuple(found)
 
 
 def _is_wide(block: Block) -> bool:
