@@ -291,8 +291,8 @@ class Nominal(UpdateRule):
         if self.moderate:
             g = moderated(layout, frames, g, old["v"], ages)
         seen = [
-            {"g": x, "step": age.to(x.dtype), **features.averaged(x, {k: y[i] for k, y in old.items()}, memory)}
-            for i, (x, age) in enumerate(zip(g, (ages + 1).split(layout.counts), strict=True))
+            {"g": x, "step": step.to(x.dtype), **features.averaged(x, {k: y[i] for k, y in old.items()}, memory)}
+            for i, (x, step) in enumerate(zip(g, (ages + 1).split(layout.counts), strict=True))
         ]
         new = {k: layout.scatter([x[k] for x in seen]) for k in self.averages}
         new["step"] = dict(zip(layout.names, (steps + 1).unbind(), strict=True))
