@@ -33,7 +33,7 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     if x.ndim > 3:
         x = x.flatten(0, -3)
     wide = x.shape[-1] >= _WIDE * x.shape[-2]
-    x = _polynomial_of_gram(x, steps) @ x if wide and steps and _is_exact(x) else _iterate(x, steps)
+    x = _product(_polynomial_of_gram(x, steps), x) if wide and steps and _is_exact(x) else _iterate(x, steps)
     x = x.mT if tall else x
     return x.reshape(shape)
 
@@ -41,7 +41,7 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 def _iterate(x: Tensor, steps: int) -> Tensor:
     """``x <- (A + B g + C g^2) x`` with ``g = x x^T``: ``2 R^2 C + R^3`` multiplications an iteration."""
     for _ in range(steps):
-        x = _times(_correction(x @ x.mT), x)
+        x = _times(_correction(_product(x, x.mT)), x)
     return x
 
 
@@ -50,7 +50,7 @@ def _polynomial_of_gram(x: Tensor, steps: int) -> Tensor:
 
     ``4 R^3`` multiplications an iteration, and ``2 R^2 C`` once.
     """
-    gram = x @ x.mT
+    gram = _product(x, x.mT)
     correction = _correction(gram)
     q = A * torch.eye(x.shape[-2], dtype=x.dtype, device=x.device) + correction
     for _ in range(steps - 1):
@@ -77,6 +77,11 @@ def _correction(gram: Tensor) -> Tensor:
 def _times(correction: Tensor, x: Tensor) -> Tensor:
     """``(A + correction) x``."""
     return _multiply_add(x)(x, correction, x, beta=A)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Of matrices or batches of them; of batches ``@`` is six operations."""
+    return x @ y if x.ndim == 2 else torch.bmm(x, y)
 
 
 def _multiply_add(x: Tensor) -> Callable[..., Tensor]:
