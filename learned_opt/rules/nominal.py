@@ -206,7 +206,7 @@ def hush(views: list[View]) -> None:
     Some have a gradient that is zero but for rounding (a key's bias: softmax cannot see it). Relative to its own
     size that noise would become full steps and features.
     """
-    size = [torch.linalg.vector_norm(v.m, torch.inf, (-2, -1), keepdim=True) for v in views]
+    size = [v.m.abs().amax((-2, -1), keepdim=True) for v in views]
     loudest = torch.stack([x.amax() for x in size]).amax()
     for view, x in zip(views, size, strict=True):
         if view.stack.kind in ("vector", "gain"):

@@ -97,7 +97,7 @@ def unit_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     autograd, rightly: the result does not depend on it. A nonzero matrix has norm >= 0.5 then, so
     the clamp only meets zero (and subnormal) matrices, where it keeps value and derivative finite.
     """
-    largest = torch.linalg.vector_norm(x.detach(), torch.inf, (-2, -1), keepdim=True)
+    largest = x.detach().abs().amax((-2, -1), keepdim=True)
     exponent = torch.frexp(largest).exponent.clamp(-126, 126)
     x = (x * torch.ldexp(torch.ones_like(largest), -exponent)).to(dtype)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
