@@ -94,7 +94,7 @@ class Layout:
     def gather(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """``{name: tensor}`` -> one ``[N, R, C]`` per stack."""
         blocks = [pack.cut(stacked([tensors[n] for n in pack.names])) for pack in self.packs]
-        return [joined([blocks[i][k] for i, k in stack.runs]) for stack in self.stacks]
+        return [concatenated([blocks[i][k] for i, k in stack.runs]) for stack in self.stacks]
 
     def scatter(self, stacks: Sequence[Tensor]) -> dict[str, Tensor]:
         """Inverse of :meth:`gather`."""
@@ -114,7 +114,7 @@ class Layout:
         new = list(stacks)
         for at in {at for i in packs for at, _ in self.packs[i].places}:
             runs = zip(self.stacks[at].runs, self.stacks[at].split(stacks[at]), strict=True)
-            new[at] = joined([blocks[i][k] if i in blocks else part for (i, k), part in runs])
+            new[at] = concatenated([blocks[i][k] if i in blocks else part for (i, k), part in runs])
         return new
 
 
@@ -123,7 +123,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
     """One after the other; the part itself if there is one."""
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 

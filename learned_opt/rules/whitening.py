@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.axes import Block, leaves_of
-from learned_opt.layout import Layout, joined
+from learned_opt.layout import Layout, concatenated
 from learned_opt.rules.base import State
 
 AVERAGE = 0.98  # decay rate of the second moments
@@ -92,7 +92,7 @@ class Whitening:
         step = torch.stack([s["step"] for s in slots])
         due = (step <= AT_FIRST) | (step % EVERY == 0)
         old = [torch.stack([self.state[n][f"{slot}{i}"] for n, i in side.slots]) for slot in ("moment", "root")]
-        moment = torch.lerp(old[0], joined(grams), 1 - AVERAGE)
+        moment = torch.lerp(old[0], concatenated(grams), 1 - AVERAGE)
         missing = old[1][..., 0, 0] == 0  # of an axis that another symmetry did not whiten
         root = inverse_root(moment, old[1], due | missing)
         for (n, i), a, p in zip(side.slots, moment.unbind(), root.unbind(), strict=True):
