@@ -207,7 +207,7 @@ def _alike(symmetry: Symmetry, names: tuple[str, ...]) -> list[tuple[str, ...]]:
         hidden = [[leaf.label is not None for leaf in leaves_of(axis)] for axis in spec.axes]
         sizes = tuple(map_leaves(lambda leaf: Leaf(leaf.size), axis) for axis in spec.axes)
         cut = tuple((b.kind, b.shape, b.order) for b in symmetry.blocks[name])
-        packs.setdefault((spec.roles, str(hidden), sizes, cut), []).append(name)
+        packs.setdefault((str(hidden), sizes, cut), []).append(name)
     return [tuple(own) for own in packs.values()]
 
 

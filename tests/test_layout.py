@@ -18,8 +18,8 @@ from tests.inferred import infer
 
 def by_hand():
     """All kinds of axes that a tensor may have."""
-    labels = {"u": Label(4), "h": Label(2), "d": Label(3, ("h",)), "e": Label(3, ("h",)), "w": Label(4)}
-    u, h, d, e, w = (Leaf(x.size, n) for n, x in labels.items())
+    labels = {"u": Label(4), "h": Label(2), "d": Label(3, ("h",)), "e": Label(3, ("h",)), "w": Label(4), "x": Label(3)}
+    u, h, d, e, w, x = (Leaf(x.size, n) for n, x in labels.items())
     heads, values = Prod((h, d)), Prod((h, e))
     specs = {
         "qkv": Spec((Sum((heads, heads, values)), u), ("out", "in")),
@@ -27,6 +27,7 @@ def by_hand():
         "neox": Spec((Prod((h, Sum((d, d, e)))), u), ("out", "in")),
         "proj": Spec((u, values), ("out", "in")),
         "grouped": Spec((values, d, Leaf(2)), ("out", "in", "kernel")),  # a group reads its own channels
+        "not grouped": Spec((values, x, Leaf(2)), ("out", "in", "kernel")),  # of the same shape
         "flat": Spec((w, Prod((u, Leaf(3)))), ("out", "in")),
         "conv": Spec((w, u, Leaf(2), Leaf(2)), ("out", "in", "kernel", "kernel")),
         "transposed": Spec((u, w, Leaf(2)), ("in", "out", "kernel")),

@@ -9,6 +9,7 @@ from torch import nn
 from learned_opt import NFNOpt
 from learned_opt.rules.nominal import RATE, Nominal, decay, schedule
 from learned_opt.rules.paced import START, Paced
+from learned_opt.symmetry import independent
 from tasks.mlp import mlp
 from tests.inferred import infer
 
@@ -141,6 +142,28 @@ def test_a_tensor_that_sits_out_has_not_moved():
     updates, state = rule(params, {k: g for k, g in grads.items() if k != "2.weight"}, state, symmetry)
     assert not state["2.weight"]["moved"].any()
     assert all(torch.equal(state[k]["moved"], u) for k, u in updates.items())
+
+
+def test_tensors_of_one_shape_keep_ages_of_their_own():
+    """What a tensor is told of its age does not depend on which others of its shape step with it."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"old": (6, 5), "young": (6, 5), "old bias": (6,), "young bias": (6,)}
+    params = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
+    rule, symmetry, state = Nominal(), independent(params), Nominal().init(params)
+
+    def step(names, state):
+        grads = {n: torch.randn(shapes[n], generator=g, dtype=torch.float64) for n in names}
+        return grads, *rule(params, grads, state, symmetry)
+
+    for _ in range(5):
+        state = step(["old", "old bias"], state)[2]
+    for _ in range(2):  # at the second also what counts as an outlier is known
+        grads, together, after = step(list(shapes), state)
+        young = {n: grads[n] for n in ("young", "young bias")}
+        alone, _ = rule(params, young, state, symmetry)
+        torch.testing.assert_close({n: together[n] for n in young}, alone)
+        state = after
+    assert {n: int(s["step"]) for n, s in state.items()} == {"old": 7, "young": 2, "old bias": 7, "young bias": 2}
 
 
 def test_a_frozen_network_and_zero_gradients_leave_it_finite():
