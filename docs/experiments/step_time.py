@@ -4,8 +4,8 @@
 
 The precision is torch's, of products of float32 matrices. Compilation takes minutes per network.
 
-Prints milliseconds per step (median of interleaved repeats, processor time), the ratio to AdamW (foreach), and the
-bytes of state per parameter.
+Prints milliseconds per step (median of interleaved repeats, processor time), the ratio to AdamW (foreach), the bytes of
+state per parameter, and the torch operations that a step dispatches (one that computes no new roots).
 """
 
 import argparse
@@ -14,9 +14,29 @@ import time
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_opt import NFNOpt, infer_symmetry
 from tasks.transformer import Transformer
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(optimizer: torch.optim.Optimizer) -> int:
+    """Of one step."""
+    with Operations() as seen:
+        optimizer.step()
+    return seen.count
 
 
 def mlp(width: int, depth: int) -> nn.Sequential:
@@ -60,7 +80,8 @@ def measure(model: nn.Module, x: Tensor, compiled: bool, repeats: int = 9) -> No
     for name, optimizer in found.items():
         size = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
         median = statistics.median(times[name])
-        print(f"  {name:26s} {1e3 * median:9.2f} ms  {median / base:7.1f} x  {size / count:5.1f} B/weight")
+        called = "" if name.endswith("compiled") else f"{operations(optimizer):6d} operations"
+        print(f"  {name:26s} {1e3 * median:9.2f} ms  {median / base:7.1f} x  {size / count:5.1f} B/weight  {called}")
 
 
 if __name__ == "__main__":

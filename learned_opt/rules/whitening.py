@@ -10,8 +10,8 @@ as in Shampoo (Gupta et al. 2018, arXiv:1802.09568), half of whose power -1/4 is
 factor: a matrix moves along ``P polar(P n P) P``, the steepest descent for the spectral norm of whitened weights. The
 roots are functions of matrices, so they commute with permutations and signs of the units, and in the frame they do not
 see positive scales. Axes that no label permutes are left alone, above all the network's inputs: their covariance is
-that of the data, and to whiten it cost an MLP on photographs more than whitening its hidden units gained. What is
-known to lose a little by the latter is classification that ends near zero loss (docs/experiments.md, 36 and 37).
+that of the data, and to whiten it cost an MLP on photographs more than whitening its hidden units gained. Where
+classification ends near zero loss, whitening hidden units neither gains nor costs (docs/experiments.md, 36 and 43).
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,11 @@ THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 
 
 def axes_with_slots(shape: tuple[int, ...]) -> list[int]:
-    """Axes of a tensor that have slots in the state: this depends on its shape alone."""
+    """Axes of a tensor that have slots in the state, whether they are whitened or not.
+
+    This depends on its shape alone: torch's distributed checkpointing has state made, to be filled with what was saved,
+    before a symmetry can have been inferred.
+    """
     return [i for i, d in enumerate(shape) if 1 < d <= LARGEST] if len(shape) > 1 else []
 
 
