@@ -198,7 +198,7 @@ def shipped() -> Recipe:
         tasks_per_step=2,
         resample=1,
         outer_steps=60,
-        lr=0.005,  # at 0.015 noise walked theta away from its start and nothing brought it back (docs/experiments.md, 19)
+        lr=0.005,  # theta walks a third as far as at 0.015, and is no better or worse for it (docs/experiments.md, 44)
         ema=0.9,
         checkpoint_every=5,
     )
