@@ -198,14 +198,14 @@ def shipped() -> Recipe:
         tasks_per_step=2,
         resample=1,
         outer_steps=60,
-        lr=0.005,  # theta walks a third as far as at 0.015, and is no better or worse for it (docs/experiments.md, 44)
+        lr=0.005,  # theta goes a third as far as at 0.015 (docs/experiments.md, 44)
         ema=0.9,
         checkpoint_every=5,
     )
 
 
 def finetune(*families: str) -> Recipe:
-    """From the shipped theta to one kind of task: few outer steps, small ones.
+    """From the shipped theta to one kind of task, in few outer steps.
 
     Args:
         families: names of the task families; all equally often.
@@ -216,7 +216,6 @@ def finetune(*families: str) -> Recipe:
         families=dict.fromkeys(families or ("mlp",), 1.0),
         workers=max(4, len(families)),
         outer_steps=30,
-        lr=0.005,
         ema=0.8,
     )
 
