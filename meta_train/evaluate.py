@@ -136,7 +136,20 @@ def evaluate(
     at_least_one(workers=workers)
     optimizer_named.cache_clear()  # a checkpoint may have been overwritten since the last call
     plan = make_plan(suite, tasks, optimizers, seeds, tuning_seeds, horizon, data, steps, grids)
-    store = Store(Path(out) / "runs.jsonl")
+    return outcomes(plan, carry_out(plan, Path(out), workers=workers, data=data, steps=steps, say=say))
+
+
+def carry_out(
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int = 1,
+    data: str | None = None,
+    steps: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Runs:
+    """Run all of a plan that is missing; arguments and errors as in :func:`evaluate`, ``steps`` as in the plan."""
+    store = Store(out / "runs.jsonl")
     store.add_plan(plan)
     with pool(workers) as execute, reporter(say) as report:
         done = partial(_finish, store, execute, report, data, steps)
@@ -144,7 +157,7 @@ def evaluate(
         done("final runs", final_jobs(plan, store.runs))
         while jobs := horizon_jobs(plan, store.runs):
             done("shorter horizons", jobs)
-    return outcomes(plan, store.runs)
+    return store.runs
 
 
 def make_plan(
@@ -255,7 +268,7 @@ def tuned_rate(plan: Plan, runs: Runs, task: str, label: str) -> float | None:
 def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
     """The next run that each horizon speed-up waits for."""
     searches = [
-        _search_horizon(plan, runs, task, *pair, seed)
+        search_horizon(plan, runs, task, *pair, seed)
         for task in plan.tasks
         for pair in plan.horizon
         for seed in range(plan.seeds)
@@ -263,7 +276,7 @@ def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
     return [found for found in searches if isinstance(found, Job)]
 
 
-def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
+def search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
     """The horizon speed-up, or the run that has to be done to know it: bisection, as longer runs get further."""
     target = final_curve(plan, runs, task, opponent, seed)
     if not plan.optimizers[label].told:
@@ -286,7 +299,7 @@ def _search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str
 
 
 def _search_curve(plan: Plan, runs: Runs, task: str, label: str, seed: int, target: float) -> "float | Job":
-    """As :func:`_search_horizon`, for an optimizer that is not told a horizon: one run tells of all shorter ones."""
+    """As :func:`search_horizon`, for an optimizer that is not told a horizon: one run tells of all shorter ones."""
     steps = plan.tasks[task].steps
     for multiple in (1, round(HORIZONS[-1])):
         needed = job(plan, task, label, None, seed, multiple * steps)
@@ -458,7 +471,7 @@ def _outcome(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> Outcom
     adam_final = adam_long.until(info.steps, info.ceiling).final_train
     factor, capped = speed_up(adam_long, curve)
     opponents = [other for mine, other in plan.horizon if mine == label]
-    reached = {other: _search_horizon(plan, runs, task, label, other, seed) for other in opponents}
+    reached = {other: search_horizon(plan, runs, task, label, other, seed) for other in opponents}
     horizon = {other: found for other, found in reached.items() if not isinstance(found, Job)}
     grid = plan.optimizers[label].grid
     at_edge = grid is not None and len(grid) > 1 and lr in (min(grid), max(grid))
