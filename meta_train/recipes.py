@@ -207,6 +207,9 @@ def shipped() -> Recipe:
 def finetune(*families: str) -> Recipe:
     """From the shipped theta to one kind of task, in few outer steps.
 
+    Many particles of one small network cost little more than a few, and perturbations three times as large as
+    ``shipped``'s stand out from what chance makes of a run (docs/experiments.md, 45).
+
     Args:
         families: names of the task families; all equally often.
     """
@@ -214,9 +217,11 @@ def finetune(*families: str) -> Recipe:
         shipped(),
         start=SHIPPED_THETA,
         families=dict.fromkeys(families or ("mlp",), 1.0),
+        estimator=ES(particles=64, sigma=0.15),
         workers=max(4, len(families)),
-        outer_steps=30,
-        ema=0.8,
+        tasks_per_step=1,
+        outer_steps=40,
+        lr=0.02,
     )
 
 
