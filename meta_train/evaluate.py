@@ -148,7 +148,7 @@ def carry_out(
     steps: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Runs:
-    """Run all of a plan that is missing; arguments and errors as in :func:`evaluate`, ``steps`` as in the plan."""
+    """Run all of a plan that is missing; arguments as in :func:`evaluate`, ``data`` and ``steps`` as the plan has."""
     store = Store(out / "runs.jsonl")
     store.add_plan(plan)
     with pool(workers) as execute, reporter(say) as report:

@@ -10,21 +10,14 @@ intervals, and the mean logarithm of the ratio of final train losses with its st
 import argparse
 import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import bootstrap
 
 from meta_train.curves import iqm
 from meta_train.evaluate import REFERENCE, carry_out, final_curve, make_plan, search_horizon
-
-
-def interval(values: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
-    """95 % percentile bootstrap over seeds."""
-    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    low, high = np.percentile([statistic(x) for x in draws], [2.5, 97.5])
-    return float(low), float(high)
 
 
 def main() -> None:
@@ -37,6 +30,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error("--seeds must be 2 or more: one says nothing of their spread")
     data = os.environ.get("LEARNED_OPT_DATA")
     pair = args.rule, args.opponent
     named = [f"{label}=nfn:{label}" for label in pair]
@@ -48,8 +43,8 @@ def main() -> None:
     for seed, (end, speed_up) in enumerate(zip(ends, found, strict=True)):
         print(f"seed {seed}: {math.exp(end[0]):.4g}, {args.opponent} {math.exp(end[1]):.4g}, horizon {speed_up:.2f}")
     for name, statistic in (("median", np.median), ("interquartile mean", iqm)):
-        low, high = interval(found, statistic)
-        print(f"{name} of horizon speed-ups {statistic(found):.2f} [{low:.2f}, {high:.2f}]")
+        drawn = bootstrap([found], statistic, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+        print(f"{name} of horizon speed-ups {statistic(found):.2f} [{drawn.low:.2f}, {drawn.high:.2f}]")
     ratios = ends[:, 0] - ends[:, 1]
     print(f"log loss over {args.opponent}'s {ratios.mean():+.3f} +- {ratios.std(ddof=1) / len(ratios) ** 0.5:.3f}")
 
