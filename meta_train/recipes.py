@@ -207,8 +207,8 @@ def shipped() -> Recipe:
 def finetune(*families: str) -> Recipe:
     """From the shipped theta to one kind of task, in few outer steps.
 
-    Many particles of one small network cost little more than a few, and perturbations three times as large as
-    ``shipped``'s stand out from what chance makes of a run (docs/experiments.md, 45).
+    Many particles of one small network cost little more than a few, and say more of the gradient. The size of the
+    perturbations is that of regressions (docs/experiments.md, 45); residual MLPs wanted a third of it (46).
 
     Args:
         families: names of the task families; all equally often.
