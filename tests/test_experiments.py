@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from learned_opt.rules import nominal
+from learned_opt.rules import SHIPPED, nominal
+from learned_opt.rules.checkpoint import load_theta
 from learned_opt.rules.nominal import Nominal
 from learned_opt.rules.paced import Paced
+from meta_train.estimators import ES
+from meta_train.train import train
 from tasks.data import digits
 from tasks.mlp import classifier
 from tests.states import assert_same, every_model, make, noise_like
@@ -99,3 +102,15 @@ def test_constants_are_others_in_the_runs_of_their_experiment_alone(monkeypatch,
     assert capsys.readouterr().out == first
     change = sum(math.log(b / a) for a, b in zip(plain, other, strict=True)) / 2
     assert first.splitlines()[1].startswith(f"other | {change:+.3f} |")
+
+
+def test_the_recipe_trains_on_its_own_family_and_is_judged_on_networks_it_does_not_draw(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
+    script = importlib.import_module("residual_recipe")
+    short = {"horizon": (2, 2), "outer_steps": 1, "estimator": ES(particles=2, sigma=0.05)}
+    recipe = dataclasses.replace(script.recipe(), **short)
+    _, theta, _ = load_theta(train(recipe, tmp_path, families=script.families, validation=script.validation))
+    _, start, _ = load_theta(SHIPPED / "nfn.safetensors")
+    assert any((theta[n] != start[n]).any() for n in start)
+    drawn = {script.families["residual"](torch.Generator().manual_seed(s)).name for s in range(20)}
+    assert drawn == {"res-12", "res-16", "res-32"} and list(script.validation) == ["res-24"]

@@ -15,11 +15,11 @@ from tasks.residual import mlp_classifier
 from tasks.task import Task, choice
 
 
-def make(width: int, depth: int, region: tuple[int, int] = (1, 5)) -> Task:
-    """``depth`` residual blocks of this width; the classes are regions of photographs."""
+def make(width: int, depth: int, grid: tuple[int, int] = (1, 5)) -> Task:
+    """``depth`` residual blocks of this width; the classes are the regions of two photographs, each cut by ``grid``."""
     return mlp_classifier(
         f"res-{width}",
-        Noisy(photos(8, region), 0.2),
+        Noisy(photos(8, grid), 0.2),
         width=width,
         hidden=width,
         depth=depth,
@@ -34,7 +34,7 @@ def _sample(generator: Generator) -> Task:
 
 
 families = {"residual": _sample}
-validation = {"res-24": lambda: make(24, 2, (2, 5))}  # other photographs, another width
+validation = {"res-24": lambda: make(24, 2, (2, 5))}  # another width, twenty classes instead of ten
 
 
 def recipe() -> Recipe:
