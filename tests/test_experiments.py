@@ -34,7 +34,7 @@ def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
     "kind, lacks",
     [
         ("mlp", {"normalised", "gain", "embedding", "thin", "power"}),
-        ("cnn", {"vector", "embedding"}),
+        ("cnn", {"vector", "embedding", "column"}),
         ("transformer", {"vector", "first"}),
     ],
 )
@@ -52,7 +52,7 @@ def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatc
         return sum(float(u.norm()) for u in updates.values())
 
     told = {f.name: 0.5 * f.default or 0.4 for f in dataclasses.fields(script.Options) if f.type is float}
-    told |= {"decay": "square", "frame": 0.0, "whiten": 0.0, "iterations": 5.0, "thin": 5.0}
+    told |= {"decay": "square", "frame": 0.0, "whiten": 0.0, "column": 0.0, "iterations": 5.0, "thin": 5.0}
     as_it_is = norm()
     without = {name for name, value in told.items() if norm(**{name: value}) == pytest.approx(as_it_is, rel=1e-6)}
     assert without == {"momentum", "horizon", *lacks}  # the first two are of the run, not of the rule
@@ -89,7 +89,7 @@ def test_constants_are_others_in_the_runs_of_their_experiment_alone(monkeypatch,
     def run(constants):
         return script.losses("nominal", constants, task, 1.0)
 
-    plain, other = run(""), run("nominal.RATE=0.02,nominal.THIN=9")
+    plain, other = run(""), run("nominal.RATE=0.02,nominal.VECTOR=1")
     assert len(plain) == 2 and other != plain
     assert run("") == plain and nominal.RATE == 0.01
     with pytest.raises(AttributeError, match="RATES"):

@@ -286,31 +286,36 @@ def test_a_weight_that_is_not_trained_is_context_for_the_frame():
 
 
 # ----------------------------------------------------------------------------------- written out
-def written_out(w, g, m, v, step, roots, to_come):
-    """The direction of one tensor without frame, as the equations of nominal.py read: one matrix or one vector.
+def written_out(w, seen, seen_b, step, roots, to_come):
+    """The directions of one matrix and its bias without frame, as the equations of nominal.py read.
 
-    ``roots``: by axis, of those that are whitened. ``to_come``: the length of the run.
+    ``seen``: gradient, m and v before it, of the matrix; ``seen_b`` of the bias. ``roots``: by axis, of those that are
+    whitened. ``to_come``: the length of the run.
     """
-    m, v = 0.9 * m + 0.1 * g, (0.99 * v + 0.01 * g * g)
-    adam = (m / (1 - 0.9**step)) / (v / (1 - 0.99**step)).sqrt()
-    if w.ndim == 1:
-        return 2 * adam
+
+    def averages(g, m, v):
+        m, v = 0.9 * m + 0.1 * g, (0.99 * v + 0.01 * g * g) / (1 - 0.99**step)
+        return 0.9 * m + 0.1 * g, m / (1 - 0.9**step) / v.sqrt(), v
+
+    (x, adam, v), (y, adam_b, v_b) = averages(*seen), averages(*seen_b)
     size = w.square().mean().sqrt()
     small = min(1, max(0.1, float(size) * w.shape[1] ** 0.5 / 0.5))
     if min(w.shape) <= 4:
-        return small * adam
-    x = 0.9 * m + 0.1 * g
-    x = x if len(roots) == 2 else x / (v / (1 - 0.99**step)) ** 0.25
+        return small * adam, 2 * adam_b
+    if len(roots) < 2:
+        x, y = x / v**0.25, y / v_b**0.25
     left, right = (roots.get(i, torch.eye(n, dtype=x.dtype)) for i, n in enumerate(x.shape))
-    x = left @ x @ right
+    x = torch.cat([left @ x @ right, 3 * left @ y[:, None]], 1)
     u, s, vt = torch.linalg.svd(x / x.norm(), full_matrices=False)
     for _ in range(4):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    polar = (u * s) @ vt
+    polar, column = ((u * s) @ vt).split([w.shape[1], 1], 1)
     out = left @ polar @ right
-    out = small * 0.2 * (512 / x.shape[1]) ** 0.25 * max(x.shape) ** 0.5 * out * polar.norm() / out.norm()
-    shrink = 0.025 * min(4.0, (800 / to_come) ** 0.5) * (512 / x.shape[1]) ** 0.25
-    return out + shrink * w * out.square().mean().sqrt() / size
+    pace = small * 0.2 * (512 / w.shape[1]) ** 0.25 * max(w.shape) ** 0.5 * polar.norm() / out.norm()
+    heard = min(1.0, float(adam_b.square().mean().sqrt()) / 0.2)
+    shrink = 0.025 * min(4.0, (800 / to_come) ** 0.5) * (512 / w.shape[1]) ** 0.25
+    toward_zero = shrink * w * (pace * out).square().mean().sqrt() / size
+    return pace * out + toward_zero, 3 * heard * pace * (left @ column)[:, 0]
 
 
 @pytest.mark.parametrize("size", [0.03, 0.3, 1.0, 3.0])
@@ -327,11 +332,14 @@ def test_the_nominal_step_is_its_equations(total, rate, size):
     symmetry, params, grads, state = make("tanh")
     params = {n: size * p for n, p in params.items()}
     updates, _ = Nominal(frame=False)(params, grads, state, symmetry, total_steps=total)
-    for n, p in params.items():
-        hidden = {"2.weight": (0, 1), "4.weight": (1,)}.get(n, ())  # the network's outputs are not whitened
-        roots = {i: state[n][f"root{i}"] for i in hidden}
-        expected = -rate * written_out(p, grads[n], state[n]["m"], state[n]["v"], 4, roots, total or 504)
-        assert_same(updates[n], expected, rtol=1e-8, atol=1e-10)
+    seen = {n: (grads[n], state[n]["m"], state[n]["v"]) for n in params}
+    for layer in ("0", "2", "4"):
+        w, b = f"{layer}.weight", f"{layer}.bias"
+        hidden = {"2": (0, 1), "4": (1,)}.get(layer, ())  # the network's outputs are not whitened
+        roots = {i: state[w][f"root{i}"] for i in hidden}
+        expected = written_out(params[w], seen[w], seen[b], 4, roots, total or 504)
+        for name, direction in zip((w, b), expected, strict=True):
+            assert_same(updates[name], -rate * direction, rtol=1e-8, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------- schedule

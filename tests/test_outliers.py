@@ -86,7 +86,7 @@ def test_a_run_survives_a_wild_gradient():
         for rule, wild in ((Paced, 1.0), (Paced, 1e10), (Unmoderated, 1e10))
     }
     assert losses[Paced, 1e10] < 4 * losses[Paced, 1.0]
-    assert losses[Unmoderated, 1e10] > 100 * losses[Paced, 1.0]
+    assert losses[Unmoderated, 1e10] > 30 * losses[Paced, 1.0]
 
 
 def test_a_matrix_without_history_keeps_its_gradient():

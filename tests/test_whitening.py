@@ -184,6 +184,8 @@ def test_tensors_are_multiplied_by_the_roots_along_every_whitened_axis():
         "0.weight": roots["0.weight"]["root0"] @ seen[0]["0.weight"],
         "2.weight": roots["2.weight"]["root0"] @ seen[0]["2.weight"] @ roots["2.weight"]["root1"],
         "4.weight": seen[0]["4.weight"] @ roots["4.weight"]["root1"],
+        "0.bias": roots["0.weight"]["root0"] @ seen[0]["0.bias"],
+        "2.bias": roots["2.weight"]["root0"] @ seen[0]["2.bias"],
     }
     for name, x in out.items():
         torch.testing.assert_close(x, expected.get(name, seen[0][name]))
@@ -192,7 +194,7 @@ def test_tensors_are_multiplied_by_the_roots_along_every_whitened_axis():
         for stack, whole in zip(layout.stacks, white.whole, strict=True)
         for (n, _, _), w in zip(stack.members, torch.as_tensor(whole).expand(stack.shape[0], 1, 1), strict=True)
     }
-    assert [n for n, both in by_name.items() if both] == ["2.weight"]
+    assert {n for n, both in by_name.items() if both} == {"2.weight", "2.bias"}
 
 
 def test_a_step_turns_with_the_hidden_units():

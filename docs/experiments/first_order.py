@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from learned_opt import features
 from learned_opt.layout import Layout
-from learned_opt.rules.nominal import View, polar_directions, polar_size, pull, relative_fan_in
+from learned_opt.rules.biases import biases_of
+from learned_opt.rules.nominal import View, polar_directions, polar_size, pull, relative_fan_in, steps
 from learned_opt.rules.paced import Paced
 from learned_opt.rules.whitening import Whitening
 from meta_train.estimators import ES
@@ -70,14 +71,15 @@ class Corrected(Paced):
             v.nesterov + a["slow"] * features.root_mean_square(v.nesterov) * x[2]
             for v, x, a in zip(views, odd, told, strict=True)
         ]
-        polar = polar_directions(views, momenta, white)
+        polar, _ = polar_directions(biases_of(layout), views, momenta, white)
         shrink = pull(clock, total_steps)
-        return [_direction(*each, shrink) for each in zip(views, polar, odd, told, strict=True)]
+        plain = steps(layout, views, momenta, white, shrink)
+        return [_direction(*each, shrink) for each in zip(views, plain, polar, odd, told, strict=True)]
 
 
-def _direction(v: View, polar: Tensor, x: Tensor, a: dict[str, Tensor], shrink: Tensor) -> Tensor:
+def _direction(v: View, plain: Tensor, polar: Tensor, x: Tensor, a: dict[str, Tensor], shrink: Tensor) -> Tensor:
     if v.by_entry:
-        return torch.exp(a["vgain"]) * _mixed(v.entrywise(v.adam), a["vslow"] * x[2])
+        return torch.exp(a["vgain"]) * _mixed(plain, a["vslow"] * x[2])
     step = v.smallness * polar_size(polar) * polar
     shrink = shrink * relative_fan_in(polar) + 0.2 * a["shrink"]
     toward_zero = shrink * features.root_mean_square(step) * features.unit_rms(v.w)

@@ -17,18 +17,19 @@ from batched import PLAIN, SEEDS, compare, final_losses
 from torch import Tensor
 
 from learned_opt import features
+from learned_opt.rules.biases import SIZE, Biases, biases_of
 from learned_opt.rules.nominal import (
     FAN_IN,
     RATE,
     SHRINK,
     Nominal,
     View,
-    like_rms,
+    heard,
     of_length,
     polar_size,
     schedule,
+    whitened_polar,
 )
-from learned_opt.rules.polar import newton_schulz
 from meta_train.evaluate import suite_named
 from tasks.task import Task
 
@@ -47,7 +48,8 @@ class Options:
     slow: float = 0.0  # times the momentum of decay 0.99, added
     power: float = 0.5  # of the root of the second moment that the momentum is divided by; 1 is Adam
     iterations: float = 4
-    vector: float = 2.0  # of networks without normalisation
+    column: float = 1.0  # 0: biases move like other vectors
+    vector: float = 2.0  # those of networks without normalisation
     normalised: float = 2.0  # vectors of those with it
     gain: float = 2.0
     thin: float = 4.0  # matrices of at most so many rows or columns take one Adam direction
@@ -107,9 +109,12 @@ class Variant(Nominal):
         normalised = any(b.kind == "gain" for blocks in layout.symmetry.blocks.values() for b in blocks)
         whole = white.whole if white else (False,) * len(views)
         x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
-        polar = [newton_schulz(m, int(o.iterations)) for m in (white(x) if white else x)]
-        x = [like_rms(d, p) for d, p in zip(white(polar), polar, strict=True)] if white else polar
-        return [o.rate * self.direction(v, d, normalised) for v, d in zip(views, x, strict=True)]
+        biases = biases_of(layout) if o.column else Biases({}, {})
+        x, columns = whitened_polar(biases, x, [v.stack.kind == "matrix" for v in views], white, int(o.iterations))
+        found = [self.direction(v, d, normalised) for v, d in zip(views, x, strict=True)]
+        adam = biases.columns({j: views[j].adam for j in biases.stacks})
+        pace = {i: SIZE * polar_size(views[i].g) * views[i].smallness ** o.small * heard(adam[i]) for i in columns}
+        return [o.rate * d for d in biases.replaced(found, {i: pace[i] * x for i, x in columns.items()})]
 
     def momentum(self, v: View, whole: Tensor | bool) -> Tensor:
         """What the polar factor is taken of, before it is whitened."""

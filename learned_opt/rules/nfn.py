@@ -78,7 +78,7 @@ class NFN(Nominal):
         ]
         units, embedded = self.embedding(layout, even, layers, time_features(clock, total_steps))
         momenta = [self._momentum(*each) for each in zip(views, odd, embedded, strict=True)]
-        nominal = steps(views, momenta, white, pull(clock, total_steps))
+        nominal = steps(layout, views, momenta, white, pull(clock, total_steps))
         return [self._direction(*each, units) for each in zip(views, nominal, odd, even, embedded, strict=True)]
 
     def _direction(self, view: View, nominal: Tensor, x: Tensor, e: Tensor, layer: Tensor, units: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ momentum ``n = 0.9 m + 0.1 g`` and roots P of its hidden units' second moments (
     d = 0.2 (512 / C)^(1/4) sqrt(max(R, C)) P polar(P n P) P,    at the size of the polar factor,
 
 and ``0.025 (800 / T)^(1/2) (512 / C)^(1/4)`` times as much toward zero weights, over a horizon of T steps. The inputs
-and outputs of the network have no P; matrices that have them take ``n / v_hat^(1/4)`` for n. Exceptions: matrices of at
-most four rows or columns move along ``m_hat / sqrt(v_hat)``; weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``,
-take steps ``2 r sqrt(C)`` times as large; vectors, gains and embeddings twice ``m_hat / sqrt(v_hat)``. One rate for
-all, decaying.
+and outputs of the network have no P; matrices that have them take ``n / v_hat^(1/4)`` for n. A bias is one more column
+of its matrix (:mod:`learned_opt.rules.biases`). Exceptions: matrices of at most four rows or columns move along
+``m_hat / sqrt(v_hat)``; weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, take steps ``2 r sqrt(C)`` times as
+large; gains, embeddings and other vectors twice ``m_hat / sqrt(v_hat)``. One rate for all, decaying.
 A gradient more than four times as large as the last hundred were on average, as a matrix or vector in the frame,
 counts as four times as large: steps have one size whatever the gradient's, so one that is wild would be followed
 until the momentum has forgotten it (docs/experiments.md, 35).
@@ -18,7 +18,7 @@ whatever the width and the length of the run. A constant part of the step takes 
 too much in wide networks and long runs (39 and 40).
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of v between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen on VALID, the
-exceptions and the whitening on other tasks (docs/experiments.md, 18, 23, 26, 28 and 36).
+exceptions, the whitening and the biases on other tasks (docs/experiments.md, 18, 23, 26, 28, 36 and 47).
 All of it commutes with permutations and signs, and in the frame also with positive scale. The learned rule starts from
 this one and is judged by what it adds.
 """
@@ -34,12 +34,13 @@ from learned_opt.frame import potentials, scales
 from learned_opt.layout import Layout, Stack, layout_of
 from learned_opt.rules import whitening
 from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.rules.biases import NOISE, SIZE, THIN, Biases, biases_of
 from learned_opt.rules.polar import newton_schulz
-from learned_opt.rules.whitening import THIN, Whitening
+from learned_opt.rules.whitening import Whitening
 from learned_opt.symmetry import Symmetry
 
 RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
-VECTOR = 2.0  # times the Adam direction of vectors, gains and embeddings
+VECTOR = 2.0  # times the Adam direction of gains, embeddings and vectors that are no matrix's bias
 USUAL = 0.5  # RMS times root fan-in of weights below which they are small
 SMALLEST = 0.1  # relative to usual ones: smaller ones (zeros) count as that
 OUTLIER = 4.0  # times the RMS of those before it: what a gradient counts at most
@@ -163,9 +164,14 @@ class View:
         root = features.quarter_power(self.v, self.step)
         return momentum * (root if whole is False else torch.where(whole, 1, root))
 
+    @property
+    def pace(self) -> Tensor:
+        """What a direction of the polar factor's size is multiplied by: ``[N, 1, 1]``."""
+        return self.smallness * polar_size(self.g)
+
     def along(self, direction: Tensor, shrink: Tensor) -> Tensor:
         """A matrix's step along a direction of its polar factor's size, and a little toward zero: ``[N, R, C]``."""
-        step = self.smallness * polar_size(direction) * direction
+        step = self.pace * direction
         to_size = features.root_mean_square(step) * features.rsqrt(self._mean_square)
         return torch.addcmul(step, self.w, shrink * relative_fan_in(direction) * to_size)
 
@@ -214,9 +220,10 @@ def hush(views: list[View]) -> None:
             view.like_gradients = {k: g * heard for k, g in view.like_gradients.items()}
 
 
-def like_rms(x: Tensor, other: Tensor) -> Tensor:
-    """``x`` at the RMS of another matrix: ``[N, R, C]``."""
-    return x * (features.root_mean_square(other) * features.rsqrt(features.mean_square(x)))
+def to_rms(x: Tensor, other: Tensor) -> Tensor:
+    """What ``x`` is to be multiplied by, so that its RMS is another matrix's; 1 where that is zero: ``[N, 1, 1]``."""
+    size = features.root_mean_square(other)
+    return torch.where(size > 0, size * features.rsqrt(features.mean_square(x)), 1)
 
 
 def polar_size(x: Tensor) -> float:
@@ -338,32 +345,74 @@ class Nominal(UpdateRule):
         total_steps: float | Tensor | None,
     ) -> list[Tensor]:
         """What to subtract at unit rate, per stack, in the frame: ``[N, R, C]``."""
-        momenta = [v.m if v.by_entry else v.nesterov for v in views]
-        return steps(views, momenta, white, pull(clock, total_steps))
+        momenta = [v.nesterov if v.stack.kind in ("matrix", "vector") else v.m for v in views]
+        return steps(layout, views, momenta, white, pull(clock, total_steps))
 
 
-def steps(views: list[View], momenta: list[Tensor], white: Whitening | None, shrink: Tensor) -> list[Tensor]:
-    """The nominal steps, ``[N, R, C]`` per stack: of matrices along a momentum, of all else along Adam's direction.
+def steps(
+    layout: Layout, views: list[View], momenta: list[Tensor], white: Whitening | None, shrink: Tensor
+) -> list[Tensor]:
+    """The nominal steps, ``[N, R, C]`` per stack: of matrices and biases along a momentum, of all else along Adam's.
 
     Args:
+        layout: of the tensors.
         views: of all stacks.
-        momenta: of all stacks; those that are no matrices are not looked at.
+        momenta: of all stacks; looked at are those of matrices that are not thin and of vectors.
         white: in whose units matrices step; None: in those of the frame.
         shrink: the part of their steps that goes toward zero, as :func:`pull` has it (0-d).
     """
-    directions = polar_directions(views, momenta, white)
-    return [v.entrywise(v.adam) if v.by_entry else v.along(d, shrink) for v, d in zip(views, directions, strict=True)]
+    biases = biases_of(layout)
+    directions, columns = polar_directions(biases, views, momenta, white)
+    adam = biases.columns({j: views[j].adam for j in biases.stacks})
+    columns = {i: SIZE * views[i].pace * heard(adam[i]) * x for i, x in columns.items()}
+    found = [v.entrywise(v.adam) if v.by_entry else v.along(d, shrink) for v, d in zip(views, directions, strict=True)]
+    return biases.replaced(found, columns)
 
 
-def polar_directions(views: list[View], momenta: list[Tensor], white: Whitening | None) -> list[Tensor]:
-    """``P polar(P n P) P`` of the preconditioned momentum of every matrix, at the size of the polar factor."""
+def heard(adam: Tensor) -> Tensor:
+    """How much of their steps biases with this Adam direction make, ``[N, 1, 1]``: all, unless gradients alternate."""
+    return (features.root_mean_square(adam) / NOISE).clamp(max=1.0)
+
+
+def polar_directions(
+    biases: Biases, views: list[View], momenta: list[Tensor], white: Whitening | None
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """:func:`whitened_polar` of the preconditioned momenta of matrices and their biases."""
     whole = white.whole if white else (False,) * len(views)
-    x = [m if v.by_entry else v.preconditioned(m, w) for v, m, w in zip(views, momenta, whole, strict=True)]
+    x = [
+        v.preconditioned(m, w) if not v.by_entry or i in biases.stacks else m
+        for i, (v, m, w) in enumerate(zip(views, momenta, whole, strict=True))
+    ]
+    return whitened_polar(biases, x, [not v.by_entry for v in views], white)
+
+
+def whitened_polar(
+    biases: Biases, x: list[Tensor], wide: list[bool], white: Whitening | None, iterations: int = NEWTON_SCHULZ
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """``P polar(P n P) P`` of matrices and their biases, at the size of the polar factor.
+
+    Args:
+        biases: of the matrices, whose last columns they are.
+        x: ``[N, R, C]`` per stack.
+        wide: of which stacks; the others stay as they are.
+        white: what has P; None: no P.
+        iterations: of Newton and Schulz.
+
+    Returns:
+        ``[N, R, C]`` per stack, and of stacks with biases ``[N, R, 1]``.
+    """
     x = white(x) if white else x
-    polar = [m if v.by_entry else newton_schulz(m, NEWTON_SCHULZ) for v, m in zip(views, x, strict=True)]
+    columns = biases.columns(dict(enumerate(x)))
+    joined = [torch.cat([m, SIZE * columns[i]], -1) if i in columns else m for i, m in enumerate(x)]
+    polar = [newton_schulz(m, iterations) if w else m for m, w in zip(joined, wide, strict=True)]
+    columns = {i: polar[i][..., -1:] for i in columns}
+    polar = [p[..., :-1] if i in columns else p for i, p in enumerate(polar)]
     if white is None:
-        return polar
-    return [p if v.by_entry else like_rms(d, p) for v, d, p in zip(views, white(polar), polar, strict=True)]
+        return polar, columns
+    x = white(biases.replaced(polar, columns))
+    columns = biases.columns(dict(enumerate(x)))
+    sizes = {i: to_rms(x[i], p) for i, p in enumerate(polar) if wide[i]}
+    return [d * sizes[i] if i in sizes else d for i, d in enumerate(x)], {i: c * sizes[i] for i, c in columns.items()}
 
 
 def _slots(layout: Layout, state: State, key: str) -> list[Tensor]:

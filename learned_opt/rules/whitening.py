@@ -9,11 +9,13 @@ unfolded along the axis to ``[d, the rest]``,
 as in Shampoo (Gupta et al. 2018, arXiv:1802.09568), half of whose power -1/4 is taken before and half after the polar
 factor: a matrix moves along ``P polar(P n P) P``, the steepest descent for the spectral norm of whitened weights. The
 roots are functions of matrices, so they commute with permutations and signs of the units, and in the frame they do not
-see positive scales. Axes that no label permutes are left alone, above all the network's inputs: their covariance is
-that of the data, and to whiten it cost an MLP on photographs more than whitening its hidden units gained. Where
-classification ends near zero loss, whitening hidden units neither gains nor costs (docs/experiments.md, 36 and 43).
+see positive scales. A matrix's bias steps in the units of its outputs too. Axes that no label permutes are left alone,
+above all the network's inputs: their covariance is that of the data, and to whiten it cost an MLP on photographs more
+than whitening its hidden units gained. Where classification ends near zero loss, whitening hidden units neither gains
+nor costs (docs/experiments.md, 36 and 43).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Block, leaves_of
+from learned_opt.axes import leaves_of
 from learned_opt.layout import Layout, concatenated
 from learned_opt.rules.base import State
+from learned_opt.rules.biases import is_wide, weights_of
 
 AVERAGE = 0.98  # decay rate of the second moments
 FLOOR = 1e-4  # added to second moments of mean 1
 POWER = -0.125
 EVERY, AT_FIRST = 10, 3  # steps between new roots, after the first ones
 LARGEST = 1024  # units up to which an axis is whitened, lest its eigenvalues take most of the time
-THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 
 
 def axes_with_slots(shape: tuple[int, ...]) -> list[int]:
@@ -59,6 +61,7 @@ class _Side:
     parts: tuple[tuple[int, int], ...]  # (pack of the layout, axis of its tensors)
     counts: tuple[int, ...]  # tensors of each
     slots: tuple[tuple[str, int], ...]  # (tensor, axis): those of the first part, of the second, ...
+    biases: tuple[tuple[int, Tensor], ...]  # packs of biases, and where their matrices' axes are; past the end: none
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +91,12 @@ class Whitening:
         self._roots: dict[tuple[int, int], Tensor] = {}  # [M, d, d] by pack and axis
         tensors = dict(zip(self._plan.axes, layout.packed(g, self._plan.axes), strict=True))
         for side in self._plan.sides:
-            self._renew(side, [_gram(tensors[pack], axis) for pack, axis in side.parts])
+            roots = self._renew(side, [_gram(tensors[pack], axis) for pack, axis in side.parts])
+            self._roots |= zip(side.parts, roots.split(side.counts), strict=True)
+            self._lend(side, roots)
 
-    def _renew(self, side: _Side, grams: list[Tensor]) -> None:
-        """One side's moments and roots, of ``G G^T / n`` [M, d, d] of every part."""
+    def _renew(self, side: _Side, grams: list[Tensor]) -> Tensor:
+        """One side's moments and roots, of ``G G^T / n`` [M, d, d] of every part; the roots of all."""
         slots = [self.state[n] for n, _ in side.slots]
         step = torch.stack([s["step"] for s in slots])
         due = (step <= AT_FIRST) | (step % EVERY == 0)
@@ -101,14 +106,23 @@ class Whitening:
         root = inverse_root(moment, old[1], due | missing)
         for (n, i), a, p in zip(side.slots, moment.unbind(), root.unbind(), strict=True):
             self.state[n] = self.state[n] | {f"moment{i}": a, f"root{i}": p}
-        self._roots |= zip(side.parts, root.split(side.counts), strict=True)
+        return root
+
+    def _lend(self, side: _Side, roots: Tensor) -> None:
+        """Biases step in the units of their matrices' outputs."""
+        for pack, index in side.biases:
+            known = torch.cat([roots, torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)[None]])
+            self._roots[pack, 0] = known.index_select(0, index)
 
     def __call__(self, stacks: list[Tensor]) -> list[Tensor]:
-        """``P x P`` of matrices ``[N, R, C]`` per stack; of tensors with more axes, along each that is whitened."""
-        packs = dict(zip(self._plan.axes, self._layout.packed(stacks, self._plan.axes), strict=True))
-        for pack, axes in self._plan.axes.items():
-            for i in axes:
-                packs[pack] = _along(packs[pack], i, self._roots[pack, i])
+        """``P x P`` of matrices ``[N, R, C]`` per stack; of tensors with more axes, along each that is whitened.
+
+        ``P x`` of their biases.
+        """
+        own = list(dict.fromkeys(pack for pack, _ in self._roots))
+        packs = dict(zip(own, self._layout.packed(stacks, own), strict=True))
+        for (pack, i), root in self._roots.items():
+            packs[pack] = _along(packs[pack], i, root)
         return self._layout.replaced(stacks, packs)
 
 
@@ -203,44 +217,52 @@ def _gram(x: Tensor, axis: int) -> Tensor:
 
 def _along(x: Tensor, axis: int, root: Tensor) -> Tensor:
     """``[M, ...]`` multiplied by symmetric ``[M, d, d]`` along an axis."""
-    if axis == x.ndim - 2:
+    if 0 < axis == x.ndim - 2:
         return torch.bmm(x.flatten(1, -2), root).reshape(x.shape)
     moved = x.movedim(axis + 1, 1)
-    return torch.bmm(root, moved.flatten(2)).reshape(moved.shape).movedim(1, axis + 1)
+    return torch.bmm(root, moved.reshape(*moved.shape[:2], -1)).reshape(moved.shape).movedim(1, axis + 1)
 
 
 @lru_cache(maxsize=256)
 def _plan(layout: Layout) -> _Plan:
     axes: dict[int, tuple[int, ...]] = {}
     sides: dict[int, list[tuple[int, int]]] = {}
-    both = set()
+    both: set[str] = set()
     for at, pack in enumerate(layout.packs):
         spec = layout.symmetry.specs[pack.names[0]]
         hidden = [any(leaf.label is not None for leaf in leaves_of(axis)) for axis in spec.axes]
-        own = tuple(i for i in axes_with_slots(spec.shape) if hidden[i]) if all(map(_is_wide, pack.blocks)) else ()
+        own = tuple(i for i in axes_with_slots(spec.shape) if hidden[i]) if all(map(is_wide, pack.blocks)) else ()
         if own:
             axes[at] = own
         for i in own:
             sides.setdefault(spec.shape[i], []).append((at, i))
         if {"out", "in"} <= {spec.roles[i] for i in own}:
-            both.add(at)
+            both |= set(pack.names)
+    both |= {bias for bias, weight in weights_of(layout).items() if weight in both}
     return _Plan(axes, tuple(_side(layout, parts) for parts in sides.values()), _whole(layout, both))
 
 
 def _side(layout: Layout, parts: list[tuple[int, int]]) -> _Side:
     slots = tuple((n, axis) for pack, axis in parts for n in layout.packs[pack].names)
-    return _Side(tuple(parts), tuple(len(layout.packs[pack].names) for pack, _ in parts), slots)
+    counts = tuple(len(layout.packs[pack].names) for pack, _ in parts)
+    return _Side(tuple(parts), counts, slots, tuple(_borrowers(layout, slots)))
 
 
-def _whole(layout: Layout, both: set[int]) -> tuple[Tensor | bool, ...]:
-    """Of every stack, which matrices belong to these packs: all or none, or bool ``[N, 1, 1]``."""
+def _borrowers(layout: Layout, slots: tuple[tuple[str, int], ...]) -> Iterator[tuple[int, Tensor]]:
+    """Packs of biases, and which of the slots is the output of their matrices."""
+    written = {n: at for at, (n, axis) in enumerate(slots) if layout.symmetry.specs[n].roles[axis] == "out"}
+    weights = weights_of(layout)
+    for at, pack in enumerate(layout.packs):
+        index = [written.get(weights.get(n, ""), len(slots)) for n in pack.names]
+        if min(index) < len(slots):
+            yield at, torch.tensor(index, device=layout.stacks[0].fixed.device)
+
+
+def _whole(layout: Layout, both: set[str]) -> tuple[Tensor | bool, ...]:
+    """Of every stack, which matrices belong to these tensors: all or none, or bool ``[N, 1, 1]``."""
     found: list[Tensor | bool] = []
     for stack in layout.stacks:
-        of_run = [pack in both for pack, _ in stack.runs]
-        of_each = torch.tensor(of_run).repeat_interleave(torch.tensor(stack.lengths))
-        found.append(all(of_run) if all(of_run) == any(of_run) else of_each.to(stack.fixed.device)[:, None, None])
+        each = [n in both for n, _, batch in stack.members for _ in range(batch)]
+        some = torch.tensor(each, device=stack.fixed.device)[:, None, None]
+        found.append(all(each) if all(each) == any(each) else some)
     return tuple(found)
-
-
-def _is_wide(block: Block) -> bool:
-    return block.kind == "matrix" and min(block.shape[1:]) > THIN
