@@ -1,7 +1,7 @@
 """A rule with other constants, several seeds of a task in one batch.
 
     python docs/experiments/constants.py paced.LONGER=0.05 nominal.SMALLEST=0.2,paced.AFTER=1 ...
-    python docs/experiments/constants.py --suite regressions:SUITE --rule nominal nominal.THIN=0
+    python docs/experiments/constants.py --suite regressions:SUITE --rule nominal nominal.SIZE=2
 
 Each argument is a variant: constants of ``learned_opt.rules``' modules, by module and name, joined by commas. What it
 prints: ``batched.compare``.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.axes import Block
-from learned_opt.layout import Layout
+from learned_opt.layout import Layout, Stack
 from learned_opt.symmetry import Symmetry
 
 THIN = 4  # rows or columns up to which a matrix takes the Adam direction
@@ -29,8 +29,8 @@ SIZE = 3.0  # s
 NOISE = 0.2  # RMS of Adam's direction below which steps are shorter
 
 
-def is_wide(block: Block) -> bool:
-    """Whether it is a matrix that is not thin."""
+def is_wide(block: Block | Stack) -> bool:
+    """Whether it is a matrix, or matrices, that are not thin."""
     return block.kind == "matrix" and min(block.shape[1:]) > THIN
 
 
@@ -64,25 +64,27 @@ class Biases:
     """Where the biases of a layout's matrices are.
 
     Attributes:
-        stacks: those of vectors that have them.
+        places: of a stack of matrices, that of its biases, and where in it; past the end: none.
+        back: of a stack of vectors, those of its matrices, and where in itself and all of these a vector comes from.
     """
 
-    _places: dict[int, tuple[int, Tensor]]  # of a stack of matrices: that of its biases, and where; past the end: none
-    _back: dict[int, tuple[tuple[int, ...], Tensor]]  # of a stack of vectors: its matrices', and where in all of these
+    places: dict[int, tuple[int, Tensor]]
+    back: dict[int, tuple[tuple[int, ...], Tensor]]
 
     @property
     def stacks(self) -> tuple[int, ...]:
-        return tuple(self._back)
+        """Those of vectors that have biases."""
+        return tuple(self.back)
 
     def columns(self, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """From stacks of vectors ``[N, R, 1]`` to those of matrices: their biases, zero for one that has none."""
-        ends = {j: torch.cat([vectors[j], torch.zeros_like(vectors[j][:1])]) for j in self._back}
-        return {i: ends[j].index_select(0, index) for i, (j, index) in self._places.items()}
+        ends = {j: torch.cat([vectors[j], torch.zeros_like(vectors[j][:1])]) for j in self.back}
+        return {i: ends[j].index_select(0, index) for i, (j, index) in self.places.items()}
 
     def replaced(self, stacks: Sequence[Tensor], columns: Mapping[int, Tensor]) -> list[Tensor]:
         """The stacks, with the columns ``[N, R, 1]`` of matrices in the places of their biases."""
         new = list(stacks)
-        for j, (own, index) in self._back.items():
+        for j, (own, index) in self.back.items():
             new[j] = torch.cat([stacks[j], *(columns[i] for i in own)]).index_select(0, index)
         return new
 

@@ -34,7 +34,7 @@ from learned_opt.frame import potentials, scales
 from learned_opt.layout import Layout, Stack, layout_of
 from learned_opt.rules import whitening
 from learned_opt.rules.base import State, UpdateRule, Weights
-from learned_opt.rules.biases import NOISE, SIZE, THIN, Biases, biases_of
+from learned_opt.rules.biases import NOISE, SIZE, Biases, biases_of, is_wide
 from learned_opt.rules.polar import newton_schulz
 from learned_opt.rules.whitening import Whitening
 from learned_opt.symmetry import Symmetry
@@ -141,7 +141,7 @@ class View:
     @property
     def by_entry(self) -> bool:
         """Whether it moves along the Adam direction, as all do but matrices that are not thin."""
-        return self.stack.kind != "matrix" or min(self.g.shape[-2:]) <= THIN
+        return not is_wide(self.stack)
 
     @property
     def smallness(self) -> Tensor:

@@ -61,7 +61,7 @@ class _Side:
     parts: tuple[tuple[int, int], ...]  # (pack of the layout, axis of its tensors)
     counts: tuple[int, ...]  # tensors of each
     slots: tuple[tuple[str, int], ...]  # (tensor, axis): those of the first part, of the second, ...
-    biases: tuple[tuple[int, Tensor], ...]  # packs of biases, and where their matrices' axes are; past the end: none
+    biases: tuple[tuple[int, Tensor], ...]  # packs of biases, and where their matrices' axes are
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +111,12 @@ class Whitening:
     def _lend(self, side: _Side, roots: Tensor) -> None:
         """Biases step in the units of their matrices' outputs."""
         for pack, index in side.biases:
-            known = torch.cat([roots, torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)[None]])
-            self._roots[pack, 0] = known.index_select(0, index)
+            self._roots[pack, 0] = roots.index_select(0, index)
 
     def __call__(self, stacks: list[Tensor]) -> list[Tensor]:
         """``P x P`` of matrices ``[N, R, C]`` per stack; of tensors with more axes, along each that is whitened.
 
-        ``P x`` of their biases.
+        ``P x`` of their biases. Other vectors in a pack with these come back as good as any: nobody looks at them.
         """
         own = list(dict.fromkeys(pack for pack, _ in self._roots))
         packs = dict(zip(own, self._layout.packed(stacks, own), strict=True))
@@ -253,9 +252,9 @@ def _borrowers(layout: Layout, slots: tuple[tuple[str, int], ...]) -> Iterator[t
     written = {n: at for at, (n, axis) in enumerate(slots) if layout.symmetry.specs[n].roles[axis] == "out"}
     weights = weights_of(layout)
     for at, pack in enumerate(layout.packs):
-        index = [written.get(weights.get(n, ""), len(slots)) for n in pack.names]
-        if min(index) < len(slots):
-            yield at, torch.tensor(index, device=layout.stacks[0].fixed.device)
+        found = [written.get(weights.get(n, "")) for n in pack.names]
+        if any(i is not None for i in found):
+            yield at, torch.tensor([i or 0 for i in found], device=layout.stacks[0].fixed.device)
 
 
 def _whole(layout: Layout, both: set[str]) -> tuple[Tensor | bool, ...]:
