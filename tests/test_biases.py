@@ -117,17 +117,16 @@ def test_a_bias_moves_as_the_last_column_of_its_matrix(whiten, alternating):
     rule = Nominal()
     rule.whiten = whiten
     state = rule.init(params)
-    first = noise_like(params, 0)
     for t in range(30):
         grads = noise_like(params, t)
         if alternating:
-            grads = {n: g + 20 * (-1) ** t * first[n] if n == "2.bias" else g for n, g in grads.items()}
+            grads = {n: g + 20 * (-1) ** t if n == "2.bias" else g for n, g in grads.items()}
         updates, state = rule(params, grads, state, symmetry, total_steps=50)
     expected = reference(rule, params, grads, state, 50)
     for name, update in expected.items():
         torch.testing.assert_close(updates[name], update, rtol=1e-6, atol=1e-10)
-    adam = state["2.bias"]["m"].norm() / (1 - 0.9**30) / (state["2.bias"]["v"] / (1 - 0.99**30)).sum().sqrt()
-    assert (adam < 0.5 * NOISE) == alternating  # so that both cases of the shortening are tested
+    adam = state["2.bias"]["m"] / (1 - 0.9**30) / (state["2.bias"]["v"] / (1 - 0.99**30)).sqrt()
+    assert (adam.square().mean().sqrt() < 0.5 * NOISE) == alternating  # so that both cases of the shortening are tested
 
 
 def test_a_bias_that_moves_alone_takes_twice_adams_direction():

@@ -48,14 +48,12 @@ def _bias_name(weight: str) -> str:
 
 
 def _are_one(symmetry: Symmetry, weight: str, bias: str) -> bool:
-    """Whether a bias has the axis that its matrix writes, cut into the same blocks, all of them wide."""
-    spec, blocks = symmetry.specs[weight], (symmetry.blocks[weight], symmetry.blocks[bias])
-    written = [axis for axis, role in zip(spec.axes, spec.roles, strict=True) if role == "out"]
+    """Whether a bias is cut into the same rows as its matrix, written by the same units, all of its blocks wide."""
+    matrices, vectors = symmetry.blocks[weight], symmetry.blocks[bias]
     return (
-        written == list(symmetry.specs[bias].axes)
-        and all(is_wide(w) for w in blocks[0])
-        and all(b.kind == "vector" for b in blocks[1])
-        and [(b.batch, b.rows) for b in blocks[0]] == [(b.batch, b.rows) for b in blocks[1]]
+        all(is_wide(block) for block in matrices)
+        and all(block.kind == "vector" for block in vectors)
+        and [(block.batch, block.rows) for block in matrices] == [(block.batch, block.rows) for block in vectors]
     )
 
 
