@@ -72,6 +72,12 @@ def root_mean_square(x: Tensor) -> Tensor:
     return root(mean_square(x))
 
 
+def to_rms(x: Tensor, other: Tensor) -> Tensor:
+    """What ``x`` is to be multiplied by, so that its RMS is another matrix's; 1 where that is zero: ``[N, 1, 1]``."""
+    size = root_mean_square(other)
+    return torch.where(size > 0, size * rsqrt(mean_square(x)), 1)
+
+
 def root(x: Tensor) -> Tensor:
     """``sqrt(x)`` with zero (not infinite) derivative at zero."""
     positive = x > 0

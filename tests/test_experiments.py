@@ -34,8 +34,8 @@ def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
     "kind, lacks",
     [
         ("mlp", {"normalised", "gain", "embedding", "thin", "power"}),
-        ("cnn", {"vector", "embedding", "column"}),
-        ("transformer", {"vector", "first"}),
+        ("cnn", {"vector", "embedding", "column", "early"}),
+        ("transformer", {"vector", "first", "early"}),
     ],
 )
 def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatch):
@@ -52,7 +52,15 @@ def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatc
         return sum(float(u.norm()) for u in updates.values())
 
     told = {f.name: 0.5 * f.default or 0.4 for f in dataclasses.fields(script.Options) if f.type is float}
-    told |= {"decay": "square", "frame": 0.0, "whiten": 0.0, "column": 0.0, "iterations": 5.0, "thin": 5.0}
+    told |= {
+        "decay": "square",
+        "frame": 0.0,
+        "whiten": 0.0,
+        "column": 0.0,
+        "early": 0.0,
+        "iterations": 5.0,
+        "thin": 5.0,
+    }
     as_it_is = norm()
     without = {name for name, value in told.items() if norm(**{name: value}) == pytest.approx(as_it_is, rel=1e-6)}
     assert without == {"momentum", "horizon", *lacks}  # the first two are of the run, not of the rule

@@ -12,8 +12,18 @@ from torch.func import vmap
 from learned_opt import infer_symmetry
 from learned_opt.layout import layout_of
 from learned_opt.rules import whitening
-from learned_opt.rules.nominal import Nominal
-from learned_opt.rules.whitening import AT_FIRST, AVERAGE, EVERY, FLOOR, LARGEST, POWER, Whitening, inverse_root
+from learned_opt.rules.nominal import Nominal, youth
+from learned_opt.rules.whitening import (
+    AT_FIRST,
+    AVERAGE,
+    EARLY_POWER,
+    EVERY,
+    FLOOR,
+    LARGEST,
+    POWER,
+    Whitening,
+    inverse_root,
+)
 from learned_opt.symmetry import independent
 from tasks.conv import cnn
 from tasks.mlp import mlp
@@ -35,11 +45,12 @@ def moments(count, size, seed=0, rank=None):
 )
 def test_the_root_is_of_the_moment_in_units_of_its_mean(size, seed, scale, deficient):
     a = moments(1, size, seed, rank=1 if deficient else None)
-    root = inverse_root(scale * a, torch.zeros_like(a), YES)
+    root, early = (inverse_root(scale * a, torch.zeros_like(a), YES, power) for power in (POWER, EARLY_POWER))
     relative = a / a.diagonal(dim1=-2, dim2=-1).mean() + FLOOR * torch.eye(size, dtype=torch.float64)
     back = torch.linalg.matrix_power(torch.linalg.inv(root), 8)
-    assert POWER == -1 / 8
+    assert (POWER, EARLY_POWER) == (-1 / 8, -3 / 4)
     torch.testing.assert_close(back, relative, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(early, torch.linalg.matrix_power(root, 6), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("which", [[True, False, True], [False, False, False], [True, True, True]])
@@ -129,7 +140,7 @@ def test_slots_follow_from_the_shape_alone():
     assert whitening.fresh(torch.zeros(3, 3, dtype=torch.bfloat16))["root0"].dtype == torch.float32
 
 
-def whitened(model, steps=1, seed=0):
+def whitened(model, steps=1, seed=0, youth=1.0):
     """Layout, gradients of every step by name, and the last whitening; no frame."""
     params = {n: p.detach().double() for n, p in model.named_parameters()}
     layout = layout_of(infer(model), tuple(params), torch.device("cpu"))
@@ -137,7 +148,7 @@ def whitened(model, steps=1, seed=0):
     for _ in range(steps):
         seen.append({n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in params.items()})
         state = {n: {**s, "step": s["step"] + 1} for n, s in state.items()}
-        white = Whitening(layout, layout.gather(seen[-1]), state)
+        white = Whitening(layout, layout.gather(seen[-1]), state, torch.tensor(youth))
         state = white.state
     return layout, seen, white
 
@@ -218,7 +229,7 @@ def test_a_step_turns_with_the_hidden_units():
     assert (other["w"] - left @ step["w"] @ right).norm() > 1e-3 * step["w"].norm()
 
 
-def test_thin_matrices_embeddings_and_vectors_are_not_whitened():
+def test_embeddings_and_vectors_are_not_whitened():
     model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
     params = {n: p.detach() for n, p in model.named_parameters()}
     state = Nominal().init(params)
@@ -227,4 +238,59 @@ def test_thin_matrices_embeddings_and_vectors_are_not_whitened():
     grads = {n: p.grad for n, p in model.named_parameters()}
     _, state = Nominal()(params, grads, state, infer_symmetry(model, x))
     moved = {n for n, s in state.items() if any(x.any() for k, x in s.items() if k[:6] == "moment")}
-    assert moved == {"1.weight"}
+    assert moved == {"1.weight", "3.weight"}
+
+
+# ------------------------------------------------------------------------------- thin matrices, in youth
+@pytest.mark.parametrize("youth", [1.0, 0.25, 0.0])
+def test_thin_matrices_turn_from_whitened_momenta_to_adams_direction(youth):
+    layout, seen, white = whitened(mlp([3, 6, 6, 2], "tanh"), steps=2, youth=youth)
+    momenta, adam = (layout.gather(x) for x in seen)
+    turned = layout.scatter(list(white.turned(momenta, dict(enumerate(adam))).values()))
+    size = lambda x: x.square().mean().sqrt()  # noqa: E731
+    for name, x in turned.items():
+        n, old = (x[name] for x in seen)
+        if name in ("0.weight", "4.weight"):
+            axis = "01"[name == "4.weight"]
+            a = white.state[name][f"moment{axis}"]
+            values, basis = torch.linalg.eigh(a / a.diagonal().mean() + FLOOR * torch.eye(6, dtype=a.dtype))
+            root = (basis * values**EARLY_POWER) @ basis.T
+            n = root @ n if axis == "0" else n @ root
+            mixed = (1 - youth) * old + youth * n * size(old) / size(n)
+            old = mixed * size(old) / size(mixed)
+        torch.testing.assert_close(x, old)
+
+
+def test_roots_of_thin_matrices_are_computed_in_youth_alone():
+    model = mlp([3, 6, 6, 2], "tanh")
+    for share, rooted in ((0.01, True), (0.0, False)):
+        state = whitened(model, youth=share)[2].state
+        assert state["2.weight"]["root0"].any()
+        assert bool(state["0.weight"]["root0"].any()) == bool(state["4.weight"]["root1"].any()) == rooted
+
+
+def test_youth_is_an_eighth_of_the_run_and_fades_in_another():
+    at = lambda total, *steps: [float(youth(torch.tensor(float(t)), total)) for t in steps]  # noqa: E731
+    assert at(240, 1, 30, 45, 60, 240) == [1, 1, 0.5, 0, 0]
+    assert at(None, 50, 75, 100) == at(10_000, 50, 75, 100) == [1, 0.5, 0]
+    assert at(20, 10, 15, 20) == [1, 0.5, 0]
+
+
+def test_in_a_run_thin_matrices_step_along_adams_direction_later_and_at_its_size_before():
+    """Against the same rule without whitening, where they always do."""
+    params = {n: p.detach().double() for n, p in mlp([3, 6, 6, 2], "tanh").named_parameters()}
+    symmetry, g = infer(mlp([3, 6, 6, 2], "tanh")), torch.Generator().manual_seed(0)
+    rule, plain = Nominal(), Nominal()
+    plain.whiten = False
+    state = {r: r.init(params) for r in (rule, plain)}
+    cosines = []
+    for _ in range(25):
+        grads = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in params.items()}
+        steps = {}
+        for r in state:
+            updates, state[r] = r(params, grads, state[r], symmetry, total_steps=80)
+            steps[r] = updates["4.weight"]
+        a, b = steps.values()
+        torch.testing.assert_close(a.norm(), b.norm())
+        cosines.append(float((a * b).sum() / a.norm() / b.norm()))
+    assert max(cosines[1:10]) < 0.99 and min(cosines[19:]) > 1 - 1e-9

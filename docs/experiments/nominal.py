@@ -53,6 +53,7 @@ class Options:
     normalised: float = 2.0  # vectors of those with it
     gain: float = 2.0
     thin: float = 4.0  # matrices of at most so many rows or columns take one Adam direction
+    early: float = 1.0  # 0: at the beginning as well as later
     embedding: float = 2.0
     shrink: float = SHRINK  # part of a matrix's step that goes toward zero weights
     shrink_steps: float = 0.5  # power of 800 / T in it
@@ -111,7 +112,10 @@ class Variant(Nominal):
         x = [self.momentum(v, w) for v, w in zip(views, whole, strict=True)]
         biases = biases_of(layout) if o.column else Biases({}, {})
         x, columns = whitened_polar(biases, x, [v.stack.kind == "matrix" for v in views], white, int(o.iterations))
-        found = [self.direction(v, d, normalised) for v, d in zip(views, x, strict=True)]
+        entrywise = {i: v.adam for i, v in enumerate(views)}
+        if white and o.early:
+            entrywise = white.turned([v.nesterov for v in views], entrywise)
+        found = [self.direction(v, d, entrywise[i], normalised) for i, (v, d) in enumerate(zip(views, x, strict=True))]
         adam = biases.columns({j: views[j].adam for j in biases.stacks})
         pace = {i: SIZE * polar_size(views[i].g) * views[i].smallness ** o.small * heard(adam[i]) for i in columns}
         return [o.rate * d for d in biases.replaced(found, {i: pace[i] * x for i, x in columns.items()})]
@@ -124,12 +128,12 @@ class Variant(Nominal):
             n = n / (1 - o.momentum**v.step) + o.slow * v.slow / (1 - 0.99**v.step)
         return n * torch.where(torch.as_tensor(whole), 1, features.quarter_power(v.v, v.step) ** (2 * o.power))
 
-    def direction(self, v: View, polar: Tensor, normalised: bool) -> Tensor:
+    def direction(self, v: View, polar: Tensor, entrywise: Tensor, normalised: bool) -> Tensor:
         """Of one stack."""
         o, kind = self.options, v.stack.kind
         if kind != "matrix":
-            return getattr(o, "normalised" if normalised and kind == "vector" else kind) * v.adam
-        step = v.adam if min(v.g.shape[-2:]) <= o.thin else self.of_matrix(v, polar)
+            return getattr(o, "normalised" if normalised and kind == "vector" else kind) * entrywise
+        step = entrywise if min(v.g.shape[-2:]) <= o.thin else self.of_matrix(v, polar)
         step = step * v.smallness**o.small
         last, first = v.stack.fixed.T[..., None, None]  # writes the network's outputs, reads its inputs
         return step * torch.where(first > 0, o.first, 1.0) * torch.where(last > 0, o.last, 1.0)

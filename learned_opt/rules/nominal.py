@@ -8,8 +8,9 @@ momentum ``n = 0.9 m + 0.1 g`` and roots P of its hidden units' second moments (
 and ``0.025 (800 / T)^(1/2) (512 / C)^(1/4)`` times as much toward zero weights, over a horizon of T steps. The inputs
 and outputs of the network have no P; matrices that have them take ``n / v_hat^(1/4)`` for n. A bias is one more column
 of its matrix (:mod:`learned_opt.rules.biases`). Exceptions: matrices of at most four rows or columns move along
-``m_hat / sqrt(v_hat)``; weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, take steps ``2 r sqrt(C)`` times as
-large; gains, embeddings and other vectors twice ``m_hat / sqrt(v_hat)``. One rate for all, decaying.
+``m_hat / sqrt(v_hat)``, whitened at the beginning of a run; weights smaller than usual, RMS ``r < 0.5 / sqrt(C)``, take
+steps ``2 r sqrt(C)`` times as large; gains, embeddings and other vectors twice ``m_hat / sqrt(v_hat)``. One rate for
+all, decaying.
 A gradient more than four times as large as the last hundred were on average, as a matrix or vector in the frame,
 counts as four times as large: steps have one size whatever the gradient's, so one that is wild would be followed
 until the momentum has forgotten it (docs/experiments.md, 35).
@@ -18,7 +19,7 @@ whatever the width and the length of the run. A constant part of the step takes 
 too much in wide networks and long runs (39 and 40).
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of v between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen on VALID, the
-exceptions, the whitening and the biases on other tasks (docs/experiments.md, 18, 23, 26, 28, 36 and 47).
+exceptions, the whitening and the biases on other tasks (docs/experiments.md, 18, 23, 26, 28, 36, 47 and 48).
 All of it commutes with permutations and signs, and in the frame also with positive scale. The learned rule starts from
 this one and is judged by what it adds.
 """
@@ -50,6 +51,7 @@ FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
 _ROUNDING = 64  # times the machine epsilon: a vector's gradient below this share of the largest is noise
 HORIZON = 800  # at which the rate starts at RATE
 TO_COME = 500.0  # steps that the pull to zero expects besides those done where there is no horizon
+SHORTEST, LONGEST, SHARE = 10.0, 50.0, 0.125  # a run's beginning in steps, and as a share of the horizon
 ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
 
 
@@ -73,6 +75,16 @@ def of_length(step: Tensor, total_steps: float | Tensor) -> Tensor:
 def pull(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     """Part of a step that goes toward zero weights, of a matrix whose fan-in is 512 (0-d)."""
     return SHRINK * of_length(step, step + TO_COME if total_steps is None else total_steps)
+
+
+def beginning(total_steps: float | Tensor | None) -> Tensor:
+    """Steps of a run's beginning: an eighth of the horizon, 10 to 50; 50 without one (0-d)."""
+    return (SHARE * torch.as_tensor(torch.inf if total_steps is None else total_steps)).clamp(SHORTEST, LONGEST)
+
+
+def youth(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
+    """1 at the beginning of a run, then a line to zero that is as long (0-d)."""
+    return (2 - step / beginning(total_steps)).clamp(0.0, 1.0)
 
 
 def decay(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
@@ -220,12 +232,6 @@ def hush(views: list[View]) -> None:
             view.like_gradients = {k: g * heard for k, g in view.like_gradients.items()}
 
 
-def to_rms(x: Tensor, other: Tensor) -> Tensor:
-    """What ``x`` is to be multiplied by, so that its RMS is another matrix's; 1 where that is zero: ``[N, 1, 1]``."""
-    size = features.root_mean_square(other)
-    return torch.where(size > 0, size * features.rsqrt(features.mean_square(x)), 1)
-
-
 def polar_size(x: Tensor) -> float:
     """``0.2 (512 / C)^(1/4) sqrt(max(R, C))``: a polar factor of full rank and fan-in 512 gets the RMS 0.2."""
     return 0.2 * relative_fan_in(x) * max(x.shape[-2:]) ** 0.5
@@ -271,7 +277,8 @@ class Nominal(UpdateRule):
         clock = age(state) + 1
         views = self._views(layout, frames, params, seen, state, memory)
         rate, state = self.rate(views, state, clock, total_steps)
-        white = Whitening(layout, [v.g for v in views], state) if self.whiten else None
+        young = youth(clock, total_steps)
+        white = Whitening(layout, [v.g for v in views], state, young) if self.whiten else None
         state = white.state if white else state
         directions = self.directions(layout, views, white, clock, total_steps)
         back = -rate
@@ -357,7 +364,7 @@ def steps(
     Args:
         layout: of the tensors.
         views: of all stacks.
-        momenta: of all stacks; looked at are those of matrices that are not thin and of vectors.
+        momenta: of all stacks; looked at are those of matrices and of vectors.
         white: in whose units matrices step; None: in those of the frame.
         shrink: the part of their steps that goes toward zero, as :func:`pull` has it (0-d).
     """
@@ -365,7 +372,12 @@ def steps(
     directions, columns = polar_directions(biases, views, momenta, white)
     adam = biases.columns({j: views[j].adam for j in biases.stacks})
     columns = {i: SIZE * views[i].pace * heard(adam[i]) * x for i, x in columns.items()}
-    found = [v.entrywise(v.adam) if v.by_entry else v.along(d, shrink) for v, d in zip(views, directions, strict=True)]
+    by_entry = {i: v.adam for i, v in enumerate(views) if v.by_entry}
+    by_entry = white.turned(momenta, by_entry) if white else by_entry
+    found = [
+        v.entrywise(by_entry[i]) if v.by_entry else v.along(d, shrink)
+        for i, (v, d) in enumerate(zip(views, directions, strict=True))
+    ]
     return biases.replaced(found, columns)
 
 
@@ -411,7 +423,7 @@ def whitened_polar(
         return polar, columns
     x = white(biases.replaced(polar, columns))
     columns = biases.columns(dict(enumerate(x)))
-    sizes = {i: to_rms(x[i], p) for i, p in enumerate(polar) if wide[i]}
+    sizes = {i: features.to_rms(x[i], p) for i, p in enumerate(polar) if wide[i]}
     return [d * sizes[i] if i in sizes else d for i, d in enumerate(x)], {i: c * sizes[i] for i, c in columns.items()}
 
 

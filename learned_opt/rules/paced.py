@@ -26,14 +26,13 @@ from torch import Tensor
 
 from learned_opt.features import MOMENTUM
 from learned_opt.rules.base import State, Weights
-from learned_opt.rules.nominal import RATE, Nominal, View, age, decay, schedule
+from learned_opt.rules.nominal import LONGEST, RATE, Nominal, View, age, beginning, decay, schedule
 
 START = -1.0  # rho at the first step; the state holds what it has gained since
 GAIN = 0.3  # of a step's evidence in rho
 FADE = 50.0  # steps after which the gain is half
 EVIDENCE = 0.03  # size of a cosine that counts
 MEMORY = 0.8  # decay of the average of the cosines
-SHORTEST, LONGEST, SHARE = 10.0, 50.0, 0.125  # the measurement in steps, and as a share of the horizon
 OSCILLATION = 0.28  # a slope that rises so much asks for the longest memory
 LONGER = 0.07  # of the momentum's decay rate, at most
 AFTER = 1.2  # multiple of the measured rate that the rest of the run takes
@@ -66,7 +65,7 @@ class Paced(Nominal):
         self, views: list[View], state: State, clock: Tensor, total_steps: float | Tensor | None
     ) -> tuple[Tensor, State]:
         """What the directions are multiplied by at a step (0-d), and the next state."""
-        end = LONGEST if total_steps is None else (SHARE * torch.as_tensor(total_steps)).clamp(SHORTEST, LONGEST)
+        end = beginning(total_steps)
         slope, gained = (_of_the_oldest(state, key) for key in ("slope", "gained"))
         slope = torch.lerp(slope, cosine(views), 1 - MEMORY)
         mean = slope / (1 - MEMORY ** (clock - 1).clamp(min=1))  # the first cosine is of no step: zero

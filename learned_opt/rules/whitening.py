@@ -13,9 +13,14 @@ see positive scales. A matrix's bias steps in the units of its outputs too. Axes
 above all the network's inputs: their covariance is that of the data, and to whiten it cost an MLP on photographs more
 than whitening its hidden units gained. Where classification ends near zero loss, whitening hidden units neither gains
 nor costs (docs/experiments.md, 36 and 43).
+
+Matrices of at most four rows or columns move along Adam's direction, as whitened units cost regressions (23, 41). Not
+so at the beginning of a run: there they move along ``A^(-3/4) n``, at the size of Adam's direction, to which they then
+turn. They read the network's inputs or write its outputs, and the first gradients of all hidden units agree on where to
+go: a long way along that saturates a policy for good, before it has learned anything else (48).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.axes import leaves_of
+from learned_opt.features import to_rms
 from learned_opt.layout import Layout, concatenated
 from learned_opt.rules.base import State
 from learned_opt.rules.biases import is_wide, weights_of
@@ -31,6 +37,7 @@ from learned_opt.rules.biases import is_wide, weights_of
 AVERAGE = 0.98  # decay rate of the second moments
 FLOOR = 1e-4  # added to second moments of mean 1
 POWER = -0.125
+EARLY_POWER = -0.75  # of thin matrices, at the beginning
 EVERY, AT_FIRST = 10, 3  # steps between new roots, after the first ones
 LARGEST = 1024  # units up to which an axis is whitened, lest its eigenvalues take most of the time
 
@@ -62,6 +69,7 @@ class _Side:
     counts: tuple[int, ...]  # tensors of each
     slots: tuple[tuple[str, int], ...]  # (tensor, axis): those of the first part, of the second, ...
     biases: tuple[tuple[int, Tensor], ...]  # packs of biases, and where their matrices' axes are
+    thin: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +77,7 @@ class _Plan:
     axes: dict[int, tuple[int, ...]]  # pack of the layout: the axes of its tensors that are whitened
     sides: tuple[_Side, ...]
     whole: tuple[Tensor | bool, ...]  # see Whitening
+    thin: tuple[Tensor | bool, ...]  # of every stack, which matrices are thin and have roots
 
 
 class Whitening:
@@ -78,21 +87,24 @@ class Whitening:
         layout: of the tensors that are trained.
         g: their gradients in the frame, a ``[N, R, C]`` per stack.
         state: with the slots of :func:`fresh`.
+        youth: how much of the step is as at the beginning, from 1 to 0 (0-d).
 
     Attributes:
         state: the next one.
         whole: of every stack, which matrices are whitened on both sides: all or none, or bool ``[N, 1, 1]``.
     """
 
-    def __init__(self, layout: Layout, g: list[Tensor], state: State) -> None:
-        self._layout, self._plan = layout, _plan(layout)
+    def __init__(self, layout: Layout, g: list[Tensor], state: State, youth: Tensor) -> None:
+        self._layout, self._plan, self._youth = layout, _plan(layout), youth
         self.whole = self._plan.whole
         self.state = dict(state)
         self._roots: dict[tuple[int, int], Tensor] = {}  # [M, d, d] by pack and axis
+        self._thin: dict[tuple[int, int], Tensor] = {}  # the same of thin matrices
         tensors = dict(zip(self._plan.axes, layout.packed(g, self._plan.axes), strict=True))
         for side in self._plan.sides:
             roots = self._renew(side, [_gram(tensors[pack], axis) for pack, axis in side.parts])
-            self._roots |= zip(side.parts, roots.split(side.counts), strict=True)
+            of = self._thin if side.thin else self._roots
+            of |= zip(side.parts, roots.split(side.counts), strict=True)
             self._lend(side, roots)
 
     def _renew(self, side: _Side, grams: list[Tensor]) -> Tensor:
@@ -102,8 +114,11 @@ class Whitening:
         due = (step <= AT_FIRST) | (step % EVERY == 0)
         old = [torch.stack([self.state[n][f"{slot}{i}"] for n, i in side.slots]) for slot in ("moment", "root")]
         moment = torch.lerp(old[0], concatenated(grams), 1 - AVERAGE)
-        missing = old[1][..., 0, 0] == 0  # of an axis that another symmetry did not whiten
-        root = inverse_root(moment, old[1], due | missing)
+        due = due | (old[1][..., 0, 0] == 0)  # missing, of an axis that another symmetry did not whiten
+        if side.thin:
+            root = inverse_root(moment, old[1], due & (self._youth > 0), EARLY_POWER)
+        else:
+            root = inverse_root(moment, old[1], due)
         for (n, i), a, p in zip(side.slots, moment.unbind(), root.unbind(), strict=True):
             self.state[n] = self.state[n] | {f"moment{i}": a, f"root{i}": p}
         return root
@@ -118,77 +133,97 @@ class Whitening:
 
         ``P x`` of their biases. Other vectors in a pack with these come back as good as any: nobody looks at them.
         """
-        own = list(dict.fromkeys(pack for pack, _ in self._roots))
+        return self._multiplied(stacks, self._roots)
+
+    def turned(self, momenta: list[Tensor], adam: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Adam's directions of some stacks ``[N, R, C]``; those of thin matrices turned to ``A^(-3/4) n``, in youth."""
+        own = [i for i in adam if self._plan.thin[i] is not False]
+        if not own:
+            return dict(adam)
+        whitened = self._multiplied(momenta, self._thin)
+        shares = {i: self._youth.to(adam[i].dtype) * self._plan.thin[i] for i in own}
+        return {**adam, **{i: _turned(adam[i], whitened[i], share) for i, share in shares.items()}}
+
+    def _multiplied(self, stacks: list[Tensor], roots: Mapping[tuple[int, int], Tensor]) -> list[Tensor]:
+        own = list(dict.fromkeys(pack for pack, _ in roots))
         packs = dict(zip(own, self._layout.packed(stacks, own), strict=True))
-        for (pack, i), root in self._roots.items():
+        for (pack, i), root in roots.items():
             packs[pack] = _along(packs[pack], i, root)
         return self._layout.replaced(stacks, packs)
 
 
-def inverse_root(moment: Tensor, old: Tensor, due: Tensor) -> Tensor:
-    """``(A / mean of its diagonal + FLOOR)^POWER`` where it is due, else the old one. What is not finite counts as I.
+def _turned(x: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """A share of ``x`` replaced by another of its size, at its size: ``[N, R, C]``."""
+    mixed = torch.lerp(x, other * to_rms(other, x), share)
+    return mixed * to_rms(mixed, x)
+
+
+def inverse_root(moment: Tensor, old: Tensor, due: Tensor, power: float = POWER) -> Tensor:
+    """``(A / mean of its diagonal + FLOOR)^power`` where it is due, else the old one. What is not finite counts as I.
 
     Args:
         moment: symmetric, ``[M, d, d]``.
         old: ``[M, d, d]``.
         due: bool ``[M]``. Where none is, nothing is computed, under vmap neither.
+        power: negative.
     """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     finite = moment.sum((-2, -1), keepdim=True).isfinite()
     relative = torch.where(finite, moment, 0) / torch.where(finite & (mean > 0), mean, 1)
-    return _InverseRoot.apply(relative, old, due)[0]
+    return _InverseRoot.apply(relative, old, due, power)[0]
 
 
 @torch.library.custom_op("learned_opt::inverse_root", mutates_args=())
-def _inverse_root(a: Tensor, old: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _inverse_root(a: Tensor, old: Tensor, due: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
     """Roots, new where they are due, and what those are made of. What is done depends on values: one operator."""
     root, values, vectors = old.clone(), old.new_ones(old.shape[:-1]), torch.zeros_like(old)
     if due.any():
         which = due.nonzero()[:, 0]
         some, basis = _eigen(a[which])
-        root.index_copy_(0, which, (basis * some.pow(POWER)[..., None, :]) @ basis.mT)
+        root.index_copy_(0, which, (basis * some.pow(power)[..., None, :]) @ basis.mT)
         values.index_copy_(0, which, some)
         vectors.index_copy_(0, which, basis)
     return root, values, vectors
 
 
 @_inverse_root.register_fake
-def _(a: Tensor, old: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(a: Tensor, old: Tensor, due: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(old), old.new_empty(old.shape[:-1]), torch.empty_like(old)
 
 
 class _InverseRoot(torch.autograd.Function):
-    """``(A + FLOOR)^POWER`` by eigenvalues, differentiable where they coincide too (Daleckii and Krein's formula)."""
+    """``(A + FLOOR)^power`` by eigenvalues, differentiable where they coincide too (Daleckii and Krein's formula)."""
 
     @staticmethod
-    def forward(a: Tensor, old: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _inverse_root(a, old, due)
+    def forward(a: Tensor, old: Tensor, due: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
+        return _inverse_root(a, old, due, power)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, values, vectors = output
+        ctx.power = inputs[3]
         ctx.mark_non_differentiable(values, vectors)
         ctx.save_for_backward(values, vectors, inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
         values, vectors, due = ctx.saved_tensors
         row, col = values[..., :, None], values[..., None, :]
         near = (row - col).abs() <= 1e-3 * (row + col)
-        slope = POWER * ((row + col) / 2).pow(POWER - 1)
-        divided = torch.where(near, slope, (row.pow(POWER) - col.pow(POWER)) / torch.where(near, 1, row - col))
+        slope = ctx.power * ((row + col) / 2).pow(ctx.power - 1)
+        divided = torch.where(near, slope, (row.pow(ctx.power) - col.pow(ctx.power)) / torch.where(near, 1, row - col))
         inner = vectors.mT @ (grad + grad.mT) / 2 @ vectors
         kept = torch.where(due[..., None, None], 0, grad)
-        return vectors @ (divided * inner) @ vectors.mT, kept, None  # vectors are zero where it is not due
+        return vectors @ (divided * inner) @ vectors.mT, kept, None, None  # vectors are zero where it is not due
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         whole = [
             x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(tensors, in_dims, strict=True)
+            for x, dim in zip(args[:3], in_dims[:3], strict=True)
         ]
-        flat = _InverseRoot.apply(*(x.flatten(0, 1) for x in whole))
+        flat = _InverseRoot.apply(*(x.flatten(0, 1) for x in whole), args[3])
         return tuple(x.unflatten(0, (size, -1)) for x in flat), (0, 0, 0)
 
 
@@ -225,26 +260,32 @@ def _along(x: Tensor, axis: int, root: Tensor) -> Tensor:
 @lru_cache(maxsize=256)
 def _plan(layout: Layout) -> _Plan:
     axes: dict[int, tuple[int, ...]] = {}
-    sides: dict[int, list[tuple[int, int]]] = {}
+    sides: dict[tuple[int, bool], list[tuple[int, int]]] = {}
     both: set[str] = set()
+    early: set[str] = set()
     for at, pack in enumerate(layout.packs):
         spec = layout.symmetry.specs[pack.names[0]]
         hidden = [any(leaf.label is not None for leaf in leaves_of(axis)) for axis in spec.axes]
-        own = tuple(i for i in axes_with_slots(spec.shape) if hidden[i]) if all(map(is_wide, pack.blocks)) else ()
+        matrices = all(block.kind == "matrix" for block in pack.blocks)
+        own = tuple(i for i in axes_with_slots(spec.shape) if hidden[i]) if matrices else ()
+        thin = not all(map(is_wide, pack.blocks))
         if own:
             axes[at] = own
         for i in own:
-            sides.setdefault(spec.shape[i], []).append((at, i))
-        if {"out", "in"} <= {spec.roles[i] for i in own}:
+            sides.setdefault((spec.shape[i], thin), []).append((at, i))
+        if own and thin:
+            early |= set(pack.names)
+        elif {"out", "in"} <= {spec.roles[i] for i in own}:
             both |= set(pack.names)
     both |= {bias for bias, weight in weights_of(layout).items() if weight in both}
-    return _Plan(axes, tuple(_side(layout, parts) for parts in sides.values()), _whole(layout, both))
+    all_sides = tuple(_side(layout, parts, thin) for (_, thin), parts in sides.items())
+    return _Plan(axes, all_sides, _which(layout, both), _which(layout, early))
 
 
-def _side(layout: Layout, parts: list[tuple[int, int]]) -> _Side:
+def _side(layout: Layout, parts: list[tuple[int, int]], thin: bool) -> _Side:
     slots = tuple((n, axis) for pack, axis in parts for n in layout.packs[pack].names)
     counts = tuple(len(layout.packs[pack].names) for pack, _ in parts)
-    return _Side(tuple(parts), counts, slots, tuple(_borrowers(layout, slots)))
+    return _Side(tuple(parts), counts, slots, tuple(_borrowers(layout, slots)), thin)
 
 
 def _borrowers(layout: Layout, slots: tuple[tuple[str, int], ...]) -> Iterator[tuple[int, Tensor]]:
@@ -257,11 +298,11 @@ def _borrowers(layout: Layout, slots: tuple[tuple[str, int], ...]) -> Iterator[t
             yield at, torch.tensor([i or 0 for i in found], device=layout.stacks[0].fixed.device)
 
 
-def _whole(layout: Layout, both: set[str]) -> tuple[Tensor | bool, ...]:
+def _which(layout: Layout, names: set[str]) -> tuple[Tensor | bool, ...]:
     """Of every stack, which matrices belong to these tensors: all or none, or bool ``[N, 1, 1]``."""
     found: list[Tensor | bool] = []
     for stack in layout.stacks:
-        each = [n in both for n, _, batch in stack.members for _ in range(batch)]
+        each = [n in names for n, _, batch in stack.members for _ in range(batch)]
         some = torch.tensor(each, device=stack.fixed.device)[:, None, None]
         found.append(all(each) if all(each) == any(each) else some)
     return tuple(found)
