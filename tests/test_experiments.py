@@ -34,7 +34,7 @@ def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
     "kind, lacks",
     [
         ("mlp", {"normalised", "gain", "embedding", "thin", "power"}),
-        ("cnn", {"vector", "embedding", "column", "early"}),
+        ("cnn", {"vector", "embedding", "column"}),
         ("transformer", {"vector", "first", "early"}),
     ],
 )

@@ -101,7 +101,8 @@ def test_vmap_over_particles_is_a_loop(kind, over_theta):
                 pick(theta) if over_theta else theta, pick(params), pick(grads[0]), pick(grads[1]), totals[i]
             )
             assert_same(pick(together[0]), alone[0], rtol=1e-9, atol=1e-12)
-            assert_same({k: pick(s) for k, s in together[1].items()}, alone[1], rtol=1e-9, atol=1e-11)
+            states = {k: pick(s) for k, s in together[1].items()}, alone[1]
+            assert_same(*states, rtol=1e-7, atol=1e-9)  # the roots' power magnifies rounding
 
 
 @every_model
@@ -300,8 +301,9 @@ def written_out(w, seen, seen_b, step, roots, to_come):
     (x, adam, v), (y, adam_b, v_b) = averages(*seen), averages(*seen_b)
     size = w.square().mean().sqrt()
     small = min(1, max(0.1, float(size) * w.shape[1] ** 0.5 / 0.5))
-    if min(w.shape) <= 4:
-        return small * adam, 2 * adam_b
+    if min(w.shape) <= 4:  # in its first steps, of which the fourth is one
+        whitened = roots[0] @ x
+        return small * whitened * adam.norm() / whitened.norm(), 2 * adam_b
     if len(roots) < 2:
         x, y = x / v**0.25, y / v_b**0.25
     left, right = (roots.get(i, torch.eye(n, dtype=x.dtype)) for i, n in enumerate(x.shape))
@@ -335,7 +337,7 @@ def test_the_nominal_step_is_its_equations(total, rate, size):
     seen = {n: (grads[n], state[n]["m"], state[n]["v"]) for n in params}
     for layer in ("0", "2", "4"):
         w, b = f"{layer}.weight", f"{layer}.bias"
-        hidden = {"2": (0, 1), "4": (1,)}.get(layer, ())  # the network's outputs are not whitened
+        hidden = {"0": (0,), "2": (0, 1), "4": (1,)}[layer]  # the network's inputs and outputs are not whitened
         roots = {i: state[w][f"root{i}"] for i in hidden}
         expected = written_out(params[w], seen[w], seen[b], 4, roots, total or 504)
         for name, direction in zip((w, b), expected, strict=True):

@@ -70,7 +70,7 @@ class Remembering(Nominal):
 
 
 def test_the_step_is_the_nominal_one_at_that_rate_and_memory():
-    symmetry, rows = trained(60, lr=5.0)
+    symmetry, rows = trained(60, lr=12.0)
     for t in (1, 7, 50, 51, 60):
         row = rows[t - 1]
         slope = float(row["before"]["0.bias"]["slope"])
