@@ -77,9 +77,9 @@ def pull(step: Tensor, total_steps: float | Tensor | None) -> Tensor:
     return SHRINK * of_length(step, step + TO_COME if total_steps is None else total_steps)
 
 
-def beginning(total_steps: float | Tensor | None) -> Tensor:
+def beginning(total_steps: float | Tensor | None) -> float | Tensor:
     """Steps of a run's beginning: an eighth of the horizon, 10 to 50; 50 without one (0-d)."""
-    return (SHARE * torch.as_tensor(torch.inf if total_steps is None else total_steps)).clamp(SHORTEST, LONGEST)
+    return LONGEST if total_steps is None else (SHARE * torch.as_tensor(total_steps)).clamp(SHORTEST, LONGEST)
 
 
 def youth(step: Tensor, total_steps: float | Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ class _Side:
     counts: tuple[int, ...]  # tensors of each
     slots: tuple[tuple[str, int], ...]  # (tensor, axis): those of the first part, of the second, ...
     biases: tuple[tuple[int, Tensor], ...]  # packs of biases, and where their matrices' axes are
-    thin: bool
+    thin: bool  # whether they are of thin matrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +116,8 @@ class Whitening:
         moment = torch.lerp(old[0], concatenated(grams), 1 - AVERAGE)
         due = due | (old[1][..., 0, 0] == 0)  # missing, of an axis that another symmetry did not whiten
         if side.thin:
-            root = inverse_root(moment, old[1], due & (self._youth > 0), EARLY_POWER)
-        else:
-            root = inverse_root(moment, old[1], due)
+            due = due & (self._youth > 0)
+        root = inverse_root(moment, old[1], due, EARLY_POWER if side.thin else POWER)
         for (n, i), a, p in zip(side.slots, moment.unbind(), root.unbind(), strict=True):
             self.state[n] = self.state[n] | {f"moment{i}": a, f"root{i}": p}
         return root
