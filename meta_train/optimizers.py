@@ -229,18 +229,24 @@ def _option(text: str) -> tuple[str, float | bool]:
     )
 
 
+LATE = ((80, 60), (None, 155))  # horizons, and the steps by which rules have measured all that they do
+
+
 def rule_fingerprint(rule: nn.Module) -> str:
     """Hash of theta and of what the rule does to small networks, so that a change of either (new
     weights, or new code around the same weights) is a new optimizer.
 
     In float64, so that all digits that are hashed are the same in any order of summation; on networks that have every
-    kind of weight, scale and bias, with and without a horizon.
+    kind of weight, scale and bias, with and without a horizon: three steps down the gradient, and on one of them many
+    along gradients that do not depend on its weights (those would magnify rounding), as a rule may measure for long.
     """
+    networks = _fingerprint_networks()
+    runs = [(*network, steps, 3, True) for network in networks for steps in (4, None)]
+    runs += [(*networks[0], steps, count, False) for steps, count in LATE]
     moved = [
         f"{name} {float((p.detach() - start).norm()):.6e}"
-        for model, inputs in _fingerprint_networks()
-        for steps in (4, None)
-        for name, p, start in _trained(model, inputs, rule, steps)
+        for model, inputs, steps, count, down in runs
+        for name, p, start in _trained(model, inputs, rule, steps, count, down)
     ]
     return digest(moved, dict(rule.state_dict()))
 
@@ -255,17 +261,24 @@ def _fingerprint_networks() -> list[tuple[nn.Module, Tensor]]:
     return [(mlp, images), (cnn, images), (transformer, words)]
 
 
-def _trained(model: nn.Module, inputs: Tensor, rule: nn.Module, steps: int | None) -> list[tuple[str, Tensor, Tensor]]:
-    """Three steps of a copy of the model from weights that no default explains: each parameter and its start."""
+def _trained(
+    model: nn.Module, inputs: Tensor, rule: nn.Module, steps: int | None, count: int, down: bool
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Steps of a copy of the model from weights that no default explains, down the gradient of a loss or along random
+    ones: each parameter and its start."""
     model = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(0)
     start = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) / 3 for n, p in _named(model)}
     load_weights(model, start)
     symmetry = infer_symmetry(model, inputs, verify=False)
     optimizer, _ = learned(model, None, steps=steps, rule=rule, symmetry=symmetry)
-    for _ in range(3):
+    for _ in range(count):
         optimizer.zero_grad()
-        model(inputs).square().mean().backward()
+        if down:
+            model(inputs).square().mean().backward()
+        else:
+            for _, p in _named(model):
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         optimizer.step()
     return [(name, p, start[name]) for name, p in _named(model)]
 
