@@ -8,7 +8,7 @@ from torch import nn
 
 from learned_opt import NFNOpt
 from learned_opt.rules.nominal import RATE, Nominal, decay, schedule
-from learned_opt.rules.paced import START, Paced
+from learned_opt.rules.paced import START, Paced, calm
 from learned_opt.symmetry import independent
 from tasks.mlp import mlp
 from tests.inferred import infer
@@ -177,3 +177,78 @@ def test_a_frozen_network_and_zero_gradients_leave_it_finite():
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old)
     assert all(s.isfinite().all() for state in optimizer.state.values() for s in state.values() if torch.is_tensor(s))
+
+
+def driven(gradients, n, total=None):
+    """Paced steps of a tanh network along given gradients: the weights, updates and state before of every step."""
+    model = mlp([4, 12, 12, 3], "tanh").double()
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    symmetry, rule = infer(model), Paced()
+    state, rows, g = rule.init(params), [], torch.Generator().manual_seed(0)
+    first = {k: torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in params.items()}
+    for t in range(1, n + 1):
+        fresh = {k: torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in params.items()}
+        grads = gradients(t, first, fresh)
+        updates, after = rule(params, grads, state, symmetry, total_steps=total)
+        rows.append({"params": params, "grads": grads, "updates": updates, "before": state, "after": after})
+        state = after
+    return symmetry, rows
+
+
+def test_the_agreement_is_the_mean_of_its_equation_from_twice_to_thrice_the_beginning():
+    _, rows = driven(lambda t, first, fresh: fresh, 34, total=80)  # a beginning of 10 steps
+    found = []
+    for t, row in enumerate(rows, start=1):
+        state = row["after"]
+        if 20 < t <= 30:
+            m = sum(s["m"].square().sum() for s in state.values())
+            v = sum((s["v"] / (1 - 0.99**t)).sum() for s in state.values())
+            found.append(float(m / v * 1.9 / 0.1))
+        mean = sum(found) / len(found) if found else 0.0
+        assert float(state["0.bias"]["agreed"]) == pytest.approx(mean, rel=1e-9)
+    assert len(found) == 10
+
+
+KINDS = {
+    "independent": (lambda t, first, fresh: fresh, 0.5),
+    "the same": (lambda t, first, fresh: first, 1.0),
+    "alternating": (lambda t, first, fresh: {k: (-1) ** t * x for k, x in first.items()}, 1.0),
+    "none": (lambda t, first, fresh: {k: 0 * x for k, x in first.items()}, 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_independent_gradients_halve_the_rate_and_no_others_do(kind):
+    gradients, factor = KINDS[kind]
+    symmetry, rows = driven(gradients, 160)
+    for t in (100, 151, 160):
+        row = rows[t - 1]
+        memory = 0.9 + 0.07 * min(1, max(0, -float(row["before"]["0.bias"]["slope"]) / 0.28))
+        nominal, _ = Remembering(memory)(row["params"], row["grads"], row["before"], symmetry)
+        ratio = 1.2 * math.exp(START + float(row["after"]["0.bias"]["gained"])) * (factor if t > 150 else 1)
+        for k, u in row["updates"].items():
+            torch.testing.assert_close(u, nominal[k] * ratio, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "agreed, factor", [(0, 1), (0.6, 1), (0.7, 0.5**0.5), (0.8, 0.5), (1.2, 0.5), (1.3, 0.5**0.5), (1.4, 1), (9, 1)]
+)
+def test_the_rate_is_halved_where_the_agreement_is_near_one(agreed, factor):
+    assert float(calm(torch.tensor(float(agreed)))) == pytest.approx(factor, rel=1e-5)
+
+
+def test_what_it_measures_does_not_depend_on_the_scale_of_hidden_units():
+    """Both means, over a whole run, of a network and of the same function in other weights."""
+    model = mlp([4, 12, 12, 3], "relu").double()
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    symmetry, rule = infer(model), Paced()
+    generator = torch.Generator().manual_seed(3)
+    element = symmetry.sample(generator, scale_range=(0.1, 10.0), dtype=torch.float64)
+    moved, state, other = symmetry.act(element, params), rule.init(params), rule.init(params)
+    for _ in range(32):
+        grads = {k: torch.randn(p.shape, generator=generator, dtype=p.dtype) for k, p in params.items()}
+        _, state = rule(params, grads, state, symmetry, total_steps=80)
+        _, other = rule(moved, symmetry.act(element, grads, dual=True), other, symmetry, total_steps=80)
+    for key in Paced.shared:
+        assert float(state["0.bias"][key]) != 0
+        torch.testing.assert_close(other["0.bias"][key], state["0.bias"][key], rtol=1e-9, atol=1e-12)

@@ -17,6 +17,20 @@ only lags (docs/experiments.md, 26 and 28). So after the first 50 steps the mome
 
     0.9 + 0.07 min(1, max(0, - mean c / 0.28)).
 
+How long the momentum m is beside the gradients that it averages says what ends a run. With its decay rate b,
+
+    a = (1 + b) / (1 - b) |m|^2 / mean |g|^2
+
+is 1 where gradients are independent of each other and of the steps: steps are a random walk, which a lower rate alone
+calms. It is far below 1 where every step undoes part of the last, which costs little and goes away as the rate falls,
+and above where gradients agree, and the way is long. A mean of a over as many steps as the beginning has, from twice
+its length on, multiplies the rate of the rest of the run by
+
+    (1/2)^q,    q = min(1, max(0, 2 - 5 |a - 1|)).
+
+So it is halved within 0.2 of 1, and as measured outside of 0.4 (docs/experiments.md, 49): in MLPs that come to fit
+every example, for which the slopes of the beginning, all of which still descend, ask too much.
+
 The bias correction of Adam's direction stays that of 0.9: right by then, but a vector that joins later may begin with
 steps of half their size.
 """
@@ -24,7 +38,7 @@ steps of half their size.
 import torch
 from torch import Tensor
 
-from learned_opt.features import MOMENTUM
+from learned_opt.features import MOMENTUM, SQUARE
 from learned_opt.rules.base import State, Weights
 from learned_opt.rules.nominal import LONGEST, RATE, Nominal, View, age, beginning, decay, schedule
 
@@ -36,18 +50,21 @@ MEMORY = 0.8  # decay of the average of the cosines
 OSCILLATION = 0.28  # a slope that rises so much asks for the longest memory
 LONGER = 0.07  # of the momentum's decay rate, at most
 AFTER = 1.2  # multiple of the measured rate that the rest of the run takes
+CALM = 0.5  # times the rate where gradients are independent
+SAME, OTHER = 0.2, 0.4  # distances of the agreement from 1 within which they are, and beyond which they are not
 
 
 class Paced(Nominal):
-    """The nominal rule, its rate corrected by the slope along its own first steps."""
+    """The nominal rule, its rate corrected by what its own first steps say."""
 
     remembers = ("moved",)  # the last update
+    shared = ("slope", "gained", "agreed")  # what all tensors say: means of c, rho less its start, mean of a
 
     def init(self, params: Weights) -> State:
         state = super().init(params)
         zero = {n: torch.zeros_like(s["step"]) for n, s in state.items()}
         return {
-            n: {**s, "moved": torch.zeros_like(s["m"]), "slope": zero[n], "gained": zero[n]} for n, s in state.items()
+            n: {**s, "moved": torch.zeros_like(s["m"]), **dict.fromkeys(self.shared, zero[n])} for n, s in state.items()
         }
 
     def remember(self, updates: Weights, state: State) -> State:
@@ -66,14 +83,29 @@ class Paced(Nominal):
     ) -> tuple[Tensor, State]:
         """What the directions are multiplied by at a step (0-d), and the next state."""
         end = beginning(total_steps)
-        slope, gained = (_of_the_oldest(state, key) for key in ("slope", "gained"))
+        slope, gained, agreed = (_of_the_oldest(state, key) for key in self.shared)
         slope = torch.lerp(slope, cosine(views), 1 - MEMORY)
         mean = slope / (1 - MEMORY ** (clock - 1).clamp(min=1))  # the first cosine is of no step: zero
         gain = GAIN / (1 + clock / FADE) * ((clock > 1) & (clock <= end))
         gained = gained + gain * (torch.tanh(mean / EVIDENCE) - (START + gained))
+        share = ((clock > 2 * end) & (clock <= 3 * end)) / (clock - 2 * end).clamp(min=1.0)
+        agreed = torch.lerp(agreed, agreement(views, self.memory(state)), share)
         now = torch.where(clock > end, AFTER * schedule(clock, total_steps), decay(clock, total_steps))
-        rate = RATE * torch.exp(START + gained) * now
-        return rate, {n: {**s, "slope": slope, "gained": gained} for n, s in state.items()}
+        rate = RATE * torch.exp(START + gained) * now * calm(agreed)
+        told = dict(zip(self.shared, (slope, gained, agreed), strict=True))
+        return rate, {n: s | told for n, s in state.items()}
+
+
+def agreement(views: list[View], memory: float | Tensor) -> Tensor:
+    """``(1 + b) / (1 - b) sum |m|^2 / sum v_hat``: 1 for independent gradients, 0 if all were zero (0-d)."""
+    m = torch.stack([v.m.square().sum() for v in views]).sum()
+    v = torch.stack([(v.v / (1 - SQUARE**v.step)).sum() for v in views]).sum()
+    return (1 + memory) / (1 - memory) * m / torch.where(v > 0, v, 1)
+
+
+def calm(agreed: Tensor) -> Tensor:
+    """What the rate is multiplied by, where gradients agree so far (0-d)."""
+    return CALM ** ((OTHER - (agreed - 1).abs()) / (OTHER - SAME)).clamp(0.0, 1.0)
 
 
 def cosine(views: list[View]) -> Tensor:
