@@ -252,3 +252,16 @@ def test_what_it_measures_does_not_depend_on_the_scale_of_hidden_units():
     for key in Paced.shared:
         assert float(state["0.bias"][key]) != 0
         torch.testing.assert_close(other["0.bias"][key], state["0.bias"][key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 5e18])
+def test_gradients_whose_squares_leave_float32_leave_it_finite(size):
+    model = mlp([4, 8, 3], "relu")
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    rule, symmetry = Paced(), infer(model)
+    state = rule.init(params)
+    for _ in range(32):
+        grads = {k: size * torch.randn_like(p) for k, p in params.items()}
+        updates, state = rule(params, grads, state, symmetry, total_steps=80)
+    assert all(x.isfinite().all() for x in updates.values())
+    assert float(state["0.bias"]["agreed"]) == 0

@@ -91,16 +91,16 @@ class Paced(Nominal):
         share = ((clock > 2 * end) & (clock <= 3 * end)) / (clock - 2 * end).clamp(min=1.0)
         agreed = torch.lerp(agreed, agreement(views, self.memory(state)), share)
         now = torch.where(clock > end, AFTER * schedule(clock, total_steps), decay(clock, total_steps))
-        rate = RATE * torch.exp(START + gained) * now * calm(agreed)
+        rate = RATE * torch.exp(START + gained) * now * torch.where(clock > 3 * end, calm(agreed), 1)
         told = dict(zip(self.shared, (slope, gained, agreed), strict=True))
         return rate, {n: s | told for n, s in state.items()}
 
 
 def agreement(views: list[View], memory: float | Tensor) -> Tensor:
-    """``(1 + b) / (1 - b) sum |m|^2 / sum v_hat``: 1 for independent gradients, 0 if all were zero (0-d)."""
+    """``(1 + b) / (1 - b) sum |m|^2 / sum v_hat``: 1 for independent gradients, 0 if squares leave the dtype (0-d)."""
     m = torch.stack([v.m.square().sum() for v in views]).sum()
     v = torch.stack([(v.v / (1 - SQUARE**v.step)).sum() for v in views]).sum()
-    return (1 + memory) / (1 - memory) * m / torch.where(v > 0, v, 1)
+    return ((1 + memory) / (1 - memory) * m / v).nan_to_num(0.0, posinf=0.0)
 
 
 def calm(agreed: Tensor) -> Tensor:
