@@ -195,18 +195,21 @@ def driven(gradients, n, total=None):
     return symmetry, rows
 
 
-def test_the_agreement_is_the_mean_of_its_equation_from_twice_to_thrice_the_beginning():
-    _, rows = driven(lambda t, first, fresh: fresh, 34, total=80)  # a beginning of 10 steps
-    found = []
+@pytest.mark.parametrize("total, beginning", [(80, 10), (None, 50)])
+def test_the_agreement_is_the_mean_of_its_equation_from_twice_to_thrice_the_beginning(total, beginning):
+    _, rows = driven(lambda t, first, fresh: fresh, 3 * beginning + 4, total)
+    found, memories = [], set()
     for t, row in enumerate(rows, start=1):
-        state = row["after"]
-        if 20 < t <= 30:
+        state, slope = row["after"], float(row["before"]["0.bias"]["slope"])
+        if 2 * beginning < t <= 3 * beginning:
+            memory = 0.9 + 0.07 * min(1, max(0, -slope / 0.28)) if t > 50 else 0.9
             m = sum(s["m"].square().sum() for s in state.values())
             v = sum((s["v"] / (1 - 0.99**t)).sum() for s in state.values())
-            found.append(float(m / v * 1.9 / 0.1))
+            found.append(float(m / v * (1 + memory) / (1 - memory)))
+            memories.add(memory)
         mean = sum(found) / len(found) if found else 0.0
         assert float(state["0.bias"]["agreed"]) == pytest.approx(mean, rel=1e-9)
-    assert len(found) == 10
+    assert len(found) == beginning and (total or len(memories) > 1)
 
 
 KINDS = {
@@ -221,7 +224,7 @@ KINDS = {
 def test_independent_gradients_halve_the_rate_and_no_others_do(kind):
     gradients, factor = KINDS[kind]
     symmetry, rows = driven(gradients, 160)
-    for t in (100, 151, 160):
+    for t in (100, 125, 151, 160):
         row = rows[t - 1]
         memory = 0.9 + 0.07 * min(1, max(0, -float(row["before"]["0.bias"]["slope"]) / 0.28))
         nominal, _ = Remembering(memory)(row["params"], row["grads"], row["before"], symmetry)
