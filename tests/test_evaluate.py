@@ -403,6 +403,15 @@ def test_a_task_is_identified_but_for_rounding():
     assert changed(lambda x: x.flatten().flip(0).reshape(x.shape)) != found
 
 
+@pytest.mark.parametrize("name, value", [("AFTER", 1.3), ("LONGER", 0.06), ("CALM", 0.6)])
+def test_a_rule_is_identified_by_its_later_steps_too(monkeypatch, name, value):
+    from learned_opt.rules import make_rule, paced
+
+    before = op.rule_fingerprint(make_rule("paced"))
+    monkeypatch.setattr(paced, name, value)  # of steps after the 12th, the 50th and the 36th
+    assert op.rule_fingerprint(make_rule("paced")) != before
+
+
 def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
     from learned_opt.rules import make_rule, save_theta
 
