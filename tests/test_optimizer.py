@@ -992,6 +992,14 @@ def test_distributed_checkpointing_resumes(name, flatten, symmetric, tmp_path):
     assert_equal(weights(resumed), weights(model))
 
 
+@every_rule
+def test_no_two_slots_are_one_tensor(name):
+    """What loads a checkpoint in place would write both."""
+    optimizer = make(name, make_model())
+    slots = [x for state in optimizer.state.values() for x in state.values()]
+    assert len({x.data_ptr() for x in slots}) == len(slots)
+
+
 # ------------------------------------------------------------------------------------- small things
 def test_the_optimizer_has_no_modes():
     optimizer = make("nfn", make_model())

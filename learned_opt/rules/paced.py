@@ -62,9 +62,9 @@ class Paced(Nominal):
 
     def init(self, params: Weights) -> State:
         state = super().init(params)
-        zero = {n: torch.zeros_like(s["step"]) for n, s in state.items()}
         return {
-            n: {**s, "moved": torch.zeros_like(s["m"]), **dict.fromkeys(self.shared, zero[n])} for n, s in state.items()
+            n: {**s, "moved": torch.zeros_like(s["m"]), **{k: torch.zeros_like(s["step"]) for k in self.shared}}
+            for n, s in state.items()
         }
 
     def remember(self, updates: Weights, state: State) -> State:
