@@ -158,7 +158,7 @@ def saved_state(
     if wrong:
         raise ValueError(
             f"the state dict does not fit this optimizer:\n  {listed(wrong, chr(10) + '  ')}\n"
-            "Give the optimizer the same parameters, in the same order and with the same rule, "
+            "Give the optimizer the same parameters, in the same order and with the same rule (of the same version), "
             "as when it was saved; a load_state_dict pre-hook can rename. Nothing was changed."
         )
     return restored
