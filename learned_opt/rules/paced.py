@@ -98,9 +98,9 @@ class Paced(Nominal):
 
 def agreement(views: list[View], memory: float | Tensor) -> Tensor:
     """``(1 + b) / (1 - b) sum |m|^2 / sum v_hat``: 1 for independent gradients, 0 if squares leave the dtype (0-d)."""
-    m = torch.stack([v.m.square().sum() for v in views]).sum()
-    v = torch.stack([(v.v / (1 - SQUARE**v.step)).sum() for v in views]).sum()
-    return ((1 + memory) / (1 - memory) * m / v).nan_to_num(0.0, posinf=0.0)
+    m = torch.cat([torch.linalg.vector_norm(v.m, dim=(-2, -1)) for v in views]).square()
+    v = torch.cat([v.v.sum((-2, -1)) for v in views]) / (1 - SQUARE ** torch.cat([v.step.flatten() for v in views]))
+    return ((1 + memory) / (1 - memory) * m.sum() / v.sum()).nan_to_num(0.0, posinf=0.0)
 
 
 def calm(agreed: Tensor) -> Tensor:
