@@ -180,7 +180,7 @@ def test_a_frozen_network_and_zero_gradients_leave_it_finite():
 
 
 def driven(gradients, n, total=None):
-    """Paced steps of a tanh network along given gradients: the weights, updates and state before of every step."""
+    """What paced steps of a tanh network make of given gradients, at weights that stay where they are."""
     model = mlp([4, 12, 12, 3], "tanh").double()
     params = {k: p.detach() for k, p in model.named_parameters()}
     symmetry, rule = infer(model), Paced()
