@@ -22,6 +22,7 @@ def functional(
     lr: float | Tensor = 1.0,
     weight_decay: float | Mapping[str, float] = 0.0,
     total_steps: float | Tensor | None = None,
+    maximize: bool = False,
 ) -> tuple[Init, Update]:
     """An optimizer as two pure functions over dicts of weights, for ``torch.func`` loops.
 
@@ -39,6 +40,7 @@ def functional(
         lr: multiplies the update.
         weight_decay: decoupled, per step at ``lr=1``; one number, or one per name.
         total_steps: the horizon, if it is known.
+        maximize: ascend instead.
 
     Returns:
         ``init(params) -> state`` and ``update(params, grads, state, *, theta=None, lr=lr) ->
@@ -59,6 +61,7 @@ def functional(
             )
         group = rule.param_groups[0]
         lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
+        maximize = group["maximize"]
         symmetry = symmetry or (rule._known.symmetry if isinstance(rule._known, Binding) else None)
         rule = rule.rule
     # by names and shapes; kept, because rules cache what they derive from a symmetry
@@ -82,7 +85,7 @@ def functional(
         updates, state = apply_rule(
             rule,
             params,
-            grads,
+            {n: -g for n, g in grads.items()} if maximize else grads,
             state,
             fitting(params),
             total_steps=total_steps,

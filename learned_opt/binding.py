@@ -11,12 +11,11 @@ from torch import Tensor
 
 from learned_opt.axes import Leaf, map_leaves
 from learned_opt.capture import Call
-from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
+from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent, is_statistic
 
 logger = logging.getLogger(__name__)
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-STATISTICS = ("running_mean", "running_var")  # that a symmetry may describe, and no optimizer has
 WAY_OUT = (
     "To use the symmetry, pass symmetry=learned_opt.infer_symmetry(model, example_input) to NFNOpt; "
     'symmetry="independent" says that it is not wanted.'
@@ -100,6 +99,20 @@ def beside(binding: Binding, entries: list[Entry]) -> Binding:
     return Binding(_joined(binding.symmetry, apart), {**binding.names, **rest.names})
 
 
+def followed(binding: Binding, before: list[Entry], entries: list[Entry]) -> Binding:
+    """The binding where groups have changed.
+
+    Args:
+        binding: names by position, as they were.
+        before: the tensors as they were, under these names. Each keeps its own, wherever it is now.
+        entries: the tensors as they are. One that is new has the name of the one whose place it took, or none.
+    """
+    own = {id(e.param): e.name for e in before}
+    kept = {e.position: own[id(e.param)] for e in entries if id(e.param) in own}
+    free = {k: n for k, n in binding.names.items() if n not in kept.values()}
+    return Binding(binding.symmetry, {e.position: free[e.position] for e in entries if e.position in free} | kept)
+
+
 # ------------------------------------------------------------------------------------ a given symmetry
 def matched(entries: list[Entry], symmetry: Symmetry) -> Binding:
     """The entries under the names of a given symmetry: by name, or in order of position where they have none.
@@ -125,7 +138,7 @@ def bare(name: str) -> str:
 
 
 def _in_order(entries: list[Entry], symmetry: Symmetry) -> list[str]:
-    parameters = {n: s.shape for n, s in symmetry.specs.items() if n.rpartition(".")[2] not in STATISTICS}
+    parameters = {n: s.shape for n, s in symmetry.specs.items() if not is_statistic(n)}
     found = [tuple(e.param.shape) for e in entries]
     if found != list(parameters.values()):
         raise SymmetryError(

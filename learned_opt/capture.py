@@ -61,9 +61,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     These call what they hold with the arguments that they get. Of any other wrapper that is not known.
     """
     while True:
-        compiled = module._modules.get("_orig_mod")
-        if compiled is not None:
-            module = compiled
+        if "_orig_mod" in module._modules:  # a ScriptModule has no dict there, and no get
+            module = module.get_submodule("_orig_mod")
         elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
         else:
@@ -152,8 +151,13 @@ class Watch:
                 filters[:] = [f for f in filters if getattr(f[1], "pattern", None) != HOOKED]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """The global pre-hook. Under dynamo and export it must be nothing: they see no real tensors."""
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and self._wanted(module):
+        """The global pre-hook. Under dynamo and export it must be nothing: they see no real tensors.
+
+        Nor is a scripted module anything: it takes no hooks, and what it calls cannot be exported.
+        """
+        if torch.compiler.is_compiling() or isinstance(module, torch.jit.ScriptModule):
+            return
+        if torch.is_grad_enabled() and self._wanted(module):
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
 
     def _wanted(self, module: nn.Module) -> bool:

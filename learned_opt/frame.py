@@ -19,17 +19,23 @@ The frame is a function of the current weights alone. It needs no state, hence n
 
 A unit whose written weights are all zero (a zero-initialised gain and bias) keeps potential 1: what reads it could tell
 its scale only together with the scales of what that writes, which the walk needs first. Such a unit is constant.
+
+A label keeps potential 1 where some of its tensors are not given: frozen ones that the optimizer does not have. The
+others would tell another scale (adapters beside frozen weights begin at zero, and grow: docs/experiments.md, 50).
 """
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from learned_opt.axes import leaves_of
 from learned_opt.layout import ByIdentity, Layout, Units, layout_of
-from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry import Spec, Symmetry, is_statistic
 
 SWEEPS = 3  # from the walk's start, labels that share a tensor one after the other
 
@@ -146,7 +152,8 @@ def _plan(key: ByIdentity, names: tuple[str, ...], device: str) -> _Plan:
         count = int(torch.Size(symmetry.table_shape(s.label, s.size)).numel())
         label_of.update(dict.fromkeys(range(start, start + count), name))
         start += count
-    free = [n for n, s in symmetry.scales.items() if s.kind != "sign"]
+    partly = _scaled(spec for n, spec in symmetry.specs.items() if n not in names and not is_statistic(n))
+    free = [n for n, s in symmetry.scales.items() if s.kind != "sign" and n not in partly]
     touches = _incidences(layout, label_of, set(free))
 
     walk, known = [], {n for n in symmetry.scales if n not in free}
@@ -173,6 +180,12 @@ def _plan(key: ByIdentity, names: tuple[str, ...], device: str) -> _Plan:
     numbers = {name: i for i, name in enumerate(symmetry.scales)}
     label = torch.tensor([*(numbers[label_of[i]] for i in range(start)), len(numbers)], device=device)
     return _Plan(tuple(walk), sweep, label, label.bincount())
+
+
+def _scaled(specs: Iterable[Spec]) -> set[str]:
+    """The scale labels on these tensors; an empty one has no units that it could be the scale of."""
+    leaves = (leaf for s in specs if math.prod(s.shape) for axis in s.axes for leaf in leaves_of(axis))
+    return {label for leaf in leaves for label, _ in leaf.scale}
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +259,7 @@ def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_
             at = (position + torch.arange(n * length)).reshape(n, length, 1).expand(n, length, k)
             weight = torch.ones(n, length, k)
             if side == "cols":  # fan_in / fan_out of the reading tensor, counted in units of the label
-                weight = weight * _label_sizes(units, label_of, layout) / stack.shape[1]
+                weight = weight * _label_sizes(units, label_of) / stack.shape[1]
             unit = units.index + torch.where(units.exponent > 0, 0, layout.n_scales + 1)
             cpu = mask.cpu()
             entries.append((unit.cpu()[cpu], at[cpu], weight[cpu]))
@@ -277,21 +290,13 @@ def _select(units: Units, take: Tensor | None) -> Units:
 
 def _belongs(units: Units, labels: list[set[str]], label_of: Mapping[int, str]) -> Tensor:
     """``[N, L, K]``: is this unit of one of the block's wanted labels?"""
-    mask = torch.zeros(units.index.shape, dtype=torch.bool)
-    for n, wanted in enumerate(labels):
-        for k in range(units.index.shape[-1]):
-            if units.index.shape[1] and label_of.get(int(units.index[n, 0, k])) in wanted:
-                mask[n, :, k] = True
-    return mask.to(units.index.device)
+    numbers = units.index.flatten(1).tolist()
+    found = [[label_of.get(u) in wanted for u in block] for block, wanted in zip(numbers, labels, strict=True)]
+    return torch.tensor(found, dtype=torch.bool, device=units.index.device).reshape(units.index.shape)
 
 
-def _label_sizes(units: Units, label_of: Mapping[int, str], layout: Layout) -> Tensor:
-    symmetry = layout.symmetry
-    sizes = torch.ones(units.index.shape)
-    for n in range(units.index.shape[0]):
-        for k in range(units.index.shape[-1]):
-            name = label_of.get(int(units.index[n, 0, k])) if units.index.shape[1] else None
-            if name is not None:
-                s = symmetry.scales[name]
-                sizes[n, :, k] = float(torch.Size(symmetry.table_shape(s.label, s.size)).numel())
-    return sizes
+def _label_sizes(units: Units, label_of: Mapping[int, str]) -> Tensor:
+    """``[N, L, K]``: how many units this one's label has; 1 for "no unit"."""
+    count = Counter(label_of.values())
+    sizes = [float(count[label_of[u]]) for u in range(len(label_of))]
+    return torch.tensor([*sizes, 1.0])[units.index.cpu()]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, listed, matched
+from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, followed, listed, matched
 from learned_opt.capture import Call, Watch, modules_behind
 from learned_opt.compiled import Compiled
 from learned_opt.rules import make_rule
@@ -159,8 +159,9 @@ class NFNOpt(torch.optim.Optimizer):
         self.skipped_steps: Counter[str] = Counter()
         self._given: Symmetry | Mode = symmetry
         self._known: Binding | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
-        self._bound: tuple[Any, Binding] | None = None  # for the tensors that the first item identifies
+        self._bound: tuple[Any, Binding, list[Entry]] | None = None  # of the tensors that the first item identifies
         self._watch: Watch | None = None
+        self._outlasted: float | None = None  # the horizon that a run was said to be beyond
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         options = {
@@ -218,21 +219,24 @@ class NFNOpt(torch.optim.Optimizer):
     def _bind(self) -> tuple[list[Entry], Symmetry]:
         """The tensors under the symmetry's names, and the symmetry: checked when they changed, inferred at first."""
         entries = entries_of(self.param_groups)
-        signature = tuple((e.name, e.position, e.param.shape) for e in entries)
+        signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
         if self._bound is None or self._bound[0] != signature:
-            self._bound = (signature, self._match(entries))
+            binding = self._match(entries)
+            self._bound = (signature, binding, binding.rename(entries))
         binding = self._bound[1]
         return binding.rename(entries), binding.symmetry
 
     def _match(self, entries: list[Entry]) -> Binding:
-        if isinstance(self._given, Symmetry):
-            self._known = matched(entries, self._given)
-            return self._known
         if self._known == "infer":
             self._known = decided(self._unwatch(), entries) or "independent"
-        if not isinstance(self._known, Binding):
+        known = self._known
+        if isinstance(known, Binding) and self._bound is not None:
+            known = followed(known, self._bound[2], entries)
+        if isinstance(self._given, Symmetry):
+            known = matched(entries, self._given)
+        if not isinstance(known, Binding):
             return by_themselves(entries)
-        self._known = beside(self._known, entries).validate(entries)
+        self._known = beside(known, entries).validate(entries)
         return self._known
 
     def _unwatch(self) -> list[Call]:
@@ -279,11 +283,12 @@ class NFNOpt(torch.optim.Optimizer):
 
     def _count(self) -> None:
         self._steps += 1
-        total = self.param_groups[0]["total_steps"]
-        if self.rule.ends and total is not None and 0 <= self._steps - 1 - float(total) < 1:  # once
+        total = float(self.param_groups[0]["total_steps"] or math.inf)
+        if self.rule.ends and self._steps - 1 >= total and self._outlasted != total:
+            self._outlasted = total
             warnings.warn(
-                f"NFNOpt: step {self._steps}, but total_steps={total}: the schedule has ended, and weights stay where "
-                "they are. Pass the number of optimizer steps, epochs times batches.",
+                f"NFNOpt: step {self._steps}, but total_steps={total:g}: the schedule has ended, and weights stay "
+                "where they are. Pass the number of optimizer steps, epochs times batches.",
                 stacklevel=4,
             )
 
@@ -402,7 +407,7 @@ class NFNOpt(torch.optim.Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "nan_policy", "skipped_steps", "_apply", "_given", "_known", "_steps")
+        own = ("rule", "nan_policy", "skipped_steps", "_apply", "_given", "_known", "_steps", "_outlasted")
         return super().__getstate__() | {k: getattr(self, k) for k in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -66,9 +66,16 @@ Role = Literal["out", "in", "kernel", "lookup", "gain"]
 Kind = Literal["positive", "sign", "real"]
 Shape = tuple[int, ...]
 
+STATISTICS = ("running_mean", "running_var")  # that a symmetry may describe, and no optimizer has
+
 
 class SymmetryError(ValueError):
     """A symmetry that does not fit the tensors, or contradicts itself."""
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is called as a running mean or variance is."""
+    return name.rpartition(".")[2] in STATISTICS
 
 
 # --------------------------------------------------------------------------------------------- tensors
@@ -347,7 +354,8 @@ class Symmetry:
     ) -> float:
         """Largest relative change of the function under random group elements, in float64 at random weights.
 
-        Initial values hide errors (zero biases, unit gains), so every parameter and statistic is randomised.
+        Initial values hide errors (zero biases, unit gains), so every parameter and statistic is randomised. Other
+        buffers stay as they are: a mask or a table of positions is part of the function.
 
         Args:
             model: left as it is; a float64 copy is used, in its training or evaluation mode.
@@ -364,8 +372,10 @@ class Symmetry:
         output = output or (lambda y: y)
         model = copy.deepcopy(model).double()
         inputs = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-        weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        weights = {n: randomised(w.detach(), generator) for n, w in weights.items()}
+        weights = {n: w.detach() for n, w in model.named_buffers()}
+        moving = {n: w for n, w in weights.items() if n in self.specs or n.rpartition(".")[2] in STATISTICS}
+        moving = dict(model.named_parameters()) | moving
+        weights |= {n: randomised(w.detach(), generator) for n, w in moving.items()}
         self.validate({n: w for n, w in weights.items() if n in self.specs})
 
         def evaluate(w: dict[str, Tensor]) -> Tensor:

@@ -117,9 +117,10 @@ def test_functional_loops_run_under_vmap(name):
     assert_same(together, {n: torch.stack([a[n] for a in alone]) for n in batch})
 
 
-def test_functional_of_an_optimizer_continues_what_it_does():
+@pytest.mark.parametrize("maximize", [False, True])
+def test_functional_of_an_optimizer_continues_what_it_does(maximize):
     model = make_model()
-    options = {"lr": 0.5, "total_steps": 9, "weight_decay": 0.1}
+    options = {"lr": 0.5, "total_steps": 9, "weight_decay": 0.1, "maximize": maximize}
     optimizer = NFNOpt(model.named_parameters(), symmetry="independent", rule=make_rule("nfn"), **options)
     init, update = functional(optimizer)
     params = {n: p.detach().clone() for n, p in model.named_parameters()}

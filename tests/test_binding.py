@@ -484,6 +484,22 @@ def test_a_symmetry_of_other_shapes_is_an_inference_that_failed(monkeypatch, ask
     assert len(said(logging.WARNING)) == 1 and "(3, 5)" in said(logging.WARNING)[0]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+def test_scripted_modules_are_trained_and_passed_by(asked, said):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.ReLU()))
+    model = net()
+    optimizer = NFNOpt(model, rule="adam")
+    model(scripted(batch())).sum().backward()
+    optimizer.step()
+    assert len(asked) == 1 and not said(logging.WARNING)
+    optimizer = NFNOpt(scripted.parameters(), rule="adam", lr=1e-2)
+    before = scripted(batch())
+    before.square().sum().backward()
+    optimizer.step()
+    assert (scripted(batch()) != before).any()
+    assert len(asked) == 1 and len(said(logging.WARNING)) == 1
+
+
 def test_independent_asks_nobody(asked, said):
     model = net()
     optimizer = NFNOpt(model.parameters(), symmetry="independent", rule="adam")

@@ -288,6 +288,26 @@ def test_a_unit_that_nothing_enters_keeps_its_potential():
     assert c.isfinite().all() and c[2] == 1 and (c > 0).all()
 
 
+@pytest.mark.parametrize("absent", ["0.weight", "2.weight", "6.bias"])
+def test_where_a_tensor_is_not_given_its_labels_have_potential_one(absent):
+    """What is left of such a label's weights would tell another scale: adapters beside frozen weights begin at zero."""
+    symmetry, params = make("mlp")
+    touched = {"0.weight": (0, 6), "2.weight": (0, 11), "6.bias": (0, 0)}[absent]
+    del params[absent]
+    log_c = potentials(symmetry, params)
+    zero = (log_c[:-1] == 0).nonzero().flatten().tolist()
+    assert zero == list(range(*touched))
+
+
+def test_statistics_and_empty_tensors_need_not_be_given():
+    symmetry, params = make("cnn")
+    axis = symmetry.specs["1.bias"].axes[0]
+    others = {"empty": Spec((axis, Leaf(0)), ("out", "in")), "1.running_var": Spec((axis,), ("out",))}
+    wider = Symmetry({**symmetry.specs, **others}, symmetry.labels, symmetry.scales)
+    assert torch.equal(potentials(wider, params), potentials(symmetry, params))
+    assert potentials(wider, params)[:3].abs().min() > 0
+
+
 def test_weights_that_are_all_zero_have_potential_one():
     symmetry, params = make("transformer")
     c = potentials(symmetry, {n: torch.zeros_like(p) for n, p in params.items()})

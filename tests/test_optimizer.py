@@ -585,6 +585,13 @@ def test_a_run_that_outlasts_its_horizon_is_told_once_also_after_a_resume():
     with warnings.catch_warnings(action="error"):
         train(model, again, 1)
         train(model, make("adam", model, total_steps=1), 2)  # has no schedule
+    later = make("paced", model, total_steps=100)
+    later.load_state_dict(again.state_dict())  # whose horizon it takes, as torch has it
+    with pytest.warns(UserWarning, match="step 6, but total_steps=3"):
+        train(model, later, 1)
+    later.param_groups[0]["total_steps"] = 6
+    with pytest.warns(UserWarning, match="step 7, but total_steps=6"):
+        train(model, later, 2)
 
 
 # ------------------------------------------------------------------------------- names and symmetry
@@ -748,6 +755,19 @@ def test_tensors_swapped_inside_the_groups_are_followed():
     optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, 4))
     with pytest.raises(SymmetryError, match=r"0\.weight"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(("change", "left"), [(lambda groups: groups.pop(0), 4), (lambda groups: groups.reverse(), 6)])
+def test_tensors_keep_their_names_when_groups_change(change, left):
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    optimizer = NFNOpt([{"params": model[i].parameters()} for i in (0, 2, 4)])
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    change(optimizer.param_groups)
+    optimizer.step()
+    names = {e.name: e.param for e in optimizer._bind()[0]}
+    assert len(names) == left
+    assert all(model.get_parameter(n) is p for n, p in names.items())
 
 
 def test_running_statistics_do_not_count_as_positions():
