@@ -69,6 +69,16 @@ def test_traps(name: str) -> None:
     assert free(symmetry)
 
 
+@pytest.mark.parametrize("unstacked", [lambda z: z.permute(2, 0, 1, 3), lambda z: z.movedim(2, 0)])
+def test_a_stack_moved_to_the_front(unstacked: Callable[[Tensor], Tensor]) -> None:
+    def attention(h: Tensor) -> Tensor:
+        q, k, v = unstacked(h.view(1, -1, 3, 4))
+        return F.scaled_dot_product_attention(q, k, v).repeat(1, 1, 3).flatten(0, 1)
+
+    symmetry = infer_symmetry(Between(attention), torch.randn(3, 4))
+    assert sorted(s.kind for s in symmetry.scales.values()) == ["real", "real"] and symmetry.notes == ()
+
+
 Steps = list[tuple[str, int, int]]
 FOUND: dict[str, Steps] = {  # by longer searches, made small by hand
     "heads beside heads in a contraction": [

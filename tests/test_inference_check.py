@@ -48,6 +48,50 @@ def test_the_model_is_left_as_it_was() -> None:
         assert torch.equal(p.grad, grads[n]), n
 
 
+class Noisy(nn.Module):
+    """Adds noise of a generator of its own, or of the common one."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.body, self.own = tanh_mlp(), own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + torch.rand(1, 2, generator=torch.Generator() if self.own else None)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_noise_is_neither_used_up_nor_seeded(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cuda, "manual_seed_all")  # what is drawn on a GPU is the caller's as well
+    model, x = Noisy(own), torch.randn(4, 3)
+    noise = torch.get_rng_state()
+    symmetry = infer_symmetry(model, x)
+    assert torch.equal(noise, torch.get_rng_state())
+    assert symmetry.notes == () and len(symmetry.labels) == len(symmetry.scales) == 2
+
+
+def test_what_goes_wrong_is_told_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise AttributeError("no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("learned_opt.inference.Check", fails)
+        assert infer_symmetry(tanh_mlp(), torch.randn(4, 3)).notes == ("not verified: AttributeError: no such thing",)
+    monkeypatch.setattr("learned_opt.inference.Propagation", fails)
+    with pytest.raises(InferenceError, match="Sequential cannot be inferred: AttributeError: no such thing"):
+        infer_symmetry(tanh_mlp(), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_running_statistics_are_described_whoever_reads_them(norm: Any, training: bool) -> None:
+    layers = nn.Conv1d(3, 5, 2), norm(5, affine=True, track_running_stats=True), nn.ReLU(), nn.Conv1d(5, 2, 1)
+    model, x = nn.Sequential(*layers).train(training), torch.randn(4, 3, 8)
+    symmetry = infer_symmetry(model, x, verify=False)
+    assert {"1.running_mean", "1.running_var"} <= symmetry.specs.keys() and symmetry.notes == ()
+    assert [g.size for g in symmetry.labels.values() if not g.fixed] == [5]
+    assert symmetry.check(model, x) < 1e-12  # which makes others of them
+
+
 def test_a_wrong_scale_is_demoted_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "tanh", partial(lambda t, x: t.unary(x, 1, "odd")))  # says that tanh(2 x) = 2 tanh(x)
     model, x = tanh_mlp(), torch.randn(4, 3)

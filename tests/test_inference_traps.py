@@ -113,6 +113,15 @@ def two_outputs(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return h, F.linear(h, m.b)
 
 
+def places(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    value, place = F.conv1d(x, m.a).relu().max(2)
+    return F.linear(value, m.b), place
+
+
+def left_out(h: Tensor) -> Tensor:
+    return h * h.new_empty(3, 1).bernoulli_(0.0)
+
+
 def by_einsum(m: Any, x: Tensor) -> Tensor:
     q, k, v = (torch.einsum("btc,hdc->bthd", x, w) for w in (m.q, m.k, m.v))
     p = torch.einsum("bthd,bshd->bhts", q, k).softmax(-1)
@@ -208,8 +217,40 @@ TRAPS: dict[str, Trap] = {
     "a constant that does not": Trap(
         hidden(lambda h: h.tanh() * torch.full((6,), 3.0)), table(_SIGN, a="h^h, .", b="., h/h"), None
     ),
+    "an inner product, which reads rows": Trap(
+        net(lambda m, x: F.linear(torch.inner(F.linear(x, m.a).relu(), m.w).relu(), m.b), w=(6, 6), **_ABC),
+        table({"g": "positive", "h": "positive"}, a="h^h, .", w="g^g, h/h", b="., g/g"),
+        table(a="h, .", w="h, g", b="., g"),
+    ),
+    # what is not the same every time
+    "a branch that a draw leaves out": Trap(
+        net(lambda m, x: F.linear(F.linear(x, m.a) + left_out(F.linear(x, m.c)), m.b), c=(6, 4), **_ABC),
+        table(_REAL, a="h^h, .", b="., h/h", c="h^h, ."),
+        None,  # one scale for a, and another one for c, would hold as long as it is left out
+    ),
+    "a running mean that is still zero": Trap(
+        net(lambda m, x: F.linear(F.linear(x, m.a) - m.running_mean, m.b), {"running_mean": torch.zeros(6)}, **_ABC),
+        table(_REAL, a="h^h, .", b="., h/h", running_mean="h^h"),
+        table(_REAL, a="h^h, .", b="., h/h"),
+    ),
+    # whole numbers
+    "cut to integers": Trap(
+        hidden(lambda h: (5 * h).int().float()), MOVES, table(_RELU, a="h^h, .", b="., h/h")
+    ),
+    "truth values": Trap(hidden(lambda h: h.bool().float()), MOVES, None),
+    "places of maxima as an output": Trap(
+        net(places, a=(6, 4, 1), b=(3, 6)),
+        table(_RELU, a="6^h, ., .", b="., 6/h"),
+        table(_RELU, a="h^h, ., .", b="., h/h"),
+        (torch.randn(3, 4, 5),),
+    ),
+    "places of maxima over units": Trap(hidden(lambda h: h + h.max(-1, keepdim=True)[1]), FIXED, MOVES),
+    "maxima without their places": Trap(hidden(lambda h: h - h.max(-1, keepdim=True)[0]), MOVES, None),
     # addressed units
     "every other unit": Trap(hidden(lambda h: h[:, ::2].tanh(), 3), FIXED, table(a="h, .", b="., 3")),
+    "rolled as if it were flat": Trap(
+        net(lambda m, x: F.linear(F.linear(x, m.a.roll(1)).tanh(), m.b), **_ABC), FIXED, MOVES
+    ),
     "rolled": Trap(hidden(lambda h: h.roll(1, -1)), FIXED, MOVES),
     "rolled heads": Trap(
         hidden(lambda h: heads(h).tanh().roll(1, 1).flatten(1)),

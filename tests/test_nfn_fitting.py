@@ -1,19 +1,18 @@
-"""Fitting on weights: what is learned, what stays invariant, exact resume, files, and errors that say what to do."""
+"""Fitting on weights: what is learned, what stays invariant, and errors that say what to do."""
 
 import math
-import os
-import signal
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kendalltau
 from sklearn.metrics import r2_score
 from torch import nn
 
-from learned_opt import SymmetryError
+from learned_opt import SymmetryError, infer_symmetry
 from learned_opt.nfn import (
     Chain,
     Fit,
@@ -24,11 +23,9 @@ from learned_opt.nfn import (
     network_outputs,
     r2,
 )
-from learned_opt.nfn.spaces import join_data, map_data, space_from_data, space_to_data, stacked
-from learned_opt.nfn.training import CHECKPOINT, _from_plain, _to_plain
-from learned_opt.nfn.transformer_space import task_spec, zoo_spec
-from learned_opt.rules import CheckpointError
-from tasks.transformer import Transformer
+from learned_opt.nfn.spaces import join_data, map_data, stacked
+from learned_opt.nfn.training import _from_plain, _to_plain
+from learned_opt.nfn.transformer_space import zoo_spec
 from tests.inferred import infer
 from tests.nfn_chains import act, error, mlp
 from tests.test_nfn_general import residual
@@ -125,7 +122,7 @@ def test_the_best_weights_by_validation_are_kept():
     assert last.score(table, targets)["tau"] == pytest.approx(taus[-1])
 
 
-def test_seeds_decide_and_the_global_generator_is_left_alone():
+def test_seeds_decide_and_the_global_generator_is_left_alone(monkeypatch):
     table, targets = networks(50)
 
     space = chain()
@@ -135,6 +132,9 @@ def test_seeds_decide_and_the_global_generator_is_left_alone():
         return predictor.fit(table, targets, settings=Fit(epochs=2, batch=16, seed=order))
 
     before = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.cuda, "manual_seed_all")  # nor are those of GPUs seeded
+        fit(0)
     one = weights_of(fit(0))
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(3)
@@ -258,173 +258,57 @@ def test_transformers_are_predicted_and_edited():
     assert not torch.equal(edited[0]["encoder.0.fc1.weight"], states[0]["encoder.0.fc1.weight"])
 
 
-# ------------------------------------------------------------------------------------------- resume
-def long_fit(folder, die=None):
-    """Five epochs of ten minibatches with dropout and augmentation; the process kills itself in one of them."""
-    table, targets = networks(50)
-    calls = []
+# ------------------------------------------------------------------------------------------- what networks are
+class Masked(nn.Module):
+    """A batch norm, a mask that is alike in all networks, and a parameter under two names."""
 
-    def augment(features, generator):
-        calls.append(1)
-        if len(calls) == die:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {
-            n: x * (1 + 0.1 * torch.rand(len(x), 1, generator=generator)[(...,) + (None,) * (x.ndim - 2)])
-            for n, x in features.items()
-        }
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 4)
+        self.c = nn.Linear(6, 4, bias=False)
+        self.c.weight = self.b.weight
+        self.norm.running_mean.normal_()
+        self.register_buffer("mask", torch.full((5, 5), -math.inf).triu(1))
 
-    fit = Fit(epochs=5, batch=4, lr=1e-2, checkpoint_seconds=0)
-    return small("hnp", dropout=0.5).fit(table, targets, settings=fit, augment=augment, folder=folder)
+    def forward(self, x):
+        h = self.norm(self.mask.softmax(-1) @ self.a(x)).relu()
+        return self.b(h) + self.c(h)
 
 
-def test_a_killed_and_resumed_fit_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    killed = tmp_path / "killed"
-    code = "import sys; from tests.test_nfn_fitting import long_fit; long_fit(sys.argv[1], 25)"
-    found = subprocess.run([sys.executable, "-c", code, str(killed)], env={**os.environ, "PYTHONPATH": os.getcwd()})
-    assert found.returncode == -signal.SIGKILL  # in the middle of the third epoch
-    assert os.listdir(killed) == [CHECKPOINT]
-    resumed, whole = long_fit(killed), long_fit(None)
-    assert same(weights_of(resumed), weights_of(whole)) and resumed.history == whole.history
-    assert [row["epoch"] for row in whole.history] == [0, 1, 2, 3, 4]
+def test_modules_with_statistics_masks_and_tied_parameters():
+    torch.manual_seed(0)
+    models, targets = [Masked().eval() for _ in range(12)], torch.rand(12)
+    space = infer_symmetry(models[0], torch.randn(5, 4))
+    predictor = WeightSpacePredictor(space, channels=(3,), head_width=8).fit(models, targets, settings=FAST)
+    states = [m.state_dict() for m in models]
+    with pytest.raises(SymmetryError, match="c.weight is b.weight under another name.*pass the modules"):
+        predictor.predict(states)
+    for state in states:
+        del state["c.weight"]
+    assert torch.equal(predictor.predict(states), predictor.predict(models))
+    own = WeightSpacePredictor(module=TotalOfMeans()).fit(models, targets, settings=FAST)  # without the mask
+    assert own.predict(models).isfinite().all()
+    models[3].norm.running_mean[2] = math.nan
+    with pytest.raises(ValueError, match="norm.running_mean has values that are not finite in 1 of 12"):
+        predictor.predict(models)
 
 
-def test_after_an_interruption_the_best_so_far_is_in_place(tmp_path):
-    table, targets = networks(60)
-    rows = []
+class TotalOfMeans(nn.Module):
+    """A module that reads whatever there is."""
 
-    def stop(features, generator):
-        rows.append(1)
-        if len(rows) == 8:
-            raise KeyboardInterrupt
-        return features
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 1)
 
-    predictor = small("hnp")
-    with pytest.raises(KeyboardInterrupt):
-        predictor.fit(table, targets, settings=FAST, augment=stop, folder=tmp_path)
-    assert not predictor.module.training
-    content = predictor.predict(table)
-    assert content.isfinite().all()
-    resumed = small("hnp").fit(table, targets, settings=FAST, augment=lambda x, _: x, folder=tmp_path)
-    whole = small("hnp").fit(table, targets, settings=FAST, augment=lambda x, _: x)
-    assert same(weights_of(resumed), weights_of(whole)) and resumed.history == whole.history
-    again = small("hnp").fit(table, targets, settings=FAST, folder=tmp_path)  # a finished fit is read, not repeated
-    assert same(weights_of(again), weights_of(whole))
+    def forward(self, features):
+        return self.head(sum(x.flatten(1).mean(1, keepdim=True) for x in features.values()))
 
 
-def test_a_checkpoint_of_another_fit_or_a_damaged_one_is_refused(tmp_path):
-    table, targets = networks(60)
-    small("hnp").fit(table, targets, settings=FAST, folder=tmp_path)
-    for other, data in ((Fit(epochs=5, batch=16, lr=3e-3), targets), (FAST, 1 - targets)):
-        with pytest.raises(CheckpointError, match="another fit"):
-            small("hnp").fit(table, data, settings=other, folder=tmp_path)
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="not a whole"):
-        small("hnp").fit(table, targets, settings=FAST, folder=tmp_path)
-
-
-def test_an_optimizer_of_ones_own_is_resumed_too(tmp_path):
-    table, targets = networks(60)
-
-    def fit(folder, stop=None):
-        count = []
-
-        def augment(features, generator):
-            count.append(1)
-            if len(count) == stop:
-                raise KeyboardInterrupt
-            return features
-
-        def sgd(parameters):
-            return torch.optim.SGD(parameters, 0.05, momentum=0.9)
-
-        return small("hnp").fit(table, targets, settings=FAST, augment=augment, folder=folder, optimizer=sgd)
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "a", stop=8)
-    assert same(weights_of(fit(tmp_path / "a")), weights_of(fit(tmp_path / "b")))
-
-
-def test_divergence_is_told_and_what_was_best_stays():
-    table, targets = networks(60)
-    with pytest.raises(FloatingPointError, match="smaller lr"):
-        small("hnp", loss=lambda y, t: y.sum() * float("nan")).fit(table, targets, settings=FAST)
-    count = []
-
-    def later(outputs, wanted):
-        count.append(outputs.requires_grad)
-        return (outputs[:, 0] - wanted).square().mean() * (float("nan") if sum(count) > 5 else 1.0)
-
-    predictor = small("hnp", loss=later)
-    with pytest.warns(UserWarning, match="not finite"):
-        predictor.fit(table, targets, settings=FAST)
-    assert predictor.predict(table).isfinite().all()
-
-
-# ------------------------------------------------------------------------------------------- files
-def saved_and_loaded(fitted, path, **arguments):
-    fitted.save(path)
-    return type(fitted).load(path, **arguments)
-
-
-@pytest.mark.parametrize("kind", ["monomial", "stat", "magep"])
-def test_saved_predictors_predict_the_same(tmp_path, kind):
-    table, targets = networks(40)
-    predictor = small(kind, standardise=True).fit(table, targets, settings=FAST)
-    loaded = saved_and_loaded(predictor, tmp_path / "p.safetensors")
-    assert torch.equal(loaded.predict(table), predictor.predict(table))
-    assert (loaded.space, loaded.kind) == (predictor.space, kind)
-
-
-def test_saved_general_and_own_modules(tmp_path):
+def test_measures_need_no_optional_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
     table, targets = networks(30)
-    general = WeightSpacePredictor(infer(mlp(WIDTHS)), kind="general", channels=(3,), head_width=8)
-    general.fit(table, targets, settings=FAST)
-    assert torch.equal(saved_and_loaded(general, tmp_path / "g.safetensors").predict(table), general.predict(table))
-
-    class Sums(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(len(chain().names), 1)
-
-        def forward(self, features):
-            return self.head(torch.cat([x.flatten(1).sum(1, keepdim=True) for x in features.values()], 1))
-
-    def loss(outputs, wanted):
-        return (outputs[:, 0] - wanted).square().mean()
-
-    own = WeightSpacePredictor(module=Sums(), loss=loss).fit(table, targets, settings=FAST)
-    path = tmp_path / "own.safetensors"
-    assert torch.equal(saved_and_loaded(own, path, module=Sums(), loss=loss).predict(table), own.predict(table))
-    with pytest.raises(CheckpointError, match="pass module="):
-        WeightSpacePredictor.load(path, loss=loss)
-    with pytest.raises(CheckpointError, match="pass loss="):
-        WeightSpacePredictor.load(path, module=Sums())
-    with pytest.raises(CheckpointError, match=r"WeightSpacePredictor\.load"):
-        WeightSpaceEditor.load(path, loss=loss)
-
-
-def test_a_saved_editor_edits_the_same_and_damage_is_seen(tmp_path):
-    table, targets = networks(30)
-    editor = WeightSpaceEditor(chain(), loss=lambda w, t: w["0.weight"].square().mean(), width=3)
-    editor.fit(table, targets, settings=FAST)
-    path = tmp_path / "e.safetensors"
-    loaded = saved_and_loaded(editor, path, loss=editor.loss)
-    assert same(loaded.edit_stacked(table), editor.edit_stacked(table))
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match="altered"):
-        WeightSpaceEditor.load(path, loss=editor.loss)
-    with pytest.raises(CheckpointError, match="no such file"):
-        WeightSpaceEditor.load(tmp_path / "none.safetensors", loss=editor.loss)
-
-
-def test_spaces_survive_being_plain_data():
-    model = Transformer(nn.Embedding(5, 4), 3, 5, width=4, heads=2, depth=2, hidden=3, causal=True, fused=True)
-    for space in (chain(), chain(None), task_spec(model.state_dict(), 2), zoo_spec(ZooNet().state_dict()), residual()):
-        assert space_from_data(space_to_data(space)) == space
-    assert space_from_data(space_to_data(None)) is None
+    assert "tau" in small("hnp").fit(table, targets, settings=FAST).history[-1]
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -472,6 +356,12 @@ def test_settings_that_do_not_go_together_are_named():
     table, targets = networks(20)
     with pytest.raises(ValueError, match="pass a weight space"):
         WeightSpacePredictor()
+    with pytest.raises(TypeError, match=r"of type Sequential. Pass infer_symmetry\(model, x\)"):
+        WeightSpacePredictor(mlp(WIDTHS))
+    spec = zoo_spec(ZooNet().state_dict())
+    for make in (WeightSpacePredictor, partial(WeightSpaceEditor, loss=lambda w, t: t.sum())):
+        with pytest.raises(ValueError, match="kind='hnp' has nothing to say"):
+            make(spec, kind="hnp")
     with pytest.raises(ValueError, match="nothing to say"):
         WeightSpacePredictor(chain(), module=nn.Linear(1, 1), kind="hnp")
     with pytest.raises(SymmetryError, match="no scale"):
@@ -501,6 +391,14 @@ def test_measures_agree_with_their_definitions(values, seed):
     assert kendall_tau(a, b) == pytest.approx(float((da * db).sum() / ties) if ties > 0 else 0.0, abs=1e-12)
     if b.unique().numel() > 1:
         assert r2(a, b) == pytest.approx(r2_score(b.numpy(), a.numpy()), abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=40))
+def test_the_rank_correlation_is_that_of_scipy(pairs):
+    x, y = torch.tensor(pairs, dtype=torch.float32).T
+    expected = float(kendalltau(x.numpy(), y.numpy()).statistic)
+    assert kendall_tau(x, y) == (0.0 if math.isnan(expected) else pytest.approx(expected, abs=1e-15))
 
 
 def test_a_prediction_that_is_not_finite_has_no_rank():

@@ -316,6 +316,23 @@ def test_check_moves_statistics_and_leaves_the_model_alone() -> None:
     assert Symmetry(specs, {"u": Label(6)}).check(model, x, **sort) > 1e-3
 
 
+def test_check_leaves_constants_as_they_are() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.register_buffer("gate", torch.ones(6))
+            self.register_buffer("mask", torch.full((5, 5), -math.inf).triu(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b((self.mask.softmax(-1) @ self.a(x)).relu() * self.gate)
+
+    unit, leaf = Leaf(6, "u"), ("out", "in")
+    specs = {"a.weight": Spec((unit, Leaf(4)), leaf), "a.bias": Spec((unit,), ("out",))}
+    specs["b.weight"] = Spec((Leaf(3), unit), leaf)
+    assert Symmetry(specs, {"u": Label(6)}).check(Masked(), torch.randn(5, 4, generator=seeded())) < 1e-12
+
+
 def test_check_of_a_function_without_a_size_is_nan() -> None:
     model, symmetry = two_layers(nn.ReLU(), "positive")
     assert math.isnan(symmetry.check(model, torch.full((2, 4), math.nan)))

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from learned_opt.binding import listed
 from learned_opt.inference.engine import UnknownOperator
@@ -133,10 +135,26 @@ def _propagated(model: nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> tup
         raise ValueError(
             f"outputs={outputs!r:.200} is not a function of what the model returns. {_CLASH.format('outputs')}"
         )
-    program = export(model, inputs, kwargs, outputs)
+    with torch.random.fork_rng(devices=[]):  # nothing depends on the caller's noise, and none of it is used up
+        torch.default_generator.manual_seed(0)
+        program = export(model, inputs, kwargs, outputs)
+        try:
+            return _better(model, program)
+        except InferenceError:
+            raise
+        except Exception as error:
+            raise InferenceError(
+                f"the symmetry of {type(model).__name__} cannot be inferred: {type(error).__name__}: {error}\n"
+                "Please report the model. Until then, write its symmetry by hand (docs/symmetry.md), or use"
+                " learned_opt.independent(dict(model.named_parameters()))."
+            ) from error
+
+
+def _better(model: nn.Module, program: ExportedProgram) -> tuple[Network, Propagation]:
+    """Labels of the program as it was written, or in decomposed form if more of its operators are known there."""
     network = Network(model, program)
     propagation = Propagation(network)
-    if propagation.unknown:  # a second chance in decomposed form, kept if it is better
+    if propagation.unknown:
         try:
             decomposed = Network(model, program.run_decompositions())
             second = Propagation(decomposed)
@@ -153,8 +171,8 @@ def _verified(network: Network, symmetry: Symmetry, name: str, samples: int) -> 
         check = Check(network)
         possible = check.possible
         verdict = check.verdict(symmetry, samples) if possible else None
-    except (RuntimeError, TypeError) as error:  # an operator without float64, say
-        reason, verdict = f"{type(error).__name__}: {str(error).splitlines()[0]}", None
+    except Exception as error:  # an operator without float64, say
+        reason, verdict = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", None
     else:
         reason = "its outputs are not finite, or zero"
     if verdict is None:

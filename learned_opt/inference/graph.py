@@ -8,7 +8,7 @@ in their decomposed form. In-place operators are read as functions whose result 
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from learned_opt.inference.engine import Engine, Profile, Stack, UnknownOperator
 from learned_opt.inference.operators import RULES
 from learned_opt.inference.operators.stacks import on_stack
 from learned_opt.inference.trees import Atom, Exponent, Tree, Unit, each, normal
-from learned_opt.symmetry import SymmetryError
+from learned_opt.symmetry import STATISTICS, SymmetryError
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Network:
     """An exported model: its graph, and the tensors that a group element moves.
 
     Attributes:
-        tensors: parameters and batch-norm statistics by their first name in the model.
+        tensors: parameters and running statistics by their first name in the model.
         placeholders: for every placeholder of the graph the name of its tensor, or the constant that it holds, or
             None for an input of the model.
     """
@@ -131,9 +131,9 @@ class Network:
         for name, tensor in named.items():
             first.setdefault(_storage_key(tensor), name)
         specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
-        changed = _statistics(self.graph, specs)
         written = set(program.graph_signature.buffers_to_mutate.values())  # where the graph is functional
         mutated = _mutated(self.graph) | {n for n, s in specs.items() if s.target in written}
+        changed = _statistics(self.graph, specs, mutated)
         self.tensors: dict[str, Tensor] = {}
         self.placeholders: dict[str, str | Tensor | None] = {}
         for node in self.graph.graph.nodes:
@@ -192,10 +192,17 @@ def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
     return found
 
 
-def _statistics(graph: GraphModule, specs: Mapping[str, Any]) -> set[str]:
-    """Placeholders of running means and variances."""
+def _statistics(graph: GraphModule, specs: Mapping[str, Any], mutated: Set[str]) -> set[str]:
+    """Placeholders of running means and variances: what a batch norm reads, and what is called so.
+
+    They are no constants, though a new network's look like some (0 and 1): training will have changed them.
+    """
     found = set()
     for node in _all_nodes(graph):
+        spec = specs.get(node.name)
+        if node.op == "placeholder" and spec is not None and spec.kind == InputKind.BUFFER and spec.persistent:
+            called_so = spec.target.rpartition(".")[2] in STATISTICS and node.meta["val"].is_floating_point()
+            found |= {node.name} if called_so and node.name not in mutated else set()
         if node.op == "call_function" and operator_name(node.target).startswith(_BATCH_NORMS):
             found |= {
                 a.name
@@ -326,6 +333,7 @@ class Propagation(Engine):
     def _call(self, graph: GraphModule, node: Node, env: dict[Node, Any], prefix: str) -> Any:
         name = operator_name(node.target)
         self.begin(prefix + node.name, node.meta.get("val"))
+        self.results = {u.args[1] for u in node.users if u.users and operator_name(u.target) == "getitem"}
         inputs = [env[a] for a in node.all_input_nodes]
         moved = any(a in self.moved for a in node.all_input_nodes) and name not in _METADATA_ONLY
         if moved:
@@ -393,7 +401,9 @@ class Propagation(Engine):
 
     # -- constants
     def _evaluate(self, node: Node, env: dict[Node, Any]) -> Any:
-        """A node that depends on no input and no tensor: its value (computed once)."""
+        """A node that depends on no input and no tensor: its value (computed once). What is drawn has none."""
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return self._like(self.meta, "noise")
         if node not in self._constants:
             args: Any = map_arg(node.args, lambda n: env[n])
             kwargs: Any = map_arg(node.kwargs, lambda n: env[n])

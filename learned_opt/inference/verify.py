@@ -45,19 +45,19 @@ class Function:
                 self.held[node.name] = _wide(_constant(network, node.name, specs))
 
     def __call__(self, tensors: Weights) -> list[Tensor]:
-        """The network's floating outputs."""
+        """The network's outputs: numbers, indices and masks (complex ones are left out)."""
         env: dict[Node, Any] = {}
         for node in self.network.graph.graph.nodes:
             if node.op == "placeholder":
                 name = self.network.placeholders[node.name]
                 held = tensors[name] if isinstance(name, str) else self.held[node.name]
-                env[node] = held.clone() if isinstance(held, Tensor) else held
+                env[node] = _fresh(held)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same noise every time, if the network draws any
+            torch.default_generator.manual_seed(0)  # the same noise every time, if the network draws any
             result = _run(self.network.graph, env)
         specs = self.network.program.graph_signature.output_specs
         counted = [r for r, s in zip(result, specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
-        return [r for r in counted if isinstance(r, Tensor) and r.is_floating_point()]
+        return [r.double() for r in counted if isinstance(r, Tensor) and not r.is_complex()]
 
 
 def _constant(network: Network, name: str, specs: Mapping[str, Any]) -> Any:
@@ -66,8 +66,15 @@ def _constant(network: Network, name: str, specs: Mapping[str, Any]) -> Any:
         target = specs[name].target
         for source in (network.program.constants, network.program.state_dict):
             if target in source:
-                return source[target].detach().clone()
+                return source[target]
     return held
+
+
+def _fresh(held: Any) -> Any:
+    """What a run may write into, or draw from."""
+    if isinstance(held, torch.Generator):
+        return torch.Generator().manual_seed(0)
+    return held.clone() if isinstance(held, Tensor) else held
 
 
 def _run(graph: GraphModule, env: dict[Node, Any]) -> list[Any]:

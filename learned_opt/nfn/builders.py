@@ -32,9 +32,17 @@ def general_features(symmetry: Symmetry, widths: Sequence[int]) -> list[nn.Modul
     return layers
 
 
+def _no_kind(space: TransformerSpec, kind: str | None) -> None:
+    if kind is not None:
+        raise ValueError(
+            f"kind={kind!r} has nothing to say: a {type(space).__name__} has layers of one kind; leave it out"
+        )
+
+
 def make_predictor(space: Space, outputs: int, kind: str | None, options: Mapping[str, Any]) -> nn.Module:
     """The module that reads prepared features of the space; see :class:`WeightSpacePredictor`."""
     if isinstance(space, TransformerSpec):
+        _no_kind(space, kind)
         return TransformerNFN(space, outputs=outputs, sigmoid=False, **options)
     if isinstance(space, Symmetry):
         widths = tuple(options.get("channels", (16, 16)))
@@ -84,6 +92,7 @@ class _GeneralEditor(nn.Module):
 def make_editor(space: Space, kind: str | None, options: Mapping[str, Any]) -> nn.Module:
     """The module from features with one channel to features with one channel; see :class:`WeightSpaceEditor`."""
     if isinstance(space, TransformerSpec):
+        _no_kind(space, kind)
         return _TransformerEditor(space, **options)
     if isinstance(space, Symmetry):
         return _GeneralEditor(space, **options)

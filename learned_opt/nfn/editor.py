@@ -65,9 +65,6 @@ class WeightSpaceEditor(Fitted):
     def _targets(self, targets: Tensor) -> Tensor:
         return check_finite(targets)
 
-    def _fit_moments(self, table: Weights) -> None:
-        """None are needed."""
-
     def _edited(self, x: Features) -> Weights:
         return {n: y.squeeze(1) for n, y in self.module(x).items()}
 

@@ -33,6 +33,7 @@ from learned_opt.symmetry import Symmetry, SymmetryError
 FORMAT = "learned-opt weight-space 1"
 CHUNK = 512  # networks that are prepared or evaluated at a time
 Weights = dict[str, Tensor]
+Rows = tuple[Weights, Tensor]  # networks and their targets
 Augment = Callable[[Features, Generator], Features]
 Validation = float | tuple[States, Any] | None
 
@@ -46,6 +47,11 @@ class Fitted(ABC):
     def __init__(
         self, space: Space | None, kind: str | None, module: nn.Module | None, seed: int, options: dict[str, Any]
     ) -> None:
+        if not isinstance(space, Space | None):
+            raise TypeError(
+                f"no weight space, but of type {type(space).__name__}. Pass infer_symmetry(model, x) of one of the"
+                " networks, Chain.from_state_dict(...) or a TransformerSpec."
+            )
         if isinstance(space, Symmetry) and module is None and kind != "general":
             try:
                 space = Chain.from_symmetry(space)
@@ -57,9 +63,10 @@ class Fitted(ABC):
         if module is not None and (kind is not None or options):
             raise ValueError(f"module= is given, so kind= and options ({sorted(options)}) have nothing to say")
         self.space, self.kind, self.options, self.own = space, kind, options, module is not None
+        self.seed = seed
         self.history: list[dict[str, float]] = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.module = module if module is not None else self._make()
 
     # -- what the two kinds say
@@ -75,9 +82,9 @@ class Fitted(ABC):
     def _targets(self, targets: Tensor) -> Tensor:
         """Targets as the loss needs them."""
 
-    @abstractmethod
     def _fit_moments(self, table: Weights) -> None:
-        """Statistics of the training networks."""
+        """Statistics of the training networks, if any are needed."""
+        return
 
     def _prepare(self, x: Features) -> Data:
         """Features as the module reads them; computed once unless minibatches are augmented."""
@@ -103,7 +110,7 @@ class Fitted(ABC):
     def _table(self, states: States) -> Weights:
         return fitting(self.space, stacked(states))
 
-    def _read_data(self, states: States, targets: Any) -> tuple[Weights, Tensor]:
+    def _read_data(self, states: States, targets: Any) -> Rows:
         table, targets = self._table(states), torch.as_tensor(targets)
         count = len(next(iter(table.values())))
         if targets.ndim == 0 or len(targets) != count:
@@ -158,7 +165,9 @@ class Fitted(ABC):
             optimizer: makes the optimizer from the parameters; default AdamW.
             augment: changes the features of every minibatch, given a generator.
             device: ``cpu`` or ``cuda``.
-            folder: for checkpoints; a fit that was interrupted there goes on exactly.
+            folder: for checkpoints; a fit that was interrupted there goes on exactly. Another fit is refused as far
+                as it can be told apart: a loss, module or augmentation of your own is not looked into, so give each
+                a folder of its own.
             tensorboard: folder of event files.
             progress: show a bar; default: on a terminal.
 
@@ -172,14 +181,14 @@ class Fitted(ABC):
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but this PyTorch sees no GPU. Use device='cpu'.")
         table, wanted = self._read_data(states, targets)
-        held: tuple[Weights, Tensor] | None = None
+        held: Rows | None = None
         if isinstance(validation, float | int):
             (table, wanted), held = split(table, wanted, float(validation), settings.seed)
         elif validation is not None:
             held = self._read_data(*validation)
         self.module.to(device)
         self._fit_moments(table)
-        identity = {"data": digest({**table, "targets": wanted}), **self._about()}
+        identity = self._identity((table, wanted), held)
         wanted = self._placed(wanted)
         data = self._prepared(table) if augment is None else self._features(table)
 
@@ -207,6 +216,12 @@ class Fitted(ABC):
             progress=progress,
         )
         return self
+
+    def _identity(self, train: Rows, held: Rows | None) -> dict[str, Any]:
+        """What a checkpoint must agree with, besides the settings and the optimizer."""
+        made = {"kind": self.kind, "options": json.dumps(self.options, sort_keys=True, default=str), "seed": self.seed}
+        data, validation = (r and digest({**r[0], "targets": r[1]}) for r in (train, held))
+        return {"data": data, "validation": validation, **made, **self._about()}
 
     def score(self, states: States, targets: Any) -> dict[str, float]:
         """Measures against targets as in :meth:`fit`: ``loss`` and what the class adds."""
@@ -248,9 +263,7 @@ class Fitted(ABC):
         return about, tensors, {"space": space_from_data(about["space"]), **made}
 
 
-def split(
-    table: Weights, targets: Tensor, fraction: float, seed: int
-) -> tuple[tuple[Weights, Tensor], tuple[Weights, Tensor]]:
+def split(table: Weights, targets: Tensor, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Training networks and, a random fraction, validation networks.
 
     Raises:

@@ -11,16 +11,25 @@ from torch.nn import functional
 
 LossName = Literal["bce", "mse", "cross_entropy"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+ROWS = 256  # of the pairs that are compared at a time
 
 
 def kendall_tau(predictions: Tensor, targets: Tensor) -> float:
-    """Kendall's tau-b of two vectors: 0 where one of them is constant, nan where a prediction is not finite."""
-    from scipy.stats import kendalltau
+    """Kendall's tau-b of two vectors: 0 where one of them is constant, nan where a prediction is not finite.
 
+    Of all pairs, some rows at a time: seconds for 10,000 networks, and scipy need not be installed.
+    """
     if not bool(predictions.isfinite().all()):
         return math.nan
-    tau = float(kendalltau(predictions.cpu().numpy(), targets.cpu().numpy()).statistic)
-    return tau if tau == tau else 0.0
+    x, y = (v.detach().cpu().double() for v in (predictions, targets))
+    agreeing = apart_x = apart_y = 0.0
+    for rows in torch.arange(len(x)).split(ROWS):
+        a, b = (torch.sign(v[rows, None] - v) for v in (x, y))
+        agreeing += float((a * b).sum())
+        apart_x, apart_y = apart_x + float(a.abs().sum()), apart_y + float(b.abs().sum())
+    if not apart_x or not apart_y:
+        return 0.0
+    return min(1.0, max(-1.0, agreeing / math.sqrt(apart_x) / math.sqrt(apart_y)))
 
 
 def r2(predictions: Tensor, targets: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Where fitting takes its networks from: many state_dicts as one table of tensors, checked against a weight space."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,11 +22,11 @@ def stacked(states: States) -> dict[str, Tensor]:
     """The weights of many networks of one architecture: ``{name: [networks, *shape]}``, floating point.
 
     Args:
-        states: state_dicts, or modules (their parameters), or tensors that are stacked already.
+        states: state_dicts, or modules (their parameters and buffers), or tensors that are stacked already.
 
     Raises:
         SymmetryError: an entry has another architecture than the first: says which, which parameter, what shape.
-        ValueError: no networks, stacks of unequal length, or values that are not finite.
+        ValueError: no networks, or stacks of unequal length.
     """
     if isinstance(states, Mapping):
         table = dict(states)
@@ -34,16 +34,14 @@ def stacked(states: States) -> dict[str, Tensor]:
         if not table or len(set(lengths.values())) != 1:
             raise ValueError(f"stacked weights need one row per network in every tensor; their lengths are {lengths}")
     else:
-        table = _stack([dict(s.named_parameters()) if isinstance(s, nn.Module) else dict(s) for s in states])
-    table = {n: x.detach() for n, x in table.items() if x.is_floating_point()}
-    for name, x in table.items():
-        wrong = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"{name} has values that are not finite in {len(wrong)} of {len(x)} networks, the first is network "
-                f"{wrong[0]}. Leave these networks out."
-            )
-    return table
+        table = _stack([_tensors(s) for s in states])
+    return {n: x.detach() for n, x in table.items() if x.is_floating_point()}
+
+
+def _tensors(state: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
+    if isinstance(state, nn.Module):
+        return {**dict(state.named_parameters()), **dict(state.named_buffers())}
+    return dict(state)
 
 
 def _stack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -66,24 +64,45 @@ def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tenso
 
     Raises:
         SymmetryError: a tensor is missing or has another shape, or the space knows nothing of one that varies.
+        ValueError: values that are not finite.
     """
     if space is None:
-        return dict(table)
+        return _finite({n: x for n, x in table.items() if _varies(x) or bool(x.isfinite().all())})  # no masks
     one = {n: x[:1].unsqueeze(1) for n, x in table.items()}
     if isinstance(space, TransformerSpec):
         known = set(space.unpack(space.pack(one)))
     else:
         known = set(space.specs if isinstance(space, Symmetry) else space.names)
-    if more := sorted(n for n, x in table.items() if n not in known and bool((x != x[:1]).any())):
-        raise SymmetryError(
-            f"the weight space knows nothing of {', '.join(more[:5])}. Make it from one of these state_dicts, or leave "
-            "these tensors out."
-        )
+    if more := sorted(n for n, x in table.items() if n not in known and _varies(x)):
+        raise SymmetryError(f"the weight space knows nothing of {', '.join(more[:5])}. {_advice(more, known, table)}")
     if isinstance(space, Symmetry):
         check_features(space, {n: x for n, x in one.items() if n in known})
     elif isinstance(space, Chain):
         space.validate(one)
-    return {n: x for n, x in table.items() if n in known}
+    return _finite({n: x for n, x in table.items() if n in known})
+
+
+def _varies(x: Tensor) -> bool:
+    return bool((x != x[:1]).any())
+
+
+def _finite(table: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, x in table.items():
+        wrong = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{name} has values that are not finite in {len(wrong)} of {len(x)} networks, the first is network "
+                f"{wrong[0]}. Leave these networks out."
+            )
+    return table
+
+
+def _advice(more: Sequence[str], known: Set[str], table: Mapping[str, Tensor]) -> str:
+    same = {n: next((k for k in sorted(known & table.keys()) if torch.equal(table[n], table[k])), None) for n in more}
+    if all(same.values()):
+        tied = ", ".join(f"{n} is {k} under another name" for n, k in same.items())
+        return f"These are tied parameters ({tied}): leave the second names out, or pass the modules themselves."
+    return "Make it from one of these state_dicts, or leave these tensors out."
 
 
 def features(table: Mapping[str, Tensor], dtype: torch.dtype) -> Features:

@@ -126,7 +126,8 @@ def train(
         else optimizer(module.parameters())
     )
     rates = [group["lr"] for group in opt.param_groups]
-    about = {"settings": asdict(settings) | {"checkpoint_seconds": None}, **(identity or {})}
+    about = {"settings": asdict(settings) | {"checkpoint_seconds": None}, "optimizer": _described(opt)}
+    about |= identity or {}
     state, best = State(0, None, []), None
     if folder is not None and (folder / CHECKPOINT).exists():
         state, best = _restore(folder / CHECKPOINT, about, module, opt)
@@ -183,7 +184,8 @@ def _epoch(
     total = torch.zeros((), device=device)
     parameters = [p for p in module.parameters() if p.requires_grad]
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [], device_type=device.type):
-        torch.manual_seed(1_000_003 * settings.seed + epoch)
+        # on the CPU, those of GPUs are the caller's
+        (torch.default_generator if device.type == "cpu" else torch).manual_seed(1_000_003 * settings.seed + epoch)
         for k, rows in enumerate(batches):
             factor = settings.rate(epoch * len(batches) + k, settings.epochs * len(batches))
             for group, rate in zip(opt.param_groups, rates, strict=True):
@@ -270,6 +272,12 @@ def _save(
     write_atomically(path, save(tensors, header))
 
 
+def _described(opt: torch.optim.Optimizer) -> str:
+    """An optimizer's class and those of its options that are plain."""
+    plain = {n: x for n, x in opt.defaults.items() if isinstance(x, bool | int | float | str | tuple | None)}
+    return f"{type(opt).__name__}({', '.join(f'{n}={x}' for n, x in sorted(plain.items()))})"
+
+
 def _restore(
     path: Path, about: Mapping[str, Any], module: nn.Module, opt: torch.optim.Optimizer
 ) -> tuple[State, dict[str, Tensor] | None]:
@@ -281,8 +289,13 @@ def _restore(
             path, f"it is of another fit (before, now): {changed}. Give another folder, or delete this file."
         )
     content = _from_plain(json.loads(header["tree"]), tensors)
-    module.load_state_dict(content["module"])
-    opt.load_state_dict(content["optimizer"])
+    try:
+        module.load_state_dict(content["module"])
+        opt.load_state_dict(content["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            path, f"it is of another module or optimizer ({error}). Give another folder, or delete this file."
+        ) from error
     return State(**content["state"]), content["best"]
 
 

@@ -23,7 +23,7 @@ def linear(t: Engine, x: Value, w: Value, b: Value | None = None) -> Value:
     return y if b is None else t.add(y, b)
 
 
-@register_rule("matmul", "mm", "bmm", "mv", "dot", "inner")
+@register_rule("matmul", "mm", "bmm", "mv", "dot")
 def matmul(t: Engine, a: Value, b: Value) -> Value:
     """Batched matrix product, as broadcast by ``torch.matmul``."""
     n, m = len(a.axes), len(b.axes)

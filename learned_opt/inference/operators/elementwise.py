@@ -5,6 +5,8 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import torch
+
 from learned_opt.inference.engine import Engine, Parity, UnknownOperator, Value
 from learned_opt.inference.operators.registry import RULES, register_rule
 from learned_opt.inference.trees import ONE, normal, size_of
@@ -27,7 +29,7 @@ UNARY: dict[str, tuple[int | Fraction | None, Parity]] = {
     "rsqrt": (Fraction(-1, 2), None),
     "reciprocal": (-1, "odd"),
 }
-_COPIES = ("clone", "contiguous", "detach", "detach_", "alias", "lift_fresh", "lift_fresh_copy", "positive")
+_COPIES = ("clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "positive")
 _CASTS = ("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16")
 SAME = (*_COPIES, *_CASTS, "dropout", "feature_dropout")
 for _name, (_degree, _parity) in UNARY.items():
@@ -38,8 +40,9 @@ for _name, (_degree, _parity) in UNARY.items():
 
 @register_rule(*SAME)
 def same(t: Engine, x: Value, *args: Any, **kwargs: Any) -> Value:
-    """Identity (dropout: in distribution)."""
-    return x
+    """Identity (dropout: in distribution). A cast to integers or truth values lets no scale through."""
+    to: torch.dtype = getattr(t.meta, "dtype", torch.float32)
+    return x if to.is_floating_point or to.is_complex else replace(t.unary(x, None, None), zero=x.zero)
 
 
 @register_rule("native_dropout")
@@ -48,11 +51,9 @@ def native_dropout(t: Engine, x: Value, *args: Any) -> list[Any]:
     return [x, t.given(x.shape, "a mask")]
 
 
-@register_rule("add", "sub", "rsub", "lerp", "addcmul_")
-def add(t: Engine, a: Any, b: Any, *more: Any, alpha: float = 1) -> Value:
+@register_rule("add", "sub", "rsub")
+def add(t: Engine, a: Any, b: Any, alpha: float = 1) -> Value:
     """A sum."""
-    if more:
-        raise UnknownOperator("lerp")
     return t.add(a, b)
 
 
@@ -122,13 +123,15 @@ def compare(t: Engine, x: Any, y: Any) -> Value:
 
 @register_rule("maximum", "minimum", "max", "min", "fmax", "fmin")
 def maximum(t: Engine, a: Value, b: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """The larger of two: they scale alike and positively. (Over a dimension: with its index.)"""
+    """The larger of two: they scale alike and positively. (Over a dimension: with its index, which does not scale.)"""
     if isinstance(b, Value):
         return t.unary(t.add(a, b), 1, None)
     if b is None:
         return t.reduce(a, None, False, 1, None)
-    keep = bool(args[0]) if args else bool(kwargs.get("keepdim"))
-    return [t.reduce(a, b, keep, 1, None), t.given(list(t.meta[1].shape), "indices")]
+    largest = t.reduce(a, b, bool(args[0]) if args else bool(kwargs.get("keepdim")), 1, None)
+    if 1 in t.results:
+        t.restrict(a.axes[b], "positions of maxima")
+    return [largest, t.unary(largest, 0, None)]
 
 
 @register_rule("prelu")
@@ -178,7 +181,8 @@ def masked(t: Engine, x: Value, mask: Value) -> Value:
         if size_of(mine) > 1:
             if size_of(axes[d]) > 1:
                 t.unify(axes[d], mine, "a mask")
-            axes[d] = t.unscaled(axes[d] if size_of(axes[d]) > 1 else mine) if size_of(axes[d]) <= 1 else axes[d]
+            else:
+                axes[d] = t.unscaled(mine)
     return Value(tuple(map(normal, axes)))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from learned_opt.inference.engine import Engine, UnknownOperator, Value
+from learned_opt.inference.engine import Engine, Value
 from learned_opt.inference.operators.registry import register_rule
 from learned_opt.inference.operators.shape import spatial
 from learned_opt.inference.trees import ONE, Tree, normal, product, size_of
@@ -109,11 +109,9 @@ def native_group_norm(
 
 
 @register_rule("instance_norm")
-def instance_norm(t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, *a: Any) -> Value:
-    """Per channel and example: as batch norm in training."""
-    if mean is not None:
-        raise UnknownOperator("instance_norm with running statistics")
-    return batch_norm(t, x, w, b, None, None, True)
+def instance_norm(t: Engine, x: Value, w: Any, b: Any, mean: Any, var: Any, training: bool, *a: Any) -> Value:
+    """Per channel and example: as batch norm, in training unless it reads the running statistics."""
+    return batch_norm(t, x, w, b, mean, var, training)
 
 
 # ------------------------------------------------------------------------------------------ pooling
@@ -149,16 +147,18 @@ for _name in ("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d
     @register_rule(_name)
     def adaptive_max_pool(t: Engine, x: Value, *args: Any, _space: int = _space(_name), **kwargs: Any) -> list[Value]:
         """With its indices."""
-        return [_pool(t, x, t.meta[0].shape, _space, False), t.given(list(t.meta[1].shape), "indices")]
+        return _with_indices(t, _pool(t, x, t.meta[0].shape, _space, False))
 
 
-RULE_WITH_INDICES = ("max_pool2d_with_indices", "max_pool1d_with_indices", "max_pool3d_with_indices")
-
-
-@register_rule(*RULE_WITH_INDICES)
+@register_rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def max_pool_with_indices(t: Engine, x: Value, kernel: Sequence[int], *args: Any, **kwargs: Any) -> list[Value]:
     """As decomposed."""
-    return [_pool(t, x, t.meta[0].shape, len(kernel), False), t.given(list(t.meta[1].shape), "indices")]
+    return _with_indices(t, _pool(t, x, t.meta[0].shape, len(kernel), False))
+
+
+def _with_indices(t: Engine, largest: Value) -> list[Value]:
+    """Maxima, and their places, which do not scale."""
+    return [largest, t.unary(largest, 0, None)]
 
 
 @register_rule("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_linear1d",

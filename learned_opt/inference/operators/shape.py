@@ -32,11 +32,15 @@ def transpose(t: Engine, x: Value, a: int, b: int) -> Value:
 @register_rule("movedim", "moveaxis")
 def movedim(t: Engine, x: Value, source: Any, target: Any) -> Value:
     """Axes moved."""
-    n = len(x.axes)
+    return permute(t, x, moved_order(len(x.axes), source, target))
+
+
+def moved_order(n: int, source: Any, target: Any) -> list[int]:
+    """The permutation of ``n`` axes that ``movedim`` is."""
     src = [d % n for d in (source if isinstance(source, (list, tuple)) else [source])]
     dst = [d % n for d in (target if isinstance(target, (list, tuple)) else [target])]
     rest = iter(d for d in range(n) if d not in src)
-    return permute(t, x, [src[dst.index(d)] if d in dst else next(rest) for d in range(n)])
+    return [src[dst.index(d)] if d in dst else next(rest) for d in range(n)]
 
 
 @register_rule("t", "numpy_T", "mT", "matrix_H", "adjoint")
@@ -153,14 +157,18 @@ def stack(t: Engine, xs: Sequence[Value], dim: int = 0) -> Any:
     return Stack(dim % (len(xs[0].axes) + 1), tuple(xs))
 
 
-@register_rule("roll", "flip")
-def roll(t: Engine, x: Value, shifts: Any, dims: Any = None) -> Value:
+@register_rule("roll")
+def roll(t: Engine, x: Value, shifts: Any, dims: Any = ()) -> Value:
     """Positions moved along axes, which are fixed."""
-    axes = shifts if dims is None else dims
-    listed = list(axes) if isinstance(axes, (list, tuple)) else [axes]
-    if not listed or (dims is not None and not isinstance(dims, (list, tuple)) and dims == ()):
+    if isinstance(dims, (list, tuple)) and not dims:
         raise UnknownOperator("roll of a flat tensor")
-    for d in listed:
+    return flip(t, x, dims)
+
+
+@register_rule("flip")
+def flip(t: Engine, x: Value, dims: Any) -> Value:
+    """As a roll."""
+    for d in dims if isinstance(dims, (list, tuple)) else [dims]:
         x = _replaced(x, d % len(x.axes), spatial(t, x.axes[d], size_of(x.axes[d]), "positions moved"))
     return x
 

@@ -7,7 +7,7 @@ from typing import Any
 from learned_opt.inference.engine import Engine, Stack, Value
 from learned_opt.inference.operators.elementwise import SAME, UNARY
 from learned_opt.inference.operators.registry import RULES
-from learned_opt.inference.operators.shape import unsqueeze
+from learned_opt.inference.operators.shape import moved_order, unsqueeze
 
 _PIECEWISE = {*SAME, *UNARY}
 
@@ -49,6 +49,10 @@ def _transpose(t: Engine, x: Stack, a: int, b: int) -> Any:
     order = list(range(len(x.shape)))
     order[a], order[b] = order[b], order[a]
     return _permute(t, x, order)
+
+
+def _movedim(t: Engine, x: Stack, source: Any, target: Any) -> Any:
+    return _permute(t, x, moved_order(len(x.shape), source, target))
 
 
 def _unsqueeze(t: Engine, x: Stack, dim: int) -> Any:
@@ -110,6 +114,7 @@ _STACKED: dict[str, Callable[..., Any]] = {
     "unbind": _unbind,
     "permute": _permute,
     "transpose": _transpose,
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "split": _split,
