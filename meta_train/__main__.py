@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from learned_opt.rules.checkpoint import CheckpointError
         from meta_train.optimizers import BadInput
         from meta_train.recipes import RecipeError
+        from tasks.task import TaskError
 
-        if not isinstance(error, (BadInput, RecipeError, CheckpointError)):
+        if not isinstance(error, (BadInput, RecipeError, CheckpointError, TaskError)):
             raise
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -135,14 +136,15 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
     draw the curve.
 
     Args:
-        folder: the --out of an evaluation or of a training.
+        folder: the --out of an evaluation, of a training, or of both.
     """
     from meta_train.report import draw_training, report
 
     if (folder / "log.jsonl").exists():
         drawn = draw_training(folder)
         print(f"written: {folder / 'training.png'}" if drawn else "no outer step is finished yet: nothing to draw")
-        return
+        if not (folder / "runs.jsonl").exists():
+            return
     print(report(folder))
     print("written: " + ", ".join(str(folder / n) for n in ("report.md", "curves.png", "speedups.png", "profile.png")))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from meta_train.optimizers import MakeOptimizer, load_weights
+from tasks.task import check_losses
 
 POINTS = 50  # evaluation points of a run of the task's own length
 EVAL_BATCHES = 8  # examples of an evaluation, in training batches
@@ -74,6 +75,9 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
         make_optimizer: ``(model, steps=steps) -> (optimizer, scheduler or None)``.
         seed: of the initial weights and the data.
         steps: how many steps to take; also the horizon that the optimizer is told.
+
+    Raises:
+        TaskError: a measured loss is below zero.
     """
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(task.model).train()
@@ -106,6 +110,7 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
         if finite:
             with torch.no_grad():
                 measured = [float(task.loss(params, batch)) for batch in evals]
+            check_losses(task, torch.tensor(measured, dtype=torch.float64))
             finite = math.isfinite(measured[0])
         if not finite:
             break
@@ -174,13 +179,19 @@ def first_reaching(curve: Curve, target: float) -> float | None:
     The curve is smoothed (median of three points), made a running minimum and interpolated between the points.
     """
     best = np.minimum.accumulate(_median_of_three(np.array(curve.train)))
-    if not best[-1] <= target:
+    reached = np.isfinite(best) & (best <= target)
+    if not reached[-1]:
         return None
-    k = int(np.argmax(best <= target))
+    k = int(np.argmax(reached))
     if k == 0:
         return float(curve.at[0])
     done = (best[k - 1] - target) / (best[k - 1] - best[k])
     return curve.at[k - 1] + done * (curve.at[k] - curve.at[k - 1])
+
+
+def reaches(loss: float, target: float) -> bool:
+    """Whether a final loss is at or below another; an infinite one never is, though the other diverged too."""
+    return math.isfinite(loss) and loss <= target
 
 
 def horizon_speed_up(losses: Mapping[float, float], target: float) -> float:
@@ -189,12 +200,12 @@ def horizon_speed_up(losses: Mapping[float, float], target: float) -> float:
     Args:
         losses: final train loss by the multiple of the steps. Between the shortest run that reaches the target and
             the next shorter one r is interpolated, its logarithm linearly in that of the loss.
-        target: the final train loss to reach.
+        target: the final train loss to reach; infinite if the other diverged, then any finite loss reaches it.
 
     Returns:
         0 where no run reaches the target, ``1 / r`` of the shortest run where every run does.
     """
-    reached = [r for r, loss in losses.items() if loss <= target]
+    reached = [r for r, loss in losses.items() if reaches(loss, target)]
     if not reached:
         return 0.0
     above = min(reached)
@@ -202,6 +213,8 @@ def horizon_speed_up(losses: Mapping[float, float], target: float) -> float:
     if below == above or not math.isfinite(losses[below]):
         return 1 / above
     worse, better, wanted = (math.log(max(x, 1e-30)) for x in (losses[below], losses[above], target))
+    if worse == better:
+        return 1 / above
     done = (worse - wanted) / (worse - better)
     return math.exp(-(math.log(below) + done * (math.log(above) - math.log(below))))
 
@@ -226,7 +239,11 @@ def iqm(values: Any, axis: int = 0) -> Any:
 
 
 def iqm_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """95 % interval of the IQM over all values, by a bootstrap of the seeds within each task.
+    """95 % interval of the IQM over all values, by a percentile bootstrap of the seeds within each task.
+
+    As rliable has it (Agarwal et al. 2021): tasks are not resampled, so it says how the number varies with the seeds
+    on these tasks. It is too narrow with few seeds: of 19 simulated tasks with three seeds each it covers the truth
+    in about 89 % of cases.
 
     None with fewer than two seeds on some task, where there is nothing to resample.
     """

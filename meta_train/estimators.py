@@ -267,3 +267,5 @@ def _check_pairs(estimator: Any) -> None:
             f"{estimator} needs antithetic pairs and a perturbation. "
             "Pass an even number of particles >= 2 and sigma > 0."
         )
+    if getattr(estimator, "truncation", 1) < 1:
+        raise ValueError(f"{estimator} takes no step. Pass truncation >= 1.")

@@ -6,91 +6,44 @@ Every finished run is one line of ``runs.jsonl``; a run that is already there is
 an interrupted evaluation goes on where it stopped and a second one pays only for what is new.
 """
 
-import copy
-import importlib
 import math
 import multiprocessing
+import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from meta_train.curves import CAP, DIVERGED, Curve, first_reaching, horizon_speed_up, loss_ratio, run, speed_up
-from meta_train.optimizers import OPTIMIZERS, BadInput, UnknownName, digest, optimizer_named
+from meta_train.curves import (
+    CAP,
+    DIVERGED,
+    Curve,
+    first_reaching,
+    horizon_speed_up,
+    loss_ratio,
+    reaches,
+    run,
+    speed_up,
+)
+from meta_train.optimizers import OPTIMIZERS, BadInput, UnknownName, optimizer_named
 from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
+from meta_train.suites import suite_named, task_fingerprint, task_named
 from meta_train.symmetries import symmetry_of
+from tasks.task import check_ceiling
 
 HORIZONS = (0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5, 0.67, 0.8, 1.0, 1.25, 1.6, 2.0)  # times a task's own steps
+HORIZON_CAP = 1 / HORIZONS[0]  # the largest horizon speed-up
 _LABEL = re.compile("([^=:@]+)=")  # but for nfn:RULE@lr=0.3
 SHARED = "@all"  # after an optimizer's name: one learning rate for all tasks
 REFERENCE = "adam"  # the optimizer that the speed-up is measured against
-
-
-# --------------------------------------------------------------------------------------- the tasks
-
-
-def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[], Any]]:
-    """``VALID`` or ``HELD_OUT`` of ``tasks.suites``, or any ``package.module:DICT`` of tasks.
-
-    ``HELD_OUT`` has more tasks if the folder ``data`` holds the data for them.
-    """
-    module, _, attribute = name.rpartition(":")
-    if module:
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise UnknownName(f"no suite {name!r}: {error}. Valid: VALID, HELD_OUT.") from None
-    from tasks import suites
-
-    if name == "HELD_OUT":
-        return suites.held_out(data)
-    if name == "VALID":
-        return suites.VALID
-    raise UnknownName(f"unknown suite {name!r}. Valid suites: VALID, HELD_OUT, or package.module:DICT.")
-
-
-@lru_cache(maxsize=64)
-def task_named(suite: str, name: str, data: str | None = None, steps: int | None = None) -> Any:
-    """Build a task of a suite; ``steps`` replaces its own horizon."""
-    table = suite_named(suite, data)
-    if name not in table:
-        raise UnknownName(f"unknown task {name!r} in {suite}. Valid tasks: {', '.join(table)}.")
-    task = table[name]()
-    if steps is not None:
-        task = copy.copy(task)
-        task.steps = steps
-    return task
-
-
-def task_fingerprint(task: Any) -> str:
-    """Hash of the model, its initial weights, the data and the horizon of a task.
-
-    Of each tensor four rounded numbers, so that another processor, which rounds logarithms and sines another way, takes
-    this one's runs for what they are.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tensors = dict(task.init(generator))
-    batches = {"batch": task.batch(generator), "train": task.train_eval(), "held": task.held_out()}
-    for name, batch in batches.items():
-        tensors |= {f"{name}.{k}": tensor for k, tensor in enumerate(batch)}
-    seen = [f"{name} {tuple(x.shape)} {x.dtype} {_glimpse(x)}" for name, x in sorted(tensors.items())]
-    return digest((task.model, task.steps, f"{task.ceiling:.6g}", *seen), {})
-
-
-def _glimpse(x: torch.Tensor) -> str:
-    """The norm, and over it the sum and two weighted sums, which tell one order of the entries from another."""
-    x = x.detach().double().flatten()
-    norm = torch.linalg.vector_norm(x)
-    at = torch.arange(1, len(x) + 1, dtype=torch.float64)
-    sums = [(x * wave).sum() / norm for wave in (torch.ones_like(at), torch.cos(at), torch.sin(at.square()))]
-    return " ".join([f"{norm:.4e}", *(f"{s:.3f}" for s in sums)]) if norm > 0 else "0"
 
 
 # ---------------------------------------------------------------------------------- the evaluation
@@ -130,7 +83,8 @@ def evaluate(
 
     Raises:
         UnknownName: for a name that does not exist; the message lists those that do.
-        BadInput: for two optimizers of one label, or a number below 1.
+        BadInput: for two optimizers of one label, a number below 1, or what is no suite.
+        TaskError: for a task whose ceiling or a loss is not positive.
         KeyboardInterrupt: after Ctrl-C; ``runs.jsonl`` holds what is finished, call again to go on.
     """
     at_least_one(workers=workers)
@@ -181,6 +135,7 @@ def make_plan(
     infos = {}
     for name in tasks or suite_named(suite, data):
         task = task_named(suite, name, data, steps)
+        check_ceiling(task)
         infos[name] = PlannedTask(task.steps, float(task.ceiling), task_fingerprint(task))
     return Plan(suite, infos, planned, seeds, min(tuning_seeds, seeds), tuple(dict.fromkeys(pairs)))
 
@@ -277,10 +232,14 @@ def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
 
 
 def search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str, seed: int) -> "float | Job":
-    """The horizon speed-up, or the run that has to be done to know it: bisection, as longer runs get further."""
-    target = final_curve(plan, runs, task, opponent, seed)
+    """The horizon speed-up, or the run that has to be done to know it: bisection, as longer runs get further.
+
+    Over an opponent that diverged it is that of the shortest run that does not; 0 where both diverge.
+    """
+    other = final_curve(plan, runs, task, opponent, seed)
+    target = math.inf if other.diverged else other.final_train
     if not plan.optimizers[label].told:
-        return _search_curve(plan, runs, task, label, seed, target.final_train)
+        return _search_curve(plan, runs, task, label, seed, target)
     lr = tuned_rate(plan, runs, task, label)
     losses: dict[float, float] = {}
     low, high, k = -1, len(HORIZONS), HORIZONS.index(1.0)  # low does not reach the target, high does
@@ -293,9 +252,9 @@ def search_horizon(plan: Plan, runs: Runs, task: str, label: str, opponent: str,
                 return needed
             curve = runs[needed.key]
         losses[HORIZONS[k]] = math.inf if curve.diverged else curve.final_train
-        low, high = (low, k) if losses[HORIZONS[k]] <= target.final_train else (k, high)
+        low, high = (low, k) if reaches(losses[HORIZONS[k]], target) else (k, high)
         k = (low + high + 1) // 2
-    return horizon_speed_up(losses, target.final_train)
+    return horizon_speed_up(losses, target)
 
 
 def _search_curve(plan: Plan, runs: Runs, task: str, label: str, seed: int, target: float) -> "float | Job":
@@ -305,9 +264,12 @@ def _search_curve(plan: Plan, runs: Runs, task: str, label: str, seed: int, targ
         needed = job(plan, task, label, None, seed, multiple * steps)
         if needed.key not in runs:
             return needed
-        at = first_reaching(runs[needed.key], target)
+        curve = runs[needed.key]
+        if math.isinf(target) and curve.diverged:  # its beginning is below infinity all the same
+            return 0.0
+        at = first_reaching(curve, target)
         if at is not None:
-            return steps / max(at, HORIZONS[0] * steps)
+            return min(HORIZON_CAP, steps / max(at, HORIZONS[0] * steps))
     return 0.0
 
 
@@ -378,6 +340,15 @@ def pool(workers: int) -> Iterator[Execute]:
 def _worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """Else the workers of a parent that was killed would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _finish(store: Store, execute: Execute, report, data, steps, stage: str, jobs: list[Job]) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, none if it is not there; a line that a crash cut off is passed over."""
+    """The objects in a file, none if it is not there; a line that holds none, as a crash cut it off, is passed over."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return [x for x in found if isinstance(x, dict)]
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

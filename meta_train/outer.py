@@ -21,7 +21,7 @@ from meta_train.estimators import Carry
 from meta_train.recipes import Recipe
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
-from tasks.task import Task, TaskFamily
+from tasks.task import Task, TaskFamily, check_losses
 
 Theta = dict[str, Tensor]
 
@@ -271,10 +271,12 @@ def score(recipe: Recipe, rule: UpdateRule, theta: Theta, name: str, task: Task)
     generator = generator_of(recipe.seed, f"validation {name}")
     # The run ends one step before its horizon: at the horizon the weights would be fresh ones.
     particles, trace = unroll(theta, unroll.init(2, generator), steps - 1, generator)
-    held_out = [task.loss({n: p[i] for n, p in particles["params"].items()}, task.held_out()) for i in range(2)]
+    each = [task.loss({n: p[i] for n, p in particles["params"].items()}, task.held_out()) for i in range(2)]
+    held_out = torch.where(trace.raw[-1].isfinite(), torch.stack(each), torch.nan)  # a diverged run is a fresh one now
+    check_losses(task, held_out)
     return {
         name: float(trace.loss[-max(1, steps // 10) :].mean()),
-        f"held_out/{name}": float(unroll._normalise(torch.stack(held_out)).mean()),
+        f"held_out/{name}": float(unroll._normalise(held_out).mean()),
     }
 
 

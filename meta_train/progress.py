@@ -86,8 +86,9 @@ class Reporter(contextlib.AbstractContextManager["Reporter"]):
         return self
 
     def clear(self) -> None:
-        """Delete what an earlier run logged."""
-        for path in [self.out / "log.jsonl", *self.out.glob("tensorboard/events.out.tfevents.*")]:
+        """Delete what an earlier run logged, and its result."""
+        named = [self.out / name for name in ("log.jsonl", "theta.safetensors", "training.png")]
+        for path in [*named, *self.out.glob("tensorboard/events.out.tfevents.*")]:
             path.unlink(missing_ok=True)
 
     def open(self, step: int, log_bytes: int) -> None:
@@ -96,7 +97,7 @@ class Reporter(contextlib.AbstractContextManager["Reporter"]):
             return
         path = self.out / "log.jsonl"
         path.touch()
-        os.truncate(path, log_bytes)
+        os.truncate(path, min(log_bytes, path.stat().st_size))  # a longer file would be filled up with zeros
         self.log = path.open("a", buffering=1)  # whole lines, also when killed
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
         if self.console.is_terminal:

@@ -15,6 +15,9 @@ SHIPPED_THETA = "shipped"
 """As ``start`` of a recipe: the theta in the package."""
 
 
+RATES = ("lr", "warmup", "final_lr", "weight_decay", "validate_every", "curriculum")  # 0 or more, and finite
+
+
 class RecipeError(ValueError):
     """A recipe cannot be followed; the message says what to change."""
 
@@ -101,7 +104,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         low, high = self.horizon
-        rates = {n: getattr(self, n) for n in ("lr", "warmup", "final_lr", "weight_decay", "validate_every")}
+        rates = {n: getattr(self, n) for n in RATES}
         checks = {
             "families must name at least one family with a positive share": bool(self.families)
             and all(share > 0 for share in self.families.values()),
@@ -109,10 +112,13 @@ class Recipe:
             f"tasks_per_step {self.tasks_per_step} must be from 1 to workers {self.workers}": 1
             <= self.tasks_per_step
             <= self.workers,
-            "outer_steps, resample, checkpoint_every and validation_steps must be positive": min(
-                self.outer_steps, self.resample, self.checkpoint_every, self.validation_steps
+            "outer_steps, resample and checkpoint_every must be positive": min(
+                self.outer_steps, self.resample, self.checkpoint_every
             )
             > 0,
+            f"validation_steps {self.validation_steps} must be 2 or more": self.validation_steps >= 2,
+            f"clip_gradient {self.clip_gradient} must be positive": self.clip_gradient > 0,
+            f"minutes {self.minutes} must be 0 or more": self.minutes is None or self.minutes >= 0,
             f"betas {self.betas} must be in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
             **{f"{n} {value} must be 0 or more, and finite": 0 <= value < math.inf for n, value in rates.items()},
             f"0 <= floor {self.floor} < clip {self.clip} must hold, and floor > 0 for 'log'": (

@@ -11,7 +11,7 @@ import numpy as np
 
 from meta_train import jsonl
 from meta_train.curves import CAP, iqm, iqm_interval
-from meta_train.evaluate import REFERENCE, Outcome, outcomes
+from meta_train.evaluate import HORIZON_CAP, REFERENCE, Outcome, outcomes
 from meta_train.optimizers import UnknownName
 from meta_train.store import Plan, Store
 
@@ -31,7 +31,7 @@ def report(folder: Path) -> str:
     store = Store(folder / "runs.jsonl")
     if store.plan is None:
         raise UnknownName(
-            f"no evaluation in {folder}: it holds no runs.jsonl. "
+            f"no evaluation in {folder}: it holds no runs.jsonl, or one without a plan. "
             f"Make one with: python -m meta_train evaluate --out {folder}"
         )
     found = outcomes(store.plan, store.runs)
@@ -94,7 +94,7 @@ def summary_table(plan: Plan, found: Sequence[Outcome]) -> str:
         row += [f"{sum(o.curve.diverged for o in mine)} of {len(mine)}", _time_ratio(found, mine)]
         for other in opponents:
             there = all(other in o.horizon_speed_ups for o in mine)
-            row += [_iqm_text(mine, partial(_horizon, other)) if there else "-"]
+            row += [_iqm_text(mine, partial(_horizon, other), HORIZON_CAP) if there else "-"]
         rows.append(row)
     return table(header, rows)
 
@@ -106,7 +106,8 @@ def _horizon(opponent: str, outcome: Outcome) -> float:
 def _legend(plan: Plan) -> str:
     lines = [
         f"Interquartile means over task x seed ({len(plan.tasks)} tasks, {plan.seeds} seeds), with "
-        "95 % bootstrap intervals that resample seeds within tasks. Speed-up: steps that LR-tuned "
+        "95 % bootstrap intervals that resample seeds within tasks, not tasks (with three seeds a task they "
+        "cover about 89 %). Speed-up: steps that LR-tuned "
         "constant-rate Adam needs to reach the optimizer's final train loss, over the optimizer's "
         f"own steps; {CAP}+ if Adam does not get there in {CAP} times the steps; 0 if it diverged. "
         "Loss ratio: tuned Adam's final train loss over the optimizer's. Held-out: the same ratio "
@@ -122,7 +123,8 @@ def _legend(plan: Plan) -> str:
             "Horizon speed-up: 1/r for the multiple r of the steps with which the optimizer, told that horizon, "
             "ends at the other's final train loss, interpolated between the horizons that were run; below 1 where "
             "it needs longer than the other, 0 if twice as long is not enough. Of one that is not told: where "
-            "its curve first has that loss."
+            f"its curve first has that loss. {HORIZON_CAP:g}+ if the shortest run is enough, as it is where the other "
+            "diverged and none of its own did; 0 where both did."
         )
     return "\n".join(lines)
 
@@ -143,7 +145,7 @@ def horizon_table(plan: Plan, found: Sequence[Outcome], label: str, other: str) 
     over = [o for o in found if o.optimizer == label and other in o.horizon_speed_ups]
 
     def cell(mine: Sequence[Outcome]) -> str:
-        return f"{np.median([o.horizon_speed_ups[other] for o in mine]):.2f}"
+        return _number(float(np.median([o.horizon_speed_ups[other] for o in mine])), HORIZON_CAP)
 
     return _task_table(plan, over, cell, [label])
 
@@ -216,10 +218,14 @@ def _strata(mine: Sequence[Outcome], measure: Callable[[Outcome], float]) -> lis
     return list(by_task.values())
 
 
+def _number(value: float, cap: float | None) -> str:
+    return f"{cap:g}+" if cap is not None and value >= cap else f"{value:.2f}"
+
+
 def _iqm_text(mine: Sequence[Outcome], measure: Callable[[Outcome], float], cap: float | None = None) -> str:
     strata = _strata(mine, measure)
     value = iqm(np.concatenate(strata))
-    text = f"{cap}+" if cap is not None and value >= cap else f"{value:.2f}"
+    text = _number(value, cap)
     interval = iqm_interval(strata)
     return text if interval is None else f"{text} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
@@ -364,7 +370,7 @@ def draw_training(folder: Path) -> bool:
 
     False if the log has no outer step with a finite loss yet.
     """
-    lines = jsonl.read(folder / "log.jsonl")
+    lines = [line for line in jsonl.read(folder / "log.jsonl") if "step" in line]
     steps = [line for line in lines if line.get("loss") is not None]
     if not steps:
         return False

@@ -7,6 +7,7 @@ from typing import Any
 
 from meta_train import jsonl
 from meta_train.curves import Curve
+from meta_train.optimizers import BadInput
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,6 @@ class PlannedOptimizer:
     grid: tuple[float, ...] | None
     shared: bool = False
     told: bool = True  # if not the number of steps, every beginning of its run is a shorter run
-
-    @property
-    def rates(self) -> tuple[float | None, ...]:
-        return self.grid or (None,)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,11 @@ Runs = dict[tuple, Curve]
 
 @dataclass
 class Store:
-    """``runs.jsonl``: one line a plan or a finished run, only ever appended to."""
+    """``runs.jsonl``: one line a plan or a finished run, only ever appended to.
+
+    Raises:
+        BadInput: a line is of something else.
+    """
 
     path: Path
     runs: Runs = field(default_factory=dict)
@@ -92,10 +93,16 @@ class Store:
 
     def __post_init__(self) -> None:
         for record in jsonl.read(self.path):  # a run whose line a crash cut off is done again
-            if "plan" in record:
-                self.plan = Plan.from_dict(record["plan"])
-            else:
-                self.runs[Job(**record["job"]).key] = _curve_from(record["curve"])
+            try:
+                self._take(record)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise BadInput(f"{self.path} is not of an evaluation ({error!r}). Name another folder.") from None
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if "plan" in record:
+            self.plan = Plan.from_dict(record["plan"])
+        else:
+            self.runs[Job(**record["job"]).key] = _curve_from(record["curve"])
 
     def add_plan(self, plan: Plan) -> None:
         self.plan = plan

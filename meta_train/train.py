@@ -17,11 +17,12 @@ from learned_opt.rules import RULES, SHIPPED
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint, jsonl
-from meta_train.outer import Estimated, Run, chosen, estimate, mean, outer_step, score, with_mean
+from meta_train.outer import Estimated, Run, chosen, estimate, generator_of, mean, outer_step, score, with_mean
 from meta_train.processes import Processes, processes
 from meta_train.progress import Interruption, Reporter
 from meta_train.recipes import SHIPPED_THETA, Recipe, RecipeError
 from meta_train.report import draw_training
+from meta_train.suites import task_fingerprint
 from tasks.task import Task, TaskFamily
 
 MAY_CHANGE = ("outer_steps", "minutes", "checkpoint_every", "validate_every", "validation")
@@ -57,7 +58,8 @@ def train(
 
     Raises:
         RecipeError: the recipe names a rule, family or task that does not exist, or the checkpoint
-            in ``out`` is of another recipe.
+            in ``out`` is of another recipe, or of families that have changed.
+        TaskError: a task's ceiling, or a loss, is not positive.
         CheckpointError: no checkpoint in ``out`` is whole, or ``recipe.start`` cannot be used.
         FloatingPointError: theta became non-finite.
     """
@@ -78,9 +80,10 @@ def train(
             report.say(
                 f"{group.count} processes share {recipe.tasks_per_step} tasks per step: some have nothing to do."
             )
-        run = _begin(recipe, rule, out, resume, group, report)
-        problems = {n: make() for n, make in validation.items() if n in (recipe.validation or validation)}
-        problems = problems if recipe.validate_every else {}
+        drawn = _fingerprints(recipe, families)
+        run = _begin(recipe, rule, out, resume, drawn, group, report)
+        wanted = (recipe.validation or validation) if recipe.validate_every else ()
+        problems = {n: make() for n, make in validation.items() if n in wanted}
         started = time.monotonic() - run.counters["seconds"]
         saved = run.step
 
@@ -88,7 +91,8 @@ def train(
             path = checkpoint.path_of(out, run.step)
             if group.rank == 0:
                 run.log_bytes = report.flush()
-                checkpoint.save(out, run.step, {"recipe": recipe.to_dict(), "run": run.to_dict()})
+                state = {"recipe": recipe.to_dict(), "families": drawn, "run": run.to_dict()}
+                checkpoint.save(out, run.step, state)
             return str(path)
 
         while True:
@@ -130,9 +134,9 @@ def train(
         save()
         path = out / "theta.safetensors"
         if group.rank == 0:
-            result = run.best["theta"] if run.best else run.average
-            theta = {**dict(rule.named_parameters()), **result}
-            save_theta(path, recipe.rule, theta, _provenance(recipe, run, out, group.count))
+            best = run.best if recipe.validate_every else {}
+            theta = {**dict(rule.named_parameters()), **(best["theta"] if best else run.average)}
+            save_theta(path, recipe.rule, theta, _provenance(recipe, run, best, out, group.count))
             draw_training(out)
         report.say(f"{run.step} outer steps in {run.counters['seconds']:.0f} s: {path}")
     return path
@@ -195,21 +199,43 @@ def trained(recipe: Recipe, rule: UpdateRule) -> dict[str, Tensor]:
     }
 
 
-def _begin(recipe: Recipe, rule: UpdateRule, out: Path, resume: str, group: Processes, report: Reporter) -> Run:
+def _fingerprints(recipe: Recipe, families: Mapping[str, TaskFamily]) -> dict[str, str]:
+    """Of a task of each family, the same each time: so that a run does not go on with tasks of a changed file."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # for tasks that draw their model from the global state
+        return {n: task_fingerprint(families[n](generator_of(recipe.seed, "fingerprint"))) for n in recipe.families}
+
+
+def _begin(
+    recipe: Recipe,
+    rule: UpdateRule,
+    out: Path,
+    resume: str,
+    drawn: Mapping[str, str],
+    group: Processes,
+    report: Reporter,
+) -> Run:
     """The run as process 0 finds it on its disk, or a new one."""
-    found = group.from_first(lambda: _found(recipe, out, resume, report))
+    found = group.from_first(lambda: _found(recipe, out, resume, drawn, report))
     if found is None:
         report.open(0, 0)
         return Run.begin(recipe, trained(recipe, rule))
     path, data = found
-    run = Run.from_dict(recipe, data)
+    run = Run.from_dict(recipe, data["run"])
+    if set(data["recipe"].get("validation", ())) != set(recipe.validation):  # scores of other tasks do not compare
+        run.best, run.validated = {}, -1
     report.open(run.step, run.log_bytes)
     report.say(f"Continuing from {path} (outer step {run.step}).")
     return run
 
 
-def _found(recipe: Recipe, out: Path, resume: str, report: Reporter) -> tuple[Path, dict[str, Any]] | None:
+def _found(
+    recipe: Recipe, out: Path, resume: str, drawn: Mapping[str, str], report: Reporter
+) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint and where it is; RecipeError if it is of another recipe or of other tasks."""
     if resume == "never":
+        if recipe.start is not None and Path(recipe.start).resolve() == (out / "theta.safetensors").resolve():
+            raise RecipeError(f"{recipe.start}, to start from, is the result to delete. Use another folder.")
         report.clear()
         for path in checkpoint.list_all(out):
             path.unlink()
@@ -219,15 +245,19 @@ def _found(recipe: Recipe, out: Path, resume: str, report: Reporter) -> tuple[Pa
     path, data = latest
     old, new = data["recipe"], recipe.to_dict()
     changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
+    instead = "Use another folder, or delete that run with --resume never (in Python: resume='never')."
     if changed:
+        raise RecipeError(f"{path} is of a recipe that differs in {', '.join(changed)}. {instead}")
+    # a checkpoint of an earlier version holds none
+    moved = [n for n, fingerprint in data.get("families", {}).items() if drawn[n] != fingerprint]
+    if moved:
         raise RecipeError(
-            f"{path} is of a recipe that differs in {', '.join(changed)}. Use another folder, or delete that run "
-            "with --resume never (in Python: resume='never')."
+            f"the tasks of {', '.join(moved)} are not those of {path}: their code or data has changed. {instead}"
         )
-    return path, data["run"]
+    return latest
 
 
-def _provenance(recipe: Recipe, run: Run, out: Path, count: int) -> dict[str, Any]:
+def _provenance(recipe: Recipe, run: Run, best: Mapping[str, Any], out: Path, count: int) -> dict[str, Any]:
     curve = jsonl.read(out / "log.jsonl")
     losses = [x["loss"] for x in curve if "gradient_norm" in x and x["loss"] is not None]
     tenth = max(1, len(losses) // 10)
@@ -245,8 +275,8 @@ def _provenance(recipe: Recipe, run: Run, out: Path, count: int) -> dict[str, An
         "meta_loss_first_tenth": mean(losses[:tenth]) if losses else None,
         "meta_loss_last_tenth": mean(losses[-tenth:]) if losses else None,
         "validation": [{"step": x["step"], "loss": x["validation"]} for x in curve if "validation" in x],
-        "chosen": {"by": "validation", "step": run.best["step"], "loss": run.best["loss"]}
-        if run.best
+        "chosen": {"by": "validation", "step": best["step"], "loss": best["loss"]}
+        if best
         else {"by": "last average", "step": run.step},
     }
 

@@ -20,7 +20,7 @@ from torch.func import functional_call, vmap
 
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.symmetry import Symmetry
-from tasks.task import Batch, Task
+from tasks.task import Batch, Task, check_ceiling, check_losses
 
 Particles = dict[str, Any]
 """Plain tensors: ``params`` and ``state`` (leading axis P); ``step``, ``horizon`` (what the rule is
@@ -100,7 +100,9 @@ class Unroll:
         floor: "log" counts losses below ``floor * task.ceiling`` as that.
         measure: batch of the meta-loss: the training batch before the update (free), a fresh one,
             or the task's held-out batch.
-        lr: learning rate the rule's update is multiplied with.
+
+    Raises:
+        TaskError: the task's ceiling, or a loss, is not positive.
     """
 
     task: Task
@@ -112,7 +114,9 @@ class Unroll:
     clip: float = 1.5
     floor: float = 1e-3
     measure: Literal["train", "fresh", "held_out"] = "train"
-    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ceiling(self.task)
 
     def init(
         self,
@@ -216,7 +220,9 @@ class Unroll:
             reset = self._reset(params, state, step, horizon, stop, which, copies, generator)
             params, state, step, horizon, stop = reset
         after = dict(params=params, state=state, step=step, horizon=horizon, stop=stop)
-        return after, Trace(torch.stack(losses), torch.stack(raws), torch.stack(segments))
+        trace = Trace(torch.stack(losses), torch.stack(raws), torch.stack(segments))
+        check_losses(self.task, trace.raw)
+        return after, trace
 
     def _losses(self, params: Weights, batch: Batch) -> Tensor:
         return vmap(self.task.loss)(params, batch)
@@ -248,7 +254,7 @@ class Unroll:
         ) -> tuple[Weights, State]:
             inputs = (params, grads, state, self.symmetry)
             updates, state = functional_call(self.rule, theta, inputs, {"total_steps": total})
-            return {n: p + self.lr * updates[n] for n, p in params.items()}, state
+            return {n: p + updates[n] for n, p in params.items()}, state
 
         every = vmap(single, in_dims=(0 if batched else None, 0, 0, 0, 0))
 

@@ -12,12 +12,11 @@ once and for all.
 
 import functools
 import gzip
-import hashlib
 import math
 import pydoc_data.topics
 import struct
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -235,29 +234,6 @@ class Reconstruct(View):
         return x, x
 
 
-def digest(data: Data) -> str:
-    """SHA-256 of all tensors and settings of `data`: equal digests mean the same problem.
-
-    The text corpus varies with the Python version, so record this beside every result that used it.
-    """
-    h = hashlib.sha256()
-    _hash(h, data)
-    return h.hexdigest()
-
-
-def _hash(h, value: object) -> None:
-    if is_dataclass(value):
-        h.update(type(value).__name__.encode())
-        for field in fields(value):
-            h.update(field.name.encode())
-            _hash(h, getattr(value, field.name))
-    elif isinstance(value, Tensor):
-        h.update(str((value.dtype, tuple(value.shape))).encode())
-        h.update(value.contiguous().numpy().tobytes())
-    else:
-        h.update(repr(value).encode())
-
-
 # ------------------------------------------------------------------------------- embedded data sets
 
 
@@ -335,7 +311,7 @@ def encode(text: str) -> Tensor:
 def text(length: int = 32) -> Windows:
     """Characters of Python's own help texts (about 465,000); the first nine tenths train.
 
-    The text varies with the Python version; see `digest`.
+    The text varies with the Python version.
     """
     tokens = _help_tokens()
     train = len(tokens) * 9 // 10

@@ -16,6 +16,10 @@ from tasks.init import initializers
 Weights = dict[str, Tensor]
 
 
+class TaskError(ValueError):
+    """A task cannot be worked with; the message says what to change."""
+
+
 class Task(Protocol):
     """One inner problem. All randomness comes from the (CPU) generators passed in."""
 
@@ -28,7 +32,7 @@ class Task(Protocol):
 
     @property
     def ceiling(self) -> float:
-        """The loss of a constant guess, for clipping and normalising."""
+        """The loss of a constant guess, for clipping and normalising; positive."""
 
     def init(self, generator: Generator) -> Weights:
         """Fresh initial weights."""
@@ -46,7 +50,30 @@ class Task(Protocol):
         """A fixed sample (<= 1024) of what `batch` draws from, to measure the train loss on."""
 
     def loss(self, params: Weights, batch: Batch) -> Tensor:
-        """Scalar; pure, safe under vmap and double backward."""
+        """Scalar, never below zero; pure, safe under vmap and double backward."""
+
+
+ROUNDING = 1e-6  # of the ceiling: a loss that is less than zero by no more than this is zero
+POSITIVE = (
+    "Losses are compared by their ratios, so they must stay positive: add a constant, such as the bound of the entropy "
+    "(docs/tasks.md)."
+)
+
+
+def check_ceiling(task: Task) -> None:
+    """Raises TaskError unless the ceiling, by which losses are divided, is positive and finite."""
+    if not 0 < task.ceiling < math.inf:
+        raise TaskError(
+            f"task {task.name!r}: its ceiling (the loss of a constant guess, or of its initial weights) is "
+            f"{task.ceiling:.4g}, which must be positive and finite. {POSITIVE}"
+        )
+
+
+def check_losses(task: Task, losses: Tensor) -> None:
+    """Raises TaskError for a finite loss below zero: its ratio to another, and its logarithm, would mean nothing."""
+    negative = losses[losses.isfinite() & (losses < -ROUNDING * task.ceiling)]
+    if len(negative):
+        raise TaskError(f"task {task.name!r} has a loss of {float(negative[0]):.4g}. {POSITIVE}")
 
 
 TaskFamily = Callable[[Generator], Task]
@@ -62,7 +89,8 @@ class Problem:
             state is seeded from the task's generator before, and restored afterwards).
         sample: (generator, count) -> examples, a tuple of tensors with a leading axis of `count`. The first of them is
             what the model is called with, for its symmetry.
-        loss: (model, *examples) -> scalar; `model` is a function, the module with the weights of the moment.
+        loss: (model, *examples) -> scalar, never below zero; `model` is a function, the module with the weights of the
+            moment.
         batch_size: examples of one batch.
         steps: the horizon of use.
         held_out: () -> the fixed held-out examples (<= 1024). Default: a sample of its own, which is right for data
@@ -100,7 +128,20 @@ class Problem:
             return self._build()
 
     def _fixed(self, seed: int) -> Batch:
-        return self._sample(Generator().manual_seed(seed), self._eval_size)
+        return self._examples(Generator().manual_seed(seed), self._eval_size)
+
+    def _examples(self, generator: Generator, count: int) -> Batch:
+        return self._checked(self._sample(generator, count), "sample")
+
+    def _checked(self, examples: Batch, source: str) -> Batch:
+        several = isinstance(examples, tuple | list)
+        if not (several and examples and all(isinstance(x, Tensor) for x in examples)):
+            kinds = f" of {', '.join(type(x).__name__ for x in examples) or 'nothing'}" if several else ""
+            raise TaskError(
+                f"task {self.name!r}: {source} must return a tuple of tensors, not {type(examples).__name__}{kinds}. "
+                "Of a single tensor write `return x,`."
+            )
+        return examples
 
     @functools.cached_property
     def ceiling(self) -> float:
@@ -114,10 +155,10 @@ class Problem:
         return {name: p.detach() for name, p in self._built(seed).named_parameters()}
 
     def batch(self, generator: Generator) -> Batch:
-        return self._sample(generator, self.batch_size)
+        return self._examples(generator, self.batch_size)
 
     def batches(self, generator: Generator, n: int) -> Batch:
-        examples = self._sample(generator, n * self.batch_size)
+        examples = self._examples(generator, n * self.batch_size)
         return tuple(part.unflatten(0, (n, self.batch_size)) for part in examples)
 
     def held_out(self) -> Batch:
@@ -125,7 +166,7 @@ class Problem:
 
     @functools.cached_property
     def _held(self) -> Batch:
-        return self._held_out()
+        return self._checked(self._held_out(), "held_out")
 
     def train_eval(self) -> Batch:
         return self._train_eval

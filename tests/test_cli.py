@@ -16,6 +16,7 @@ REFUSED = {
     "evaluate --optimizers adam=muon": "the label 'adam' is the name of an optimizer",
     "evaluate --optimizers muon=sgdm muon": "the label 'muon' is the name of an optimizer",
     "evaluate --optimizers nfnopt=nfn:nominal": "the label 'nfnopt' is the name of an optimizer",
+    "evaluate --suite HELD_OUT --data nowhere": "the data folder nowhere does not exist",
     "evaluate --seeds 0": "seeds must be 1 or more, not 0",
     "evaluate --tuning-seeds 0": "tuning_seeds must be 1 or more, not 0",
     "evaluate --workers 0": "workers must be 1 or more, not 0",
@@ -62,7 +63,18 @@ def test_bad_input_is_one_line(folder, arguments):
 
 
 @pytest.mark.parametrize(
-    "option", ["--lr -1", "--lr nan", "--weight-decay -1", "--betas 2 2", "--validate-every -1", "--validation-steps 0"]
+    "option",
+    [
+        "--lr -1",
+        "--lr nan",
+        "--weight-decay -1",
+        "--betas 2 2",
+        "--validate-every -1",
+        "--validation-steps 1",
+        "--clip-gradient -1",
+        "--minutes -1",
+        "--curriculum -1",
+    ],
 )
 def test_impossible_fields_of_a_recipe_are_refused(folder, capsys, option):
     with pytest.raises(SystemExit) as error:

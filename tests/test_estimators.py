@@ -274,7 +274,16 @@ def test_pairs_share_weights_data_and_horizon(kind):
         assert all((g == 0).all() for g in gradient.values())
 
 
-@pytest.mark.parametrize("make_it", [lambda: PES(3), lambda: ES(4, sigma=0.0), lambda: TBPTT(4, truncation=1)])
+@pytest.mark.parametrize(
+    "make_it",
+    [
+        lambda: PES(3),
+        lambda: ES(4, sigma=0.0),
+        lambda: TBPTT(4, truncation=1),
+        lambda: PES(4, truncation=0),
+        lambda: TruncatedES(4, truncation=-1),
+    ],
+)
 def test_impossible_settings_say_what_to_pass(make_it):
     with pytest.raises(ValueError, match="Pass"):
         make_it()

@@ -1,5 +1,6 @@
 """Evaluation: the measures on curves with known answers, the loop, the store, the command line."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -29,6 +30,8 @@ from meta_train.curves import CAP, Curve
 from meta_train.evaluate import evaluate
 from meta_train.optimizers import UnknownName
 from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Store
+from meta_train.suites import task_fingerprint
+from tasks.task import TaskError
 
 HERE = Path(__file__).parent
 ME = f"{Path(__file__).stem}:SUITE"  # the suite of this file, by name, as workers find it
@@ -92,11 +95,24 @@ class Regression:
         return (functional_call(self.model, params, (x,)) - y).square().mean()
 
 
+class Lowered(Regression):
+    """Its loss falls below zero, like that of densities."""
+
+    def __init__(self, by=0.5, ceiling=4.0):
+        super().__init__()
+        self.by, self.ceiling = by, ceiling
+
+    def loss(self, params, batch):
+        return super().loss(params, batch) - self.by
+
+
 SUITE = {
     "quadratic": Quadratic,
     "noisy": lambda: Quadratic("noisy", noise=0.3),
     "regression": Regression,
 }
+FAMILIES = {"drawn": lambda generator: Quadratic()}
+LIST = [Quadratic]
 GRIDS = {"adam": (1e-2, 1e-1), "sgdm": (1e-2, 1e-1), "adamw-cosine": (1e-2, 1e-1)}
 
 
@@ -158,6 +174,13 @@ def test_speed_up_counts_the_first_arrival_of_a_curve_that_rises_again():
 
 def test_speed_up_against_a_diverged_adam_is_the_cap():
     assert cv.speed_up(curve([1.0, math.inf, math.inf]), curve([1.0, 0.9])) == (CAP, True)
+
+
+def test_a_diverged_run_never_reaches():
+    assert cv.reaches(0.5, 1.0) and cv.reaches(0.5, math.inf) and not cv.reaches(math.inf, math.inf)
+    assert cv.horizon_speed_up({0.5: math.inf, 1.0: math.inf}, math.inf) == 0
+    assert cv.horizon_speed_up({0.5: math.inf, 1.0: 0.3}, math.inf) == 1
+    assert cv.first_reaching(curve([math.inf, math.inf]), math.inf) is None
 
 
 def test_loss_ratio():
@@ -294,6 +317,32 @@ def test_a_finite_but_large_final_loss_is_divergence_too():
     assert c.diverged and c.ran == 10
 
 
+def test_negative_losses_are_refused_and_zero_is_not():
+    def make(model, steps):
+        return op.adam(model, 1e-2, steps)
+
+    with pytest.raises(TaskError, match="task 'regression' has a loss of -.*must stay positive"):
+        cv.run(Lowered(by=50.0), make, 0, 5)
+    held_out = Lowered(by=0.0)
+    held_out.y[64:] = torch.nan
+    assert cv.run(held_out, make, 0, 5).held_out == [math.inf] * 6
+    held_out.loss = lambda params, batch: -Regression.loss(held_out, params, batch) * (len(batch[0]) == 32)
+    held_out.y[64:] = 1.0
+    with pytest.raises(TaskError):
+        cv.run(held_out, make, 0, 5)
+    nothing = Regression()
+    nothing.loss = lambda params, batch: 0 * Regression.loss(nothing, params, batch) - 1e-9  # but for rounding
+    assert not cv.run(nothing, make, 0, 5).diverged
+
+
+@pytest.mark.parametrize("ceiling", [-1.0, 0.0, math.nan, math.inf])
+def test_a_ceiling_that_is_not_positive_is_refused_before_anything_runs(tmp_path, monkeypatch, ceiling):
+    monkeypatch.setitem(SUITE, "odd", lambda: Lowered(ceiling=ceiling))
+    with pytest.raises(TaskError, match="its ceiling .* must be positive and finite"):
+        measure(tmp_path, tasks=["odd"])
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
 def test_weights_that_do_not_fit_the_model_are_refused():
     task = Quadratic()
     task.init = lambda generator: {"w": torch.zeros(1, 3)}
@@ -403,6 +452,13 @@ def test_a_task_is_identified_but_for_rounding():
     assert changed(lambda x: x.flatten().flip(0).reshape(x.shape)) != found
 
 
+@pytest.mark.parametrize(("factor", "same"), [(1 + 1e-7, True), (1.02, False)])
+def test_a_task_is_identified_by_what_it_computes(factor, same):
+    task = Regression()
+    task.loss = lambda params, batch: factor * Regression.loss(task, params, batch)
+    assert (task_fingerprint(task) == task_fingerprint(Regression())) == same
+
+
 @pytest.mark.parametrize("name, value", [("AFTER", 1.3), ("LONGER", 0.06), ("CALM", 0.6)])
 def test_a_rule_is_identified_by_its_later_steps_too(monkeypatch, name, value):
     from learned_opt.rules import make_rule, paced
@@ -475,6 +531,17 @@ def test_horizon_speed_up_of_an_untold_optimizer_is_read_off_its_curve(tmp_path)
     assert expected > 1
     runs = [r["job"]["steps"] for r in map(json.loads, (tmp_path / "runs.jsonl").open()) if "job" in r]
     assert runs.count(task.steps) == 2  # Adam's tuning run and one of the rule
+
+
+@pytest.mark.parametrize(("spec", "rate"), [("sgdm", 100.0), ("sgdm", 1e-2), ("nfn:nominal@untold@lr=1e9", None)])
+def test_horizon_speed_up_over_an_optimizer_that_diverged(tmp_path, spec, rate):
+    grids = {"adam": (1e6,), "sgdm": (rate,)}
+    found = measure(tmp_path, [f"mine={spec}"], tasks=["regression"], seeds=1, horizon=["mine/adam"], grids=grids)
+    (mine,) = (o for o in found if o.optimizer == "mine")
+    assert mine.curve.diverged == (rate != 1e-2)
+    assert mine.horizon_speed_ups == {"adam": 0.0 if mine.curve.diverged else ev.HORIZON_CAP}
+    text = rp.report(tmp_path)
+    assert ("| 10+ " in text) != mine.curve.diverged and "10.00" not in text
 
 
 def test_adam_is_its_own_reference(tmp_path):
@@ -558,6 +625,7 @@ def test_horizon_speed_up_is_interpolated_between_runs():
     assert cv.horizon_speed_up(power, 0.7) == 0  # twice the steps are not enough
     assert cv.horizon_speed_up(power, 10.0) == 4  # the shortest run already reaches it
     assert cv.horizon_speed_up({0.5: math.inf, 1.0: 1.0}, 1.5) == 1  # nothing to interpolate with
+    assert cv.horizon_speed_up({0.5: 1e-31, 1.0: 0.0}, 0.0) == 1  # nor a logarithm
 
 
 @pytest.mark.parametrize("rate", [1e-1, 1e-4])
@@ -575,7 +643,9 @@ def test_horizon_speed_up(tmp_path, rate):
     assert "horizon speed-up over adam" in rp.report(tmp_path)
     assert f"{len(Store(tmp_path / 'runs.jsonl').runs)} runs: 0.0 hours" in rp.report(tmp_path)
     rows = [line.split() for line in rp.report(tmp_path).splitlines()]
-    assert ["|", "sgdm", "|", f"{value:.2f}", "|"] in [row[:5] for row in rows]
+    shown = "10+" if value == ev.HORIZON_CAP else f"{value:.2f}"
+    assert ["|", "sgdm", "|", shown, "|"] in [row[:5] for row in rows]
+    assert (shown == "10+") == (rate == 1e-1)
     pair = measure(tmp_path, ["sgdm"], seeds=1, horizon=["sgdm/adam"], grids=grids)
     read = [o.horizon_speed_ups for o in pair]  # from runs.jsonl: six digits
     assert read == [pytest.approx(o.horizon_speed_ups, rel=1e-3) for o in found]
@@ -585,6 +655,37 @@ def test_workers_give_what_one_process_gives(tmp_path):
     one = measure(tmp_path / "one", seeds=1, tasks=["noisy"])
     two = measure(tmp_path / "two", seeds=1, tasks=["noisy"], workers=2)
     assert [o.curve.train for o in one] == [o.curve.train for o in two]
+
+
+ORPHANS = """
+import multiprocessing, sys, time
+from meta_train.evaluate import _worker
+def work():
+    _worker()
+    print("begun", flush=True)
+    time.sleep(100)
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=work)
+    child.start()
+    print(child.pid, flush=True)
+    child.join()
+"""
+
+
+def test_a_killed_evaluation_takes_its_workers_along(tmp_path):
+    (tmp_path / "parent.py").write_text(ORPHANS)
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    worker = int(parent.stdout.readline())
+    try:
+        assert parent.stdout.readline() == "begun\n"
+        parent.kill()
+        parent.communicate(timeout=20)  # the worker holds the pipe for as long as it lives
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_store_keeps_infinities_as_valid_json(tmp_path):
@@ -640,6 +741,31 @@ def test_report_on_an_empty_folder_says_what_to_do(tmp_path):
         main(["report", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\xff\x00\n\xfe", "without a plan"),
+        (b"1\n[2]\n", "without a plan"),
+        (b'{"job": {}}\n', "is not of an evaluation"),
+        (b'{"plan": 3}\n', "is not of an evaluation"),
+        (b'{"job": {"method": "HNP"}, "measures": {}}\n', "is not of an evaluation"),
+    ],
+)
+def test_report_on_another_file_says_so(tmp_path, content, message):
+    (tmp_path / "runs.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        main(["report", str(tmp_path)])
+
+
+def test_report_shows_a_training_and_an_evaluation_in_one_folder(tmp_path, capsys):
+    measure(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5, "loss/mlp": 0.5}\n{"loss": 2}\n')
+    main(["report", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "training.png" in said and "| sgdm" in said
+    assert (tmp_path / "training.png").exists() and (tmp_path / "report.md").exists()
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -678,6 +804,9 @@ def test_unknown_names_list_the_valid_ones(tmp_path):
         measure(tmp_path, suite="VALIDD")
     with pytest.raises(UnknownName, match="VALID, HELD_OUT"):
         measure(tmp_path, suite="no.such.module:SUITE")
+    for attribute in ("FAMILIES", "LIST", "measure"):
+        with pytest.raises(op.BadInput, match="must be a dict of functions without arguments"):
+            measure(tmp_path, suite=ME.replace("SUITE", attribute))
     with pytest.raises(UnknownName, match="Valid labels: adam, sgdm"):
         measure(tmp_path, horizon=["muon"])
     assert not (tmp_path / "runs.jsonl").exists()

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import tasks
 from tasks import conv, data, mlp, suites, transformer
 from tasks.init import Sin, initializers
-from tasks.task import Supervised, mean_squared_error
+from tasks.task import Problem, Supervised, TaskError, check_ceiling, check_losses, mean_squared_error
 
 FAMILY_DRAWS = 3
 MAKERS = {
@@ -388,13 +388,6 @@ def test_noise_is_of_the_given_size_and_spares_the_held_out_and_the_target():
         _ = noisy.classes
 
 
-def test_digest_tells_problems_apart():
-    assert data.digest(data.text(16)) == data.digest(data.text.__wrapped__(16))
-    problems = [data.text(16), data.text(17), data.digits(), data.digits(0), data.tabular("wine")]
-    problems += [data.Noisy(data.digits(), 0.1), data.Noisy(data.digits(), 0.2)]
-    assert len({data.digest(p) for p in problems}) == len(problems)
-
-
 # ------------------------------------------------------------------------------- data in a folder
 
 
@@ -560,3 +553,37 @@ def test_a_task_is_a_model_data_and_a_loss():
     task = Supervised("linear", lambda: nn.Linear(3, 1), source, batch_size=8, steps=1, loss=mean_squared_error)
     weights = {"weight": torch.tensor([[1.0, 2.0, 3.0]]), "bias": torch.zeros(1)}
     assert float(task.loss(weights, task.batch(seeded(1)))) < 1e-10
+
+
+def problem(**options):
+    settings = {"sample": lambda generator, count: (torch.rand(count, 2, generator=generator),), **options}
+
+    def loss(model, x):
+        return model(x).square().mean()
+
+    return Problem("mine", lambda: nn.Linear(2, 1), loss=loss, batch_size=3, steps=5, **settings)
+
+
+@pytest.mark.parametrize("wrong", [{"x": torch.ones(2, 2)}, torch.ones(2, 2), (), [3.0]])
+def test_examples_that_are_no_tensors_are_refused(wrong):
+    task = problem(sample=lambda generator, count: wrong)
+    for draw in (task.train_eval, task.held_out, lambda: task.batch(seeded(0)), lambda: task.batches(seeded(0), 2)):
+        with pytest.raises(TaskError, match="task 'mine': sample must return a tuple of tensors"):
+            draw()
+    with pytest.raises(TaskError, match="held_out must return"):
+        problem(held_out=lambda: wrong).held_out()
+
+
+def test_a_list_of_tensors_will_do():
+    task = problem(sample=lambda generator, count: [torch.rand(count, 2, generator=generator)])
+    assert task.batch(seeded(0))[0].shape == (3, 2) and task.batches(seeded(0), 4)[0].shape == (4, 3, 2)
+
+
+def test_losses_and_ceilings_below_zero_are_refused():
+    check_ceiling(problem(ceiling=2.0))
+    for ceiling in (0.0, -2.0, math.nan, math.inf):
+        with pytest.raises(TaskError, match="task 'mine': its ceiling"):
+            check_ceiling(problem(ceiling=ceiling))
+    check_losses(problem(ceiling=2.0), torch.tensor([0.0, 3.0, -1e-7, math.nan, math.inf, -math.inf]))
+    with pytest.raises(TaskError, match="task 'mine' has a loss of -0.25"):
+        check_losses(problem(ceiling=2.0), torch.tensor([[math.nan, 3.0], [-0.25, 0.0]]))

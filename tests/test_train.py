@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,12 +19,13 @@ from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint
 from meta_train.__main__ import _defined, main
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
-from meta_train.outer import Run, chosen, estimate, families_of_workers, horizon_at, lr_at, outer_step
+from meta_train.outer import Run, chosen, estimate, families_of_workers, horizon_at, lr_at, outer_step, score
 from meta_train.processes import Processes
 from meta_train.progress import Interruption
-from meta_train.recipes import RECIPES, Recipe
+from meta_train.recipes import RECIPES, Recipe, RecipeError
 from meta_train.throughput import throughput
-from meta_train.train import train
+from meta_train.train import _fingerprints, train
+from tasks.task import TaskError
 from tests.test_unroll import LearnedSGD, Regression
 
 
@@ -50,6 +52,20 @@ class Easy(Wide):
     def batches(self, generator, n):
         x, _ = super().batches(generator, n)
         return x, 0.5 * x.sum(-1, keepdim=True)
+
+
+class Harder(Wide):
+    """The same networks and examples, compared in another way."""
+
+    def loss(self, params, batch):
+        return 3 * super().loss(params, batch)
+
+
+class Negative(Wide):
+    """Losses as of a density."""
+
+    def loss(self, params, batch):
+        return super().loss(params, batch) - 1e3
 
 
 class Mined(Wide):
@@ -274,6 +290,79 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     assert min(x["lr"] for x in log_of(tmp_path)) > 0.01, "the old log is gone"
     longer = run(replace(recipe, lr=0.5, outer_steps=4), tmp_path)
     assert load_theta(longer)[2]["outer_steps"] == 4
+
+
+def test_starting_anew_deletes_the_old_result_but_not_what_it_starts_from(tmp_path):
+    recipe = replace(RECIPE, validate_every=0, outer_steps=1)
+    result = run(recipe, tmp_path)
+    again = replace(recipe, start=str(result), lr=0.5)
+    with pytest.raises(RecipeError, match="to start from, is the result to delete"):
+        run(again, tmp_path, resume="never")
+    assert result.exists()
+    with pytest.raises(TaskError):
+        train(recipe, tmp_path, resume="never", **TABLES | {"families": {"wide": Negative}})
+    assert not result.exists() and not (tmp_path / "training.png").exists()
+
+
+def test_a_run_does_not_go_on_with_other_tasks(tmp_path):
+    recipe = replace(RECIPE, validate_every=0, outer_steps=2)
+    run(recipe, tmp_path)
+    other = TABLES | {"families": {"wide": Harder}}
+    for outer_steps in (2, 4):  # one that is over, too
+        with pytest.raises(RecipeError, match="tasks of wide are not those of .*another folder.*--resume never"):
+            train(replace(recipe, outer_steps=outer_steps), tmp_path, **other)
+    path = checkpoint.list_all(tmp_path)[-1]
+    state = checkpoint.load(path)
+    del state["families"]  # as of a version that did not write them
+    checkpoint.save(tmp_path, 2, state)
+    train(replace(recipe, outer_steps=3), tmp_path, **other)
+    assert log_of(tmp_path)[-1]["step"] == 3
+
+
+def test_looking_at_the_tasks_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    _fingerprints(RECIPE, TABLES["families"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_validation_tasks_choose_anew_and_none_choose_nothing(tmp_path):
+    tables = TABLES | {"validation": TABLES["validation"] | {"other": lambda: Wide(torch.Generator().manual_seed(3))}}
+
+    def chosen_by(**changes):
+        return load_theta(train(replace(RECIPE, **changes), tmp_path, **tables))[2]["chosen"]
+
+    old = chosen_by(validation=("valid",))
+    state = checkpoint.load(checkpoint.list_all(tmp_path)[-1])
+    state["run"]["best"]["loss"] = -1e9  # what the other task cannot have
+    checkpoint.save(tmp_path, RECIPE.outer_steps, state)
+    assert chosen_by(validation=("valid",))["loss"] == -1e9
+    new = chosen_by(validation=("other",))
+    assert old["by"] == new["by"] == "validation" and new["loss"] not in (old["loss"], -1e9)
+    assert new["step"] == RECIPE.outer_steps and log_of(tmp_path)[-1]["tasks"].keys() == {"other", "held_out/other"}
+    assert chosen_by(validation=("other",), validate_every=0) == {"by": "last average", "step": RECIPE.outer_steps}
+
+
+def test_validation_tasks_are_made_only_to_be_used(tmp_path):
+    def fail():
+        raise AssertionError("made")
+
+    train(replace(RECIPE, validate_every=0, outer_steps=1), tmp_path, **TABLES | {"validation": {"valid": fail}})
+
+
+def test_a_log_that_is_lost_is_begun_anew(tmp_path):
+    run(replace(RECIPE, validate_every=0, outer_steps=2), tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    run(replace(RECIPE, validate_every=0, outer_steps=4), tmp_path)
+    assert [x["step"] for x in log_of(tmp_path)] == [3, 4]
+
+
+def test_a_validation_run_that_diverged_has_the_worst_held_out_loss():
+    task = Easy(torch.Generator().manual_seed(7))
+    recipe = replace(RECIPE, validation_steps=10, clip=1.5)
+    for log_rate, worst in ((400.0, True), (-3.0, False)):
+        theta = {"log_rate": torch.tensor(log_rate), "momentum": torch.tensor([0.0])}
+        found = score(recipe, Slow(), theta, "valid", task)["held_out/valid"]
+        assert (found == pytest.approx(math.log(1.5))) == worst
 
 
 def test_diverging_runs_are_counted_and_theta_stays_finite(tmp_path):

@@ -7,6 +7,7 @@ from torch.func import functional_call
 
 from learned_opt.rules.base import UpdateRule
 from meta_train.unroll import Unroll
+from tasks.task import TaskError
 
 
 class LearnedSGD(UpdateRule):
@@ -286,3 +287,15 @@ def test_no_graph_without_gradients():
 def test_copies_must_divide_particles():
     with pytest.raises(ValueError, match="multiple of 2"):
         make().init(3, seeded(0), copies=2)
+
+
+def test_losses_that_are_not_positive_are_refused():
+    unroll, lowered = make(), Regression()
+    lowered.loss = lambda params, batch: Regression.loss(lowered, params, batch) - 100.0
+    for measure in ("train", "fresh"):
+        with torch.no_grad(), pytest.raises(TaskError, match="task 'regression' has a loss of -"):
+            other = make(lowered, measure=measure)
+            other(theta_of(unroll), other.init(2, seeded(0)), 3, seeded(0))
+    lowered.ceiling = -2.0
+    with pytest.raises(TaskError, match="its ceiling"):
+        make(lowered)
