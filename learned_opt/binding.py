@@ -99,16 +99,15 @@ def beside(binding: Binding, entries: list[Entry]) -> Binding:
     return Binding(_joined(binding.symmetry, apart), {**binding.names, **rest.names})
 
 
-def followed(binding: Binding, before: list[Entry], entries: list[Entry]) -> Binding:
+def followed(binding: Binding, own: Mapping[Tensor, str], entries: list[Entry]) -> Binding:
     """The binding where groups have changed.
 
     Args:
         binding: names by position, as they were.
-        before: the tensors as they were, under these names. Each keeps its own, wherever it is now.
+        own: the name of every tensor that had one. It keeps that, wherever it is now.
         entries: the tensors as they are. One that is new has the name of the one whose place it took, or none.
     """
-    own = {id(e.param): e.name for e in before}
-    kept = {e.position: own[id(e.param)] for e in entries if id(e.param) in own}
+    kept = {e.position: own[e.param] for e in entries if e.param in own}
     free = {k: n for k, n in binding.names.items() if n not in kept.values()}
     return Binding(binding.symmetry, {e.position: free[e.position] for e in entries if e.position in free} | kept)
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, followed, listed, matched
 from learned_opt.capture import Call, Watch, modules_behind
 from learned_opt.compiled import Compiled
+from learned_opt.options import check_options, check_same_horizon
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.saved import (
@@ -159,7 +161,8 @@ class NFNOpt(torch.optim.Optimizer):
         self.skipped_steps: Counter[str] = Counter()
         self._given: Symmetry | Mode = symmetry
         self._known: Binding | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
-        self._bound: tuple[Any, Binding, list[Entry]] | None = None  # of the tensors that the first item identifies
+        self._bound: tuple[Any, Binding] | None = None  # for the tensors that the first item identifies
+        self._names = WeakIdKeyDictionary()  # of all tensors that were ever bound
         self._watch: Watch | None = None
         self._outlasted: float | None = None  # the horizon that a run was said to be beyond
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
@@ -170,7 +173,7 @@ class NFNOpt(torch.optim.Optimizer):
             "total_steps": total_steps,
             "maximize": maximize,
         }
-        _check_options(options)
+        check_options(options)
         modules = modules_behind(params)  # before their generators are used up
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, options)
         self._complete = True
@@ -196,9 +199,9 @@ class NFNOpt(torch.optim.Optimizer):
         """
         modules: list[nn.Module] = []
         if isinstance(param_group, dict):
-            _check_options(param_group)
+            check_options(param_group)
             if self.param_groups and param_group.get("total_steps") is not None:
-                _check_same_horizon(param_group, self.param_groups[0])
+                check_same_horizon(param_group, self.param_groups[0])
             modules = modules_behind(param_group)
             if isinstance(param_group.get("params"), nn.Module):
                 named = any("param_names" in group for group in self.param_groups)  # torch wants all or none
@@ -221,22 +224,24 @@ class NFNOpt(torch.optim.Optimizer):
         entries = entries_of(self.param_groups)
         signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
         if self._bound is None or self._bound[0] != signature:
-            binding = self._match(entries)
-            self._bound = (signature, binding, binding.rename(entries))
+            self._bound = (signature, self._match(entries))
+            self._names.update({e.param: e.name for e in self._bound[1].rename(entries)})
         binding = self._bound[1]
         return binding.rename(entries), binding.symmetry
 
     def _match(self, entries: list[Entry]) -> Binding:
         if self._known == "infer":
             self._known = decided(self._unwatch(), entries) or "independent"
-        known = self._known
-        if isinstance(known, Binding) and self._bound is not None:
-            known = followed(known, self._bound[2], entries)
         if isinstance(self._given, Symmetry):
-            known = matched(entries, self._given)
-        if not isinstance(known, Binding):
-            return by_themselves(entries)
-        self._known = beside(known, entries).validate(entries)
+            self._known = matched(entries, self._given)
+        elif isinstance(self._known, Binding):
+            self._known = beside(followed(self._known, self._names, entries), entries).validate(entries)
+        return self._known if isinstance(self._known, Binding) else by_themselves(entries)
+
+    def _placed(self) -> Binding | Mode:
+        """What is known, with the names where the groups have their tensors now."""
+        if isinstance(self._known, Binding):
+            self._bind()
         return self._known
 
     def _unwatch(self) -> list[Call]:
@@ -366,7 +371,7 @@ class NFNOpt(torch.optim.Optimizer):
         saved = super().state_dict()
         for group in saved["param_groups"]:  # plain numbers: torch.load(weights_only=True) takes no NumPy scalars
             group |= {k: v.item() for k, v in group.items() if isinstance(v, np.generic)}
-        saved["param_groups"][0] |= identity(self.rule, self._known)
+        saved["param_groups"][0] |= identity(self.rule, self._placed())
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -407,12 +412,12 @@ class NFNOpt(torch.optim.Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "nan_policy", "skipped_steps", "_apply", "_given", "_known", "_steps", "_outlasted")
-        return super().__getstate__() | {k: getattr(self, k) for k in own}
+        own = ("rule", "nan_policy", "skipped_steps", "_apply", "_given", "_steps", "_outlasted")
+        return super().__getstate__() | {k: getattr(self, k) for k in own} | {"_known": self._placed()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._bound, self._complete = None, True
+        self._bound, self._names, self._complete = None, WeakIdKeyDictionary(), True
         if "_watch" not in self.__dict__:  # a copy; torch also calls this to load a state dict
             self._watch = Watch(self) if self._known == "infer" else None
         for group in self.param_groups:  # options that an older state dict lacks
@@ -437,30 +442,6 @@ class NFNOpt(torch.optim.Optimizer):
 
 
 # ------------------------------------------------------------------------------------------ helpers
-def _check_options(options: Mapping[str, Any]) -> None:
-    lr = options.get("lr", 0.0)
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name in ("lr", "weight_decay", "total_steps"):
-        if isinstance(options.get(name), str):
-            raise TypeError(f"{name}={options[name]!r} must be a number")
-    for name in ("lr", "weight_decay"):
-        value = options.get(name, 0.0)
-        if not 0.0 <= float(value) < math.inf:
-            raise ValueError(f"{name}={value} must be finite and not negative")
-    steps = options.get("total_steps")
-    if steps is not None and not 0.0 < float(steps) < math.inf:
-        raise ValueError(f"total_steps={steps} must be positive and finite; leave it out if it is not known")
-
-
-def _check_same_horizon(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    if group["total_steps"] != first["total_steps"]:
-        raise ValueError(
-            f"total_steps={group['total_steps']} in a group, {first['total_steps']} in the first: "
-            "the horizon is one for all. Pass it to the constructor."
-        )
-
-
 @contextmanager
 def _plain_modes(devices: Iterable[torch.device]) -> Iterator[None]:
     """No gradients, no autocast; and no inference mode, in which state that is made could not be used outside of it."""

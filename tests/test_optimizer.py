@@ -770,6 +770,25 @@ def test_tensors_keep_their_names_when_groups_change(change, left):
     assert all(model.get_parameter(n) is p for n, p in names.items())
 
 
+def test_a_group_may_go_and_return_and_be_saved_at_once():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    optimizer = NFNOpt([{"params": model[i].parameters()} for i in (0, 2, 4)])
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    first = optimizer.param_groups.pop(0)
+    for p in first["params"]:
+        del optimizer.state[p]
+    saved = NFNOpt([{"params": model[i].parameters()} for i in (2, 4)])
+    saved.load_state_dict(optimizer.state_dict())
+    for copied in (saved, copy.deepcopy(optimizer)):
+        assert [e.name for e in copied._bind()[0]] == ["2.weight", "2.bias", "4.weight", "4.bias"]
+    optimizer.step()
+    optimizer.param_groups.append(first)
+    optimizer.step()
+    names = {e.name: e.param for e in optimizer._bind()[0]}
+    assert len(names) == 6 and all(model.get_parameter(n) is p for n, p in names.items())
+
+
 def test_running_statistics_do_not_count_as_positions():
     """A symmetry describes them; an optimizer has none."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))

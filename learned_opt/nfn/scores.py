@@ -15,11 +15,11 @@ ROWS = 256  # of the pairs that are compared at a time
 
 
 def kendall_tau(predictions: Tensor, targets: Tensor) -> float:
-    """Kendall's tau-b of two vectors: 0 where one of them is constant, nan where a prediction is not finite.
+    """Kendall's tau-b of two vectors: 0 where one of them is constant, nan where a value is not finite.
 
     Of all pairs, some rows at a time: seconds for 10,000 networks, and scipy need not be installed.
     """
-    if not bool(predictions.isfinite().all()):
+    if not bool(predictions.isfinite().all() & targets.isfinite().all()):
         return math.nan
     x, y = (v.detach().cpu().double() for v in (predictions, targets))
     agreeing = apart_x = apart_y = 0.0
