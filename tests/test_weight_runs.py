@@ -8,19 +8,20 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from meta_train.weights import __main__ as command
 from meta_train.weights import cnn
 from meta_train.weights.runs import (
     Cell,
     Grid,
+    GridError,
     Job,
     Run,
     UnknownName,
@@ -31,9 +32,10 @@ from meta_train.weights.runs import (
     read_runs,
     run_grid,
     write_results,
+    zoo_digest,
 )
 from tasks.zoo import cnn as zoos
-from tasks.zoo.zoo import Zoo, to_columns
+from tasks.zoo.zoo import Zoo, ZooError, to_columns
 
 
 def jobs(seeds=3):
@@ -103,6 +105,92 @@ def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
     assert len(read_runs(path)) == 12
 
 
+SLOW = """
+    import os, sys, time
+    from functools import partial
+    from pathlib import Path
+    from meta_train.weights.runs import run_grid
+    from tests.test_weight_runs import jobs, sleep
+
+    if __name__ == "__main__":
+        run_grid(jobs(), partial(sleep, folder=sys.argv[1]), Path(sys.argv[1], "runs.jsonl"), workers=2)
+"""
+
+
+def sleep(job, folder):
+    """A job that leaves its process's number and takes longer than any test."""
+    Path(folder, f"{os.getpid()}.pid").touch()
+    time.sleep(60)
+    return {"tau": 1.0}
+
+
+def until(condition, seconds=40):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def lives(pid):
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path, number):
+    (tmp_path / "grid.py").write_text(textwrap.dedent(SLOW))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    script = [sys.executable, tmp_path / "grid.py", tmp_path]
+    parent = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pids = []
+    try:
+        assert until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+        pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
+        parent.send_signal(number)  # to it alone
+        parent.wait(timeout=20)
+        assert until(lambda: not any(map(lives, pids)), 10)
+    finally:
+        for pid in (parent.pid, *pids):
+            if lives(pid):
+                os.kill(pid, signal.SIGKILL)
+        parent.wait()
+
+
+def test_a_grid_of_nothing_says_so_and_leaves_files(tmp_path, monkeypatch):
+    for wrong in ({"seeds": 0}, {"workers": 0}):
+        with pytest.raises(GridError, match="is 0. It must be at least 1"):
+            Grid(tmp_path, **wrong)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(GridError, match="no GPU"):
+        Grid(tmp_path, device="cuda")
+    with pytest.raises(GridError, match="nothing to run"):
+        run_grid([], count, tmp_path / "runs.jsonl", say=quiet)
+    (tmp_path / "table.md").write_text("the old one")
+    with pytest.raises(SystemExit, match="no runs to report"):
+        command.main(["cnn", "--out", str(tmp_path), "--report-only"])
+    assert (tmp_path / "table.md").read_text() == "the old one" and len(list(tmp_path.iterdir())) == 1
+    for wrong in ("inr-classification --batch", "inr-editing --pixels", "cnn --batch", "transformer --count"):
+        with pytest.raises(SystemExit, match="error: --.* is 0"):
+            command.main([*wrong.split(), "0", "--out", str(tmp_path)])
+
+
+def test_the_digest_of_a_zoo_sees_every_part(tmp_path):
+    zoo = Zoo({"w": torch.randn(4, 2)}, torch.rand(4), {"run": [1, 1, 2, 2]}, {"test": torch.tensor([3])})
+    zoo.save(tmp_path / "zoo")
+    assert zoo_digest(Zoo.load(tmp_path / "zoo")) == zoo_digest(replace(zoo, about={"seconds": 3.0})) == zoo_digest(zoo)
+    others = [
+        replace(zoo, weights={"w": zoo.weights["w"] + 1e-6}),
+        replace(zoo, targets=zoo.targets.flip(0)),
+        replace(zoo, columns={"run": [1, 2, 1, 2]}),
+        replace(zoo, splits={"test": torch.tensor([2])}),
+    ]
+    assert len({zoo_digest(x) for x in (zoo, *others)}) == 5
+
+
 def test_the_table_holds_means_and_standard_errors(tmp_path):
     runs = [Run(job, count(job), 1.0 + job.seed) for job in jobs()]
     found = cells(runs, "tau")
@@ -152,12 +240,64 @@ def tiny_zoo(folder, activation, count=20):
     generator = torch.Generator().manual_seed(0)
     shapes = {n: p.shape for n, p in zoos.build(activation).named_parameters()}
     weights = {n: torch.randn(2 * count, *s, generator=generator) / 3 for n, s in shapes.items()}
-    rows = [{"modeldir": f"m/{i // 2}", "step": 10 * (i % 2 + 1)} for i in range(2 * count)]
+    rows = [
+        {"modeldir": f"m/{i // 2}", "step": 10 * (i % 2 + 1), "config.activation": activation} for i in range(2 * count)
+    ]
     zoo = Zoo(weights, weights["dense.bias"][:, 0].sigmoid(), to_columns(rows))
     half = count // 2
     for k in (0, half):
         zoo.select(torch.arange(count) + 2 * k).save(folder / "chunks" / f"{k:06d}-{k + half:06d}.safetensors")
+    (folder / "settings.json").write_text(json.dumps({"kind": "cnn", "activation": activation, "chunk": half}))
     return zoo
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    """Zoos are of digits, and small."""
+    monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
+    return zoos.Settings(images=100, steps=2, checkpoints=(1, 2), batch=8)
+
+
+def rows_of(zoo):
+    names, steps = zoo.columns["modeldir"], zoo.columns["step"]
+    return [(int(name.rpartition("/")[2]), step) for name, step in zip(names, steps, strict=True)]
+
+
+def test_a_zoo_is_its_first_networks_whatever_files_are_there(tmp_path, digits):
+    wanted = {n: [(i, s) for i in range(n) for s in (1, 2)] for n in (2, 3, 5)}
+    zoos.make(digits, tmp_path, 3, chunk=4)
+    assert rows_of(cnn.whole_zoo(tmp_path, "relu", 3)) == wanted[3]
+    whole = cnn.whole_zoo(tmp_path, "relu", 5)
+    assert rows_of(whole) == wanted[5]
+    assert rows_of(cnn.whole_zoo(tmp_path, "relu", 2)) == wanted[2]
+    files = sorted((tmp_path / "chunks").iterdir())
+    assert [path.stem for path in files] == ["000000-000002", "000000-000003", "000000-000004", "000004-000005"]
+    files[2].unlink()
+    assert zoo_digest(cnn.whole_zoo(tmp_path, "relu", 5)) == zoo_digest(whole)
+    files[3].write_bytes(files[3].read_bytes()[:-50])
+    assert zoo_digest(cnn.whole_zoo(tmp_path, "relu", 5)) == zoo_digest(whole)
+
+
+def test_a_zoo_of_other_networks_is_refused(tmp_path):
+    tiny_zoo(tmp_path / "zoo", "relu")
+    options = f"cnn --out {tmp_path / 'out'} --count 20 --zoo-relu {tmp_path / 'new'} --zoo-tanh {tmp_path / 'zoo'}"
+    with pytest.raises(SystemExit, match="holds a zoo of .*relu.* not of .*tanh"):
+        command.main(options.split())
+    assert not (tmp_path / "new").exists()  # it says so before it generates the other
+    (tmp_path / "zoo" / "settings.json").write_text('{"kind": "cnn", "activation": "tanh", "chunk": 10}')
+    with pytest.raises(ZooError, match="zoo of relu CNNs"):
+        cnn.whole_zoo(tmp_path / "zoo", "tanh", 20)
+
+
+def test_stored_runs_are_of_the_last_zoo_and_may_name_none(capsys):
+    plain = [Job(m, d, 0, {"passes": 1}) for d in ("relu", "tanh") for m in ("NP", "HNP")]
+    other = [Job("NP", "relu", 0, {"passes": 2}), Job("NP", "relu-1", 0, {"passes": 1})]
+    named = replace(plain[0], settings={"passes": 1, "zoo": "abc"})
+    old = [Run(job, {"tau": 1.0}, 0.0) for job in (*plain, *other)]
+    assert cnn.stored(old, plain) == old[:4] and not capsys.readouterr().out
+    new = Run(named, {"tau": 2.0}, 0.0)
+    assert cnn.stored([*old, new], plain) == [new, *old[2:4]]
+    assert "2 relu zoos" in capsys.readouterr().out
 
 
 def test_no_network_is_in_two_splits(tmp_path):
@@ -208,9 +348,19 @@ def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     command.main([*options, "--datasets", "relu", "--seeds", "2"])
     assert "4 jobs, 2 of them done before" in capsys.readouterr().out
     lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+    expected = (tmp_path / "out" / "table.md").read_text()
+    command.main([*options, "--report-only", "--datasets", "relu", "--seeds", "2"])
+    assert (tmp_path / "out" / "table.md").read_text() == expected
     command.main([*options, "--report-only"])
     assert (tmp_path / "out" / "runs.jsonl").read_text().splitlines() == lines
     assert "| | ReLU, original | ReLU, U[1, 10000] |" in (tmp_path / "out" / "table.md").read_text()
+    cnn.dataset_of.cache_clear()
+    capsys.readouterr()
+    chunk = tmp_path / "zoo" / "chunks" / "000000-000010.safetensors"
+    zoo = Zoo.load(chunk)
+    replace(zoo, targets=zoo.targets.flip(0)).save(chunk)
+    command.main([*options, "--datasets", "relu", "--seeds", "1"])
+    assert "2 jobs, 0 of them done before" in capsys.readouterr().out  # another zoo, other jobs
     cnn.dataset_of.cache_clear()
 
 
@@ -220,9 +370,7 @@ def test_bad_input_of_the_command_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="usage"):
         command.main(["cnns"])
     assert not list(tmp_path.iterdir())
-    tiny_zoo(tmp_path / "zoo", "relu")
-    chunk = tmp_path / "zoo" / "chunks" / "000010-000020.safetensors"
-    assert load_file(chunk)
-    chunk.write_bytes(chunk.read_bytes()[:-50])
-    with pytest.raises(SystemExit, match="truncated or damaged"):
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "settings.json").write_text('{"kind"')
+    with pytest.raises(SystemExit, match="settings.json is damaged"):
         command.main(f"cnn --out {tmp_path / 'o'} --zoo-relu {tmp_path / 'zoo'} --count 20 --datasets relu".split())

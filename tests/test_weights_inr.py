@@ -2,18 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from safetensors.torch import save_file
 from torch import Generator
 
 from learned_opt.nfn import Chain, InvariantNFN, SineCanonical, SineEditor, SineMessages, SineNFN
 from learned_opt.symmetry import SymmetryError
 from meta_train.weights import inr
-from meta_train.weights.runs import Grid
+from meta_train.weights.runs import Grid, Job, Run
 from tasks.zoo import inr as zoos
 from tasks.zoo.sources import images
-from tasks.zoo.zoo import ZooError
+from tasks.zoo.zoo import Zoo, ZooError
 
 OMEGA = zoos.OMEGA
 
@@ -218,6 +222,17 @@ def test_classification_from_nothing_to_table(folder, tmp_path, capsys):
     inr.classification(grid, settings, zoo=zoo, count=60, data=data)
     assert (tmp_path / "runs.jsonl").read_text() == before
     assert "8 of them done before" in capsys.readouterr().out
+    assert "All train on 45 networks" in (tmp_path / "table.md").read_text()
+    other = Zoo.load(zoo / "zoo.safetensors")
+    replace(other, targets=other.targets.flip(0)).save(tmp_path / "other" / "zoo.safetensors")
+    grid = Grid(tmp_path, seeds=1, methods=("MLP",))
+    inr.classification(grid, settings, zoo=tmp_path / "other", count=60, data=data)
+    assert "1 jobs, 0 of them done before" in capsys.readouterr().out
+
+
+def test_notes_are_those_of_the_stored_tables():
+    stored = Path(__file__).parents[1] / "docs" / "weights" / "inr" / "classification" / "table.md"
+    assert inr.NOTE.format(train=7_500) in stored.read_text()
 
 
 def test_editing_learns_and_shows_it(folder, tmp_path):
@@ -228,12 +243,37 @@ def test_editing_learns_and_shows_it(folder, tmp_path):
     for cell in table["cells"]:
         assert cell["mean"] < table["about"]["unedited"]["dilate"]
     assert (tmp_path / "dilate.png").stat().st_size > 1000
+    kept = {path.name for path in (tmp_path / "examples").iterdir()}
+    few = inr.Editing(passes=5, batch=5, pixels=8)
+    inr.editing(replace(grid, methods=("steps",)), few, zoo=zoo, count=60, data=data)
+    now = {path.name for path in (tmp_path / "examples").iterdir()}
+    assert len(kept) == 2 and kept < now and len(now) == 3  # of other settings, beside those
+
+
+def test_pictures_show_the_runs_of_the_table(tmp_path, monkeypatch):
+    jobs = [Job(m, "dilate", 0, {"zoo": z}) for z in "ab" for m in ("steps", "MLP")]
+    names = ("image", "network", "wanted", "edited")
+    for value, job in enumerate(jobs):
+        path = inr.example_path(tmp_path, job)
+        path.parent.mkdir(exist_ok=True)
+        save_file({n: torch.full((8, 1, 4, 4), float(value)) for n in names}, path)
+    shown = []
+    monkeypatch.setattr(Axes, "imshow", lambda _, picture, **options: shown.append(float(picture[0, 0])))
+    inr.draw_examples(tmp_path, "dilate", [Run(jobs[2], {}, 0.0), Run(replace(jobs[3], seed=1), {}, 0.0)])
+    assert shown == [2.0] * 8 * 4  # image, network, wanted and edited of one job
 
 
 def test_a_missing_zoo_is_generated(folder, tmp_path):
     chain, zoo = inr.zoo_of(tmp_path / "new", 8, folder[1])
     assert len(zoo) == 8 and chain.widths == (2, 32, 32, 1) and chain.scale == "sign"
     assert (tmp_path / "new" / "zoo.safetensors").is_file()
+
+
+def test_a_zoo_of_other_networks_is_refused(folder, tmp_path):
+    zoo = Zoo.load(folder[0] / "zoo.safetensors")
+    replace(zoo, about={"kind": "cnn"}).save(tmp_path / "zoo.safetensors")
+    with pytest.raises(ZooError, match="zoo of cnn networks, not of sine networks"):
+        inr.zoo_of(tmp_path, 60)
 
 
 def test_a_zoo_of_other_images_is_refused(folder):

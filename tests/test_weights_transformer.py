@@ -1,6 +1,7 @@
 """The transformer experiment and the efficiency table on toy data."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from learned_opt.nfn.transformer_invariants import transformer_invariants
 from learned_opt.nfn.transformer_space import TransformerFeatures, zoo_spec
 from meta_train.weights import efficiency, transformer
 from meta_train.weights.__main__ import main
+from meta_train.weights.runs import Grid, GridError, Job, Run
 from tasks.zoo import augment
 from tasks.zoo import transformer as zoos
 from tasks.zoo.zoo import Zoo, ZooError
@@ -23,7 +25,7 @@ def toy_zoo(count: int) -> Zoo:
     shapes = {n: p.shape for n, p in zoos.Network().named_parameters()}
     weights = {n: spread.view(-1, *(1,) * len(s)) * torch.randn(count, *s) for n, s in shapes.items()}
     columns = {"run": [f"r{i // 2}" for i in range(count)], "ckpt_epoch": ["1", "2"] * (count // 2)}
-    return Zoo(weights, spread / 1.05, columns)
+    return Zoo(weights, spread / 1.05, columns, {}, {"kind": "transformer", "dataset": "digits"})
 
 
 # ------------------------------------------------------------------------------------ invariants
@@ -102,6 +104,39 @@ def test_the_experiment_from_a_zoo_to_a_table(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "picture.png").stat().st_size > 1000
     main(["transformer", "--out", str(tmp_path / "out"), *options])
     assert "10 of them done before" in capsys.readouterr().out
+    assert "| | digits |" in (tmp_path / "out" / "table.md").read_text()
+    zoo = toy_zoo(80)
+    replace(zoo, targets=zoo.targets.flip(0)).save(tmp_path / "zoo" / "zoo.safetensors")
+    transformer.prepared.cache_clear()
+    options[options.index("--methods") :] = ["--methods", "StatNN", "--datasets", "mnist"]
+    main(["transformer", "--out", str(tmp_path / "out"), *options])
+    assert "2 jobs, 0 of them done before" in capsys.readouterr().out  # of another zoo
+
+
+def test_titles_are_of_the_zoos_data():
+    runs = [
+        Run(Job("MLP", d, 0, {"examples": e}), {}, 0.0)
+        for d, e in (("mnist", "digits"), ("mnist-20", "mnist"), ("ag_news-40", "ag_news"))
+    ]
+    assert [*map(transformer.title_of, runs)] == ["digits", "MNIST ≥ 20%", "AG News ≥ 40%"]
+
+
+def test_what_cannot_be_run_is_said_before_a_zoo_is_generated(tmp_path, monkeypatch):
+    monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
+    zoo = toy_zoo(8)
+    new, old = tmp_path / "new", tmp_path / "old"
+    folders = ["--zoo-mnist", str(new), "--zoo-ag-news", str(old)]
+
+    def refused(match):
+        with pytest.raises(SystemExit, match=match):
+            main(["transformer", "--out", str(tmp_path / "out"), "--count", "1", *folders])
+        assert not new.exists()
+
+    refused("LEARNED_OPT_DATA")
+    zoo.save(old / "zoo.safetensors")
+    refused("transformer networks on digits, not of transformers on ag_news")
+    replace(zoo, about={"kind": "inr", "dataset": "ag_news"}).save(old / "zoo.safetensors")
+    refused("inr networks on ag_news")
 
 
 # ------------------------------------------------------------------------------------ efficiency
@@ -130,6 +165,12 @@ def test_the_efficiency_table(tmp_path, monkeypatch):
     assert "1,059,001 (1,059,001)" in text and "transformer: Transformer-NFN-4-channels" in text
     cells = json.loads((tmp_path / "table.json").read_text())["cells"]
     assert {c["measure"] for c in cells} == {"parameters", "ms", "kept_mb"} and all(c["mean"] > 0 for c in cells)
+
+
+def test_efficiency_is_of_the_processor(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(GridError, match="processor"):
+        efficiency.efficiency(Grid(tmp_path, seeds=1, datasets=("cnn",), methods=("StatNN",), device="cuda"))
 
 
 def test_ranks_are_places_among_the_training_rows():

@@ -322,6 +322,14 @@ def test_an_interrupted_generation_goes_on_to_the_same_zoo(tmp_path, monkeypatch
         cnn.make(cnn.Settings(seed=1), tmp_path / "cut", 6, chunk=2)
 
 
+@pytest.mark.parametrize("settings", [cnn.Settings, transformer.Settings])
+def test_the_last_checkpoint_is_the_end_of_the_training(settings):
+    assert settings(steps=5, checkpoints=(0, 5)).steps == 5
+    for steps, checkpoints in ((100, (60,)), (4, (60,)), (4, (4, 60)), (4, ()), (4, (-1, 4))):
+        with pytest.raises(ZooError, match=f"last of {steps} steps"):
+            settings(steps=steps, checkpoints=checkpoints)
+
+
 def test_the_command_line_makes_and_describes(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
     main(["inr", "--out", str(tmp_path / "inr"), "--count", "12", "--steps", "2", "--published"])
@@ -333,6 +341,8 @@ def test_the_command_line_makes_and_describes(tmp_path, monkeypatch, capsys):
         main(["describe", str(tmp_path)])
     with pytest.raises(SystemExit, match="LEARNED_OPT_DATA"):
         main(["transformer", "--task", "ag_news", "--out", str(tmp_path / "text")])
+    with pytest.raises(SystemExit, match="error: checkpoints 60, 200, 600"):
+        main(["cnn", "--steps", "100", "--out", str(tmp_path / "cnn")])
 
 
 # ------------------------------------------------------------------------------------- augmentation

@@ -6,8 +6,8 @@ random element of its symmetry group, in every split: the function is the same, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,10 +18,23 @@ from torch import Tensor
 
 from learned_opt import Symmetry, infer_symmetry
 from learned_opt.nfn import Chain, Fit, WeightSpacePredictor
-from meta_train.weights.runs import Grid, Job, Measures, Published, Run, cells, draw, read_runs, run_grid, write_results
-from tasks.zoo import augment
+from meta_train.weights.runs import (
+    Grid,
+    Job,
+    Measures,
+    Published,
+    Run,
+    cells,
+    draw,
+    positive,
+    read_runs,
+    run_grid,
+    write_results,
+    zoo_digest,
+)
+from tasks.zoo import augment, chunks
 from tasks.zoo import cnn as zoos
-from tasks.zoo.zoo import Zoo
+from tasks.zoo.zoo import Zoo, ZooError
 
 Flat = tyro.conf.arg(name="")  # the fields are options themselves
 SCALES = (1, 10, 100, 1000, 10000)
@@ -81,19 +94,50 @@ class Settings:
     count: int = 1000
     largest: float = 100.0  # those that trained are below 25
 
+    def __post_init__(self) -> None:
+        positive(passes=self.passes, batch=self.batch, count=self.count)
+
 
 DEFAULTS = Settings()
 
 
 # ------------------------------------------------------------------------------------------ data
 def whole_zoo(folder: Path, activation: zoos.Activation, count: int, data: Path | None = None) -> Zoo:
-    """All checkpoints of a zoo of CNNs, whose generation is begun or gone on with where it is not finished."""
-    chunks = sorted((folder / "chunks").glob("*.safetensors"))
-    if not chunks or int(chunks[-1].stem.rpartition("-")[2]) < count:  # named by their networks, first-last
-        settings = zoos.Settings(activation=activation, precision="bfloat16")
-        zoos.make(settings, folder, count, data)
-        chunks = sorted((folder / "chunks").glob("*.safetensors"))
-    return Zoo.join([Zoo.load(path) for path in chunks])
+    """All checkpoints of the first ``count`` networks of a zoo of CNNs; makes what is missing or damaged.
+
+    A zoo.safetensors that is there stays, as it may be of more networks.
+
+    Raises:
+        ZooError: the folder holds a zoo of other networks.
+    """
+    settings, chunk = recipe(folder, activation)
+    zoo = chunks.load(folder, count, chunk)
+    if zoo is None:
+        if not (folder / "zoo.safetensors").is_file():
+            zoos.make(settings, folder, count, data, chunk)
+        zoo = zoos.every_checkpoint(settings, folder, count, data, chunk)
+    found = set(zoo.columns.get("config.activation", ["no"]))
+    if found != {activation}:
+        raise ZooError(f"{folder} holds a zoo of {', '.join(sorted(found))} CNNs, not of {activation}. Name another.")
+    return zoo
+
+
+def recipe(folder: Path, activation: zoos.Activation) -> tuple[zoos.Settings, int]:
+    """How the zoo in a folder was made, or is to be, and its networks to a file.
+
+    Raises:
+        ZooError: it is one of other networks.
+    """
+    told = chunks.settings_of(folder)
+    if not told:
+        return zoos.Settings(activation=activation, precision="bfloat16"), zoos.CHUNK
+    found = (told.get("kind"), told.get("activation"))
+    if found != ("cnn", activation):
+        raise ZooError(f"{folder} holds a zoo of {found}, not of {('cnn', activation)}. Name another folder.")
+    known = {f.name: told[f.name] for f in fields(zoos.Settings) if f.name in told}
+    if "checkpoints" in known:
+        known["checkpoints"] = tuple(known["checkpoints"])
+    return zoos.Settings(**known), told["chunk"]
 
 
 def largest(weights: Mapping[str, Tensor]) -> list[float]:
@@ -210,13 +254,37 @@ def generalisation(
         for m in methods
     ]
     if report_only:
-        done = read_runs(grid.out / "runs.jsonl")
-        report(grid.out, [done[job.key] for job in jobs if job.key in done], settings)
+        report(grid.out, stored(read_runs(grid.out / "runs.jsonl").values(), jobs), settings)
         return
-    for activation in dict.fromkeys(DATASETS[d][0] for d in datasets):
-        whole_zoo(folders[activation], activation, settings.count, data)
+    activations = list(dict.fromkeys(DATASETS[d][0] for d in datasets))
+    for activation in activations:  # a wrong folder is told of before another zoo is generated
+        recipe(folders[activation], activation)
+    digests = {a: zoo_digest(whole_zoo(folders[a], a, settings.count, data)) for a in activations}
+    jobs = [replace(job, settings={**job.settings, "zoo": digests[DATASETS[job.dataset][0]]}) for job in jobs]
     work = partial(run_job, folders=folders, device=grid.device)
     report(grid.out, run_grid(jobs, work, grid.out / "runs.jsonl", workers=grid.workers), settings)
+
+
+def stored(done: Iterable[Run], jobs: Sequence[Job]) -> list[Run]:
+    """The finished runs of jobs that do not name their zoo, in order; where there are several zoos, of the last.
+
+    Runs from before jobs named their zoo are of one.
+    """
+    wanted = {job.key for job in jobs}
+    found: dict[str, dict[str, dict[str, Run]]] = {"relu": {}, "tanh": {}}  # activation -> zoo -> key -> run
+    for run in done:
+        settings = dict(run.job.settings)
+        zoo = settings.pop("zoo", "without a name")
+        key = replace(run.job, settings=settings).key
+        if key in wanted:
+            zoos_ = found[DATASETS[run.job.dataset][0]]
+            zoos_[zoo] = {**zoos_.pop(zoo, {}), key: run}
+    runs: dict[str, Run] = {}
+    for activation, by_zoo in found.items():
+        if len(by_zoo) > 1:
+            print(f"there are runs of {len(by_zoo)} {activation} zoos, {', '.join(by_zoo)}; the table is of the last.")
+        runs |= list(by_zoo.values())[-1] if by_zoo else {}
+    return [runs[job.key] for job in jobs if job.key in runs]
 
 
 def report(out: Path, runs: Sequence[Run], settings: Settings) -> None:

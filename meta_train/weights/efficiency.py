@@ -21,7 +21,7 @@ from learned_opt import infer_symmetry
 from learned_opt.nfn import Chain, EquivariantNFN, InvariantNFN, TransformerFeatures, TransformerNFN, inr_classifier
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
 from learned_opt.rules.checkpoint import write_atomically
-from meta_train.weights.runs import Grid, Job, Measures, Run, cells, draw, run_grid
+from meta_train.weights.runs import Grid, GridError, Job, Measures, Run, cells, draw, run_grid
 from tasks.zoo import cnn, inr, transformer
 
 BATCH, WARM_UP, LEAST_SECONDS = 32, 2, 2.0
@@ -219,7 +219,12 @@ def efficiency(grid: Annotated[Grid, tyro.conf.arg(name="")]) -> None:
 
     Args:
         grid: where to write, how many rounds (seeds), which models (methods) of which tasks (datasets).
+
+    Raises:
+        GridError: the device is not the processor, whose time it is.
     """
+    if grid.device != "cpu":
+        raise GridError(f"--device {grid.device}: what is measured is time of the processor. Leave it out.")
     names = list(dict.fromkeys(m for models in MODELS.values() for m in models))
     methods, tasks = grid.choose(names, list(MODELS))
     jobs = [Job(m, t, s) for s in range(grid.seeds) for t in tasks for m in MODELS[t] if m in methods]

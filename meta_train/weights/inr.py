@@ -5,6 +5,7 @@ networks of our own, each fitted from initial weights of its own. Two inputs are
 messages through the sines (:mod:`learned_opt.nfn.sine`) with the papers' layers on their features.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -34,7 +35,19 @@ from learned_opt.nfn import (
 )
 from learned_opt.nfn.builders import make_editor, make_predictor
 from learned_opt.rules.checkpoint import write_atomically
-from meta_train.weights.runs import Grid, Job, Measures, Published, cells, draw, run_grid, write_results
+from meta_train.weights.runs import (
+    Grid,
+    Job,
+    Measures,
+    Published,
+    Run,
+    cells,
+    draw,
+    positive,
+    run_grid,
+    write_results,
+    zoo_digest,
+)
 from tasks.zoo import inr as zoos
 from tasks.zoo.sources import images
 from tasks.zoo.zoo import Zoo, ZooError
@@ -46,9 +59,15 @@ TITLES = {"weights": "weights", "canonical": "canonical weights", "messages": "w
 # ------------------------------------------------------------------------------------------ data
 @lru_cache(maxsize=1)
 def zoo_of(folder: Path, count: int, data: Path | None = None) -> tuple[Chain, Zoo]:
-    """The chain of its sine networks, and the zoo (split by image), generated where it is missing."""
+    """The chain of its sine networks, and the zoo (split by image), generated where it is missing.
+
+    Raises:
+        ZooError: it is a zoo of other networks.
+    """
     path = folder / "zoo.safetensors"
     zoo = Zoo.load(path) if path.is_file() else zoos.make(zoos.Settings(), folder, count, data)
+    if zoo.about.get("kind") != "inr":
+        raise ZooError(f"{folder} holds a zoo of {zoo.about.get('kind')} networks, not of sine networks (inr).")
     return Chain.from_state_dict(zoo.state_dict(0), "sign"), zoo
 
 
@@ -137,6 +156,9 @@ class Classification:
     passes: int = 37_500
     batch: int = 64
 
+    def __post_init__(self) -> None:
+        positive(passes=self.passes, batch=self.batch)
+
 
 def classifier(chain: Chain, method: Method, seed: int, inputs: str) -> WeightSpacePredictor:
     """The predictor of a method on its inputs, with initial weights of this seed."""
@@ -183,13 +205,13 @@ PUBLISHED: Published = {
 }
 NOTE = (
     "Test accuracy in percent, mean ± standard error over seeds (one seed where there is no error): the digit, from "
-    "the weights of a sine network that was fitted to the image from initial weights of its own. All train on 7,500 "
-    "networks, as often, with the same exact augmentation (affine maps of the coordinates). *weights*: the papers' "
-    "layers, narrow, on the weights. *canonical weights*: half turns and signs of the sines taken out before. *weights "
-    "and messages*: the layers read features of messages through the sines, and the head hears layers and messages; "
-    "the row *head* has no layers, so that it shows what they add. The last row evaluates the image at learned points "
-    "and reads no weights otherwise; it is there to compare. In brackets: published, with 45,000 networks, 64 to 256 "
-    "channels and 170 times as much training (Tran et al. 2024)."
+    "the weights of a sine network that was fitted to the image from initial weights of its own. All train on "
+    "{train:,} networks, as often, with the same exact augmentation (affine maps of the coordinates). *weights*: the "
+    "papers' layers, narrow, on the weights. *canonical weights*: half turns and signs of the sines taken out before. "
+    "*weights and messages*: the layers read features of messages through the sines, and the head hears layers and "
+    "messages; the row *head* has no layers, so that it shows what they add. The last row evaluates the image at "
+    "learned points and reads no weights otherwise; it is there to compare. In brackets: published, with 45,000 "
+    "networks, 64 to 256 channels and 170 times as much training (Tran et al. 2024)."
 )
 
 
@@ -213,14 +235,16 @@ def classification(
         count: images of a zoo that has to be generated.
         data: folder with mnist/ in IDX format, for the generation; default: LEARNED_OPT_DATA, else digits.
     """
-    zoo_of(zoo, count, data)
-    jobs = chosen(grid, {key: asdict(method) for key, method in CLASSIFIERS.items()}, asdict(settings))
+    networks = zoo_of(zoo, count, data)[1]
+    named = {**asdict(settings), "zoo": zoo_digest(networks)}
+    jobs = chosen(grid, {key: asdict(method) for key, method in CLASSIFIERS.items()}, named)
     work = partial(classify, folder=zoo, count=count, device=grid.device)
     runs = run_grid(jobs, work, grid.out / "runs.jsonl", workers=grid.workers)
     about = {"settings": asdict(settings), "methods": {" / ".join(key): asdict(m) for key, m in CLASSIFIERS.items()}}
     title = "Digits from the weights of sine networks"
+    note = NOTE.format(train=len(networks.splits["train"]))
     text = write_results(
-        grid.out, runs, "accuracy", title=title, note=NOTE, published=PUBLISHED, digits=1, titles=TITLES, about=about
+        grid.out, runs, "accuracy", title=title, note=note, published=PUBLISHED, digits=1, titles=TITLES, about=about
     )
     draw(grid.out / "picture.png", cells(runs, "accuracy"), PUBLISHED, label="test accuracy, %", titles=TITLES)
     print(text)
@@ -283,6 +307,9 @@ class Editing:
     passes: int = 15_000
     batch: int = 32
     pixels: int = 196
+
+    def __post_init__(self) -> None:
+        positive(passes=self.passes, batch=self.batch, pixels=self.pixels)
 
 
 def editor_layers(chain: Chain, kind: str, n: int, width: int) -> nn.Module | None:
@@ -357,9 +384,7 @@ def edit(job: Job, folder: Path, count: int, out: Path, data: Path | None = None
         size = x.shape[-1]
         shown = {"image": x[rows[:EXAMPLES]], "network": zoos.render(some, size), "wanted": goals[rows[:EXAMPLES]]}
         shown["edited"] = zoos.render(fitted.edit_stacked(some), size)
-        write_atomically(
-            example_path(out, job.dataset, job.method), save({n: v.contiguous() for n, v in shown.items()})
-        )
+        write_atomically(example_path(out, job), save({n: v.contiguous() for n, v in shown.items()}))
     return {
         "mse": fitted.score(test, goals[rows])["loss"],
         "val_mse": fitted.score(val, goals[held])["loss"],
@@ -371,20 +396,21 @@ def edit(job: Job, folder: Path, count: int, out: Path, data: Path | None = None
 EXAMPLES = 8
 
 
-def example_path(out: Path, dataset: str, method: str) -> Path:
-    """Where the edited images of a method are kept for the picture."""
-    return out / "examples" / f"{dataset}-{method.replace(' + ', '-')}.safetensors"
+def example_path(out: Path, job: Job) -> Path:
+    """Where the edited images of a job are kept for the picture: another zoo or other settings have other files."""
+    name = f"{job.dataset}-{job.method.replace(' + ', '-')}-{hashlib.sha256(job.key.encode()).hexdigest()[:12]}"
+    return out / "examples" / f"{name}.safetensors"
 
 
-def draw_examples(out: Path, dataset: str, methods: Sequence[str]) -> None:
-    """Write ``{dataset}.png``: image, its network, the edited image that is wanted, and every method's edit."""
+def draw_examples(out: Path, dataset: str, runs: Sequence[Run]) -> None:
+    """Write ``{dataset}.png``: image, its network, the edited image that is wanted, and the edits of these runs."""
     rows: dict[str, Tensor] = {}
-    for method in methods:
-        path = example_path(out, dataset, method)
+    for job in (run.job for run in runs if run.job.dataset == dataset):
+        path = example_path(out, job)
         if path.is_file():
             kept = load_file(path)
             edited = kept.pop("edited")
-            rows |= {**kept, method: edited} if not rows else {method: edited}
+            rows |= {**kept, job.method: edited} if not rows else {job.method: edited}
     if not rows:
         return
     import matplotlib
@@ -439,8 +465,10 @@ def editing(
         count: images of a zoo that has to be generated.
         data: folder with mnist/ in IDX format; default: LEARNED_OPT_DATA, else digits.
     """
-    edited_images(next(iter(EDITS)), zoo_of(zoo, count, data)[1], data)  # says early if they do not belong together
-    jobs = chosen(grid, {key: asdict(method) for key, method in EDITORS.items()}, asdict(settings))
+    networks = zoo_of(zoo, count, data)[1]
+    edited_images(next(iter(EDITS)), networks, data)  # says early if they do not belong together
+    named = {**asdict(settings), "zoo": zoo_digest(networks)}
+    jobs = chosen(grid, {key: asdict(method) for key, method in EDITORS.items()}, named)
     work = partial(edit, folder=zoo, count=count, out=grid.out, data=data, device=grid.device)
     runs = run_grid(jobs, work, grid.out / "runs.jsonl", workers=grid.workers)
     about = {"settings": asdict(settings), "methods": {" / ".join(key): asdict(m) for key, m in EDITORS.items()}}
@@ -451,5 +479,5 @@ def editing(
     )
     draw(grid.out / "picture.png", cells(runs, "mse"), EDIT_PUBLISHED, label="mean square error")
     for name in dict.fromkeys(run.job.dataset for run in runs):
-        draw_examples(grid.out, name, list(dict.fromkeys(m for m, _ in EDITORS)))
+        draw_examples(grid.out, name, runs)
     print(text)

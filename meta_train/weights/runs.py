@@ -4,21 +4,23 @@ Every finished job is one line of ``runs.jsonl``. A job that is there is never d
 on where it stopped, and a larger one pays only for what is new.
 """
 
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from learned_opt.rules.checkpoint import write_atomically
+from learned_opt.rules.checkpoint import digest, write_atomically
 from meta_train import jsonl
+from meta_train.evaluate import pool
+from tasks.zoo.zoo import Zoo
 
 Measures = dict[str, float]
 Published = Mapping[tuple[str, str], float | str]  # (method, dataset) -> the paper's number
@@ -44,6 +46,11 @@ class Grid:
     workers: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
 
+    def __post_init__(self) -> None:
+        positive(seeds=self.seeds, workers=self.workers)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise GridError("--device cuda: this machine has no GPU that PyTorch can use. Leave it out.")
+
     def choose(self, methods: Sequence[str], datasets: Sequence[str]) -> tuple[list[str], list[str]]:
         """The chosen methods and datasets, of those there are, in the order of these.
 
@@ -53,8 +60,19 @@ class Grid:
         return _chosen("method", self.methods, methods), _chosen("dataset", self.datasets, datasets)
 
 
-class UnknownName(ValueError):
+class GridError(ValueError):
+    """Options that leave nothing to run, or cannot be run here; the message says which."""
+
+
+class UnknownName(GridError):
     """A name that stands for nothing; the message lists the valid ones."""
+
+
+def positive(**options: int) -> None:
+    """Raise GridError for an option below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise GridError(f"--{name} is {value}. It must be at least 1.")
 
 
 def _chosen(what: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -90,6 +108,14 @@ class Run:
     seconds: float
 
 
+def zoo_digest(zoo: Zoo) -> str:
+    """A short hash of a zoo for the settings of its jobs: results of another zoo are other results."""
+    tensors = {f"weights.{name}": x for name, x in zoo.weights.items()}
+    tensors |= {f"split.{name}": x for name, x in zoo.splits.items()} | {"targets": zoo.targets}
+    columns = json.dumps({name: list(column) for name, column in zoo.columns.items()}, sort_keys=True)
+    return hashlib.sha256(f"{digest(tensors)} {columns}".encode()).hexdigest()[:12]
+
+
 def read_runs(path: Path) -> dict[str, Run]:
     """The finished jobs of a ``runs.jsonl``, by key; a line that a crash cut off is passed over."""
     runs: dict[str, Run] = {}
@@ -120,36 +146,29 @@ def run_grid(
         jobs: what there is to do, in order.
         work: does one; with several workers a function of a module, or ``functools.partial`` of one.
         path: the ``runs.jsonl``.
-        workers: processes with one thread each; 1 works in this process.
+        workers: processes with one thread each, which end with this one; 1 works in this process.
         say: hears of every finished job.
 
     Returns:
         The runs of ``jobs``, in order.
+
+    Raises:
+        GridError: there are no jobs.
     """
+    if not jobs:
+        raise GridError("there is nothing to run: no method that is chosen has a dataset that is left.")
     done = read_runs(path)
     missing = list({job.key: job for job in jobs if job.key not in done}.values())
     say(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them done before")
-    for i, run in enumerate(_finish(missing, work, workers), 1):
-        append_run(path, run)
-        done[run.job.key] = run
-        told = "  ".join(f"{n} {x:.4g}" for n, x in run.measures.items())
-        job = run.job
-        say(f"{i}/{len(missing)}  {job.method}  {job.dataset}  seed {job.seed}  {told}  ({run.seconds:.1f} s)")
+    with pool(max(1, min(workers, len(missing)))) as execute:
+        runs: Iterable[Any] = execute(partial(_do, work), missing)  # type: ignore[arg-type]  # a map over any jobs
+        for i, run in enumerate(runs, 1):
+            append_run(path, run)
+            done[run.job.key] = run
+            told = "  ".join(f"{n} {x:.4g}" for n, x in run.measures.items())
+            job = run.job
+            say(f"{i}/{len(missing)}  {job.method}  {job.dataset}  seed {job.seed}  {told}  ({run.seconds:.1f} s)")
     return [done[job.key] for job in jobs]
-
-
-def _finish(jobs: Sequence[Job], work: Callable[[Job], Measures], workers: int) -> Iterable[Run]:
-    if workers <= 1 or len(jobs) < 2:
-        for job in jobs:
-            yield _do(work, job)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
-    try:
-        futures = [pool.submit(_do, work, job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _do(work: Callable[[Job], Measures], job: Job) -> Run:
@@ -242,7 +261,12 @@ def write_results(
         titles: how datasets are called in the heading, where not by their names.
         about: plain data for the JSON (settings, commit).
         name: of the files.
+
+    Raises:
+        GridError: there are no runs; files that are there stay.
     """
+    if not runs:
+        raise GridError(f"there are no runs to report in {out} with these options.")
     published = published or {}
     found = cells(runs, measure)
     text = (

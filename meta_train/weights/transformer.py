@@ -29,8 +29,21 @@ from learned_opt.nfn.models import head
 from learned_opt.nfn.scores import Loss
 from learned_opt.nfn.transformer_invariants import transformer_invariants
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
-from meta_train.weights.runs import Grid, Job, Measures, Published, Run, cells, draw, run_grid, write_results
+from meta_train.weights.runs import (
+    Grid,
+    Job,
+    Measures,
+    Published,
+    Run,
+    cells,
+    draw,
+    positive,
+    run_grid,
+    write_results,
+    zoo_digest,
+)
 from tasks.zoo import transformer as zoos
+from tasks.zoo.sources import ag_news_file
 from tasks.zoo.zoo import Zoo, ZooError
 
 Flat = tyro.conf.arg(name="")  # the fields are options themselves
@@ -40,8 +53,8 @@ TASKS: tuple[zoos.Task, ...] = ("mnist", "ag_news")
 CUT_OFFS = (0, 20, 40, 60, 80)  # percent
 # name -> task, least accuracy
 DATASETS = {t if not c else f"{t}-{c}": (t, c / 100) for t in TASKS for c in CUT_OFFS}
-_NAMES = {"mnist": "MNIST", "ag_news": "AG News"}
-TITLES = {d: _NAMES[t] if not c else f"{_NAMES[t]} ≥ {c:.0%}" for d, (t, c) in DATASETS.items()}
+# what a task's networks may be trained on -> its title
+EXAMPLES = {"mnist": {"mnist": "MNIST", "digits": "digits"}, "ag_news": {"ag_news": "AG News"}}
 LEAST_TEST_ROWS = 8  # fewer say nothing about an order
 
 
@@ -183,6 +196,9 @@ class Settings:
     batch: int = 32
     count: int = 300
 
+    def __post_init__(self) -> None:
+        positive(passes=self.passes, batch=self.batch, count=self.count)
+
 
 DEFAULTS = Settings()
 
@@ -231,10 +247,27 @@ def rows(method: Method, table: Table) -> Any:
 
 # ------------------------------------------------------------------------------------ data
 def whole_zoo(folder: Path, task: zoos.Task, count: int, data: Path | None = None) -> Zoo:
-    """All checkpoints of a zoo of transformers, generated where it is not there yet."""
+    """All checkpoints of a zoo of transformers, generated where it is not there yet.
+
+    Raises:
+        ZooError: it is another zoo.
+    """
     if not (folder / "zoo.safetensors").is_file():
         return zoos.make(zoos.Settings(task=task), folder, count, data)
-    return Zoo.load(folder / "zoo.safetensors")
+    zoo = Zoo.load(folder / "zoo.safetensors")
+    kind, dataset = zoo.about.get("kind"), zoo.about.get("dataset")
+    if kind != "transformer" or dataset not in EXAMPLES[task]:
+        known = " or ".join(EXAMPLES[task])
+        raise ZooError(f"{folder} holds a zoo of {kind} networks on {dataset}, not of transformers on {known}.")
+    return zoo
+
+
+def check(folder: Path, task: zoos.Task, count: int, data: Path | None) -> None:
+    """Raise what :func:`whole_zoo` would raise at once, so that no other zoo is generated before."""
+    if (folder / "zoo.safetensors").is_file():
+        whole_zoo(folder, task, count)
+    elif task == "ag_news":
+        ag_news_file(data)
 
 
 @lru_cache(maxsize=2)
@@ -328,12 +361,15 @@ def generalisation(
     """
     methods, datasets = grid.choose(list(METHODS), list(DATASETS))
     folders = {"mnist": zoo_mnist, "ag_news": zoo_ag_news}
-    for task in dict.fromkeys(DATASETS[d][0] for d in datasets):
-        whole_zoo(folders[task], task, settings.count, data)
+    tasks = list(dict.fromkeys(DATASETS[d][0] for d in datasets))
+    for task in tasks:
+        check(folders[task], task, settings.count, data)
+    found = {task: whole_zoo(folders[task], task, settings.count, data) for task in tasks}
+    named = {task: {"zoo": zoo_digest(zoo), "examples": zoo.about["dataset"]} for task, zoo in found.items()}
     jobs = []
     for d in datasets:
         task, cut_off = DATASETS[d]
-        _, zoo = prepared(folders[task], task, settings.count)
+        zoo = found[task]
         try:
             if cut_off and float(zoo.targets.min()) >= cut_off:
                 raise ZooError(f"no accuracy is below {cut_off}, so it is the whole zoo.")
@@ -342,7 +378,7 @@ def generalisation(
         except ZooError as error:
             print(f"{d} is left out: {error}")
             continue
-        about = {**asdict(settings), "rows": len(zoo)}  # a zoo that has grown is another one
+        about = {**asdict(settings), **named[task]}
         fitted = [m for m in methods if METHODS[m].cut_offs or not cut_off]
         jobs += [Job(m, d, seed, {**about, **asdict(METHODS[m])}) for seed in range(grid.seeds) for m in fitted]
     work = partial(run_job, folders=folders, device=grid.device)
@@ -355,15 +391,21 @@ def _cut_off(job: Job) -> float:
     return DATASETS[job.dataset][1]
 
 
+def title_of(run: Run) -> str:
+    """What the networks of a run were trained on, and their least accuracy."""
+    task, cut_off = DATASETS[run.job.dataset]
+    name = EXAMPLES[task][run.job.settings["examples"]]
+    return name if not cut_off else f"{name} ≥ {cut_off:.0%}"
+
+
 def report(out: Path, runs: Sequence[Run], settings: Settings) -> None:
     """Write table.md, table.json and picture.png."""
     about = {"settings": asdict(settings), "methods": {name: asdict(m) for name, m in METHODS.items()}}
     title = "Generalisation of small transformers"
-    sizes = {
-        TITLES[run.job.dataset]: [int(run.measures[f"{n}_rows"]) for n in ("train", "val", "test")] for run in runs
-    }
+    titles = {run.job.dataset: title_of(run) for run in runs}
+    sizes = {title_of(run): [int(run.measures[f"{n}_rows"]) for n in ("train", "val", "test")] for run in runs}
     told = ", ".join(f"{name} {a} / {b} / {c}" for name, (a, b, c) in sizes.items())
     note = f"{NOTE} Rows to train, validate and test in the last split: {told}."
-    text = write_results(out, runs, "tau", title=title, note=note, published=PUBLISHED, titles=TITLES, about=about)
-    draw(out / "picture.png", cells(runs, "tau"), PUBLISHED, label="Kendall's tau", titles=TITLES)
+    text = write_results(out, runs, "tau", title=title, note=note, published=PUBLISHED, titles=titles, about=about)
+    draw(out / "picture.png", cells(runs, "tau"), PUBLISHED, label="Kendall's tau", titles=titles)
     print(text)

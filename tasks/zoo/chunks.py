@@ -33,17 +33,43 @@ def generate(out: Path, count: int, chunk: int, settings: Mapping[str, Any], mak
     Raises:
         ZooError: the folder holds a zoo with other settings.
     """
-    _same_settings(out / "settings.json", {**settings, "chunk": chunk})
+    _same_settings(out, {**settings, "chunk": chunk})
     parts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("networks", total=count)
-        for start in range(0, count, chunk):
-            rows = range(start, min(start + chunk, count))
-            parts.append(_chunk(out / "chunks" / f"{rows.start:06d}-{rows.stop:06d}.safetensors", rows, make, progress))
+        for rows, path in _files(out, count, chunk):
+            parts.append(_chunk(path, rows, make, progress))
             progress.advance(task, len(rows))
     seconds = sum(part.about["seconds"] for part in parts)
     return replace(Zoo.join(parts), about={**settings, "seconds": round(seconds, 1)})
+
+
+def load(out: Path, count: int, chunk: int) -> Zoo | None:
+    """Networks 0..count-1 where all of their chunks are there and whole, else None; other files are not looked at."""
+    try:
+        return Zoo.join([Zoo.load(path) for _, path in _files(out, count, chunk)])
+    except (FileNotFoundError, ZooError):
+        return None
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """The settings that `generate` kept in `out`; none where it has not begun.
+
+    Raises:
+        ZooError: the file is damaged.
+    """
+    path = out / "settings.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ZooError(f"{path} is damaged ({error}). Delete the folder {path.parent}, or name another.") from error
+
+
+def _files(out: Path, count: int, chunk: int) -> list[tuple[range, Path]]:
+    """The networks of every chunk, and its file."""
+    found = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    return [(rows, out / "chunks" / f"{rows.start:06d}-{rows.stop:06d}.safetensors") for rows in found]
 
 
 def _chunk(path: Path, rows: range, make: Callable[[range], Zoo], progress: Progress) -> Zoo:
@@ -62,21 +88,18 @@ def _chunk(path: Path, rows: range, make: Callable[[range], Zoo], progress: Prog
     return zoo
 
 
-def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def _same_settings(out: Path, settings: Mapping[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ZooError(f"{path} is damaged ({error}). Delete the folder {path.parent}, or name another.") from error
+    before = settings_of(out)
+    if before:
         differing = {
             k: (before.get(k), settings.get(k)) for k in {*before, *settings} if before.get(k) != settings.get(k)
         }
         if differing:
             raise ZooError(
-                f"{path.parent} holds a zoo made with other settings (before, now): {differing}. "
+                f"{out} holds a zoo made with other settings (before, now): {differing}. "
                 "Give the same ones to go on with it, or another --out."
             )
         return
-    with write_atomically(path) as file:
+    with write_atomically(out / "settings.json") as file:
         file.write(json.dumps(settings, indent=2).encode())

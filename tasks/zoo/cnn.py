@@ -31,6 +31,7 @@ from tasks.zoo.zoo import Zoo, ZooError, generator_of, number, read_table, to_co
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh}
 FILTERS, CLASSES, LAYERS = 16, 10, 3
+CHUNK = 40  # networks to a file
 Activation = Literal["relu", "tanh"]
 
 
@@ -45,6 +46,9 @@ class Settings:
     batch: int = 64
     precision: Literal["float32", "bfloat16"] = "float32"  # of training; evaluation is in float32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        training.check_checkpoints(self.steps, self.checkpoints)
 
 
 def build(activation: str = "relu", dropout: float = 0.0) -> nn.Sequential:
@@ -230,14 +234,19 @@ def evaluate(weights: Weights, x: Tensor, y: Tensor, activation: str, batch: int
     return (logits.argmax(2) == target).float().mean(1), cross_entropy(logits, target)
 
 
-def make(settings: Settings, out: Path, count: int, data: Path | None = None, chunk: int = 40) -> Zoo:
+def every_checkpoint(settings: Settings, out: Path, count: int, data: Path | None = None, chunk: int = CHUNK) -> Zoo:
+    """All checkpoints of the first `count` networks, without splits; makes the chunks in `out` that are not there."""
+    examples = image_examples(data, settings.images)
+    about = {"kind": "cnn", **asdict(settings), "images": len(examples.x), "dataset": examples.name}
+    return generate(out, count, chunk, about, lambda rows: train_many(settings, examples, rows))
+
+
+def make(settings: Settings, out: Path, count: int, data: Path | None = None, chunk: int = CHUNK) -> Zoo:
     """Generate a zoo of `count` networks into `out`: chunks, the published files, and zoo.safetensors.
 
     zoo.safetensors holds the last checkpoints with the published split; the published files hold all.
     """
-    examples = image_examples(data, settings.images)
-    about = {"kind": "cnn", **asdict(settings), "images": len(examples.x), "dataset": examples.name}
-    zoo = generate(out, count, chunk, about, lambda rows: train_many(settings, examples, rows))
+    zoo = every_checkpoint(settings, out, count, data, chunk)
     save_published(zoo, out / "published")
     final = published_protocol(zoo)
     final.save(out / "zoo.safetensors")

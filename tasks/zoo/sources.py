@@ -60,6 +60,18 @@ class Texts(Examples):
     embedding: Tensor
 
 
+def ag_news_file(folder: Path | str | None) -> Path:
+    """The file of AG News in the data folder.
+
+    Raises:
+        FileNotFoundError: no data folder, or no ag_news/test.csv in it.
+    """
+    path = suites.require_data_dir(folder) / "ag_news" / "test.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Text needs AG News there; the task mnist runs without.")
+    return path
+
+
 def ag_news(folder: Path | str | None, train: int, length: int, width: int = 32, window: int = 4) -> Texts:
     """AG News (4 classes): lower-case words of title and description, the first `length` of each text.
 
@@ -73,9 +85,7 @@ def ag_news(folder: Path | str | None, train: int, length: int, width: int = 32,
         FileNotFoundError: no data folder, or no ag_news/test.csv in it.
         ValueError: a row has not three entries.
     """
-    path = suites.require_data_dir(folder) / "ag_news" / "test.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Text needs AG News there; the task mnist runs without.")
+    path = ag_news_file(folder)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or any(len(row) != 3 for row in rows):

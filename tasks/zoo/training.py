@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.zoo.zoo import ZooError
+
 Weights = dict[str, Tensor]
 
 # first-moment decay, second-moment decay, divides by the root of the second moment, corrects the moments' bias
@@ -97,6 +99,15 @@ def train(
         if step + 1 in checkpoints:
             kept[step + 1] = weights
     return kept
+
+
+def check_checkpoints(steps: int, checkpoints: Sequence[int]) -> None:
+    """Raise ZooError where the last checkpoint is not the end of the training: it stands for the trained network."""
+    if not checkpoints or min(checkpoints) < 0 or max(checkpoints) != steps:
+        raise ZooError(
+            f"checkpoints {', '.join(map(str, checkpoints))} do not end at the last of {steps} steps. "
+            f"Give --checkpoints whose last is {steps}."
+        )
 
 
 def warm_up_and_cosine(progress: float, warm_up: float = 0.1) -> float:

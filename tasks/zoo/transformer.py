@@ -65,6 +65,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.size < PATCH or self.size % PATCH:
             raise ZooError(f"images of side {self.size} do not divide into patches of {PATCH}. Use a multiple of it.")
+        training.check_checkpoints(self.steps, self.checkpoints)
 
 
 # ------------------------------------------------------------------------------------- one network
