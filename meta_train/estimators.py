@@ -82,7 +82,10 @@ class TBPTT:
         steps = _steps(self.truncation, carry)
         after, trace = unroll(own, carry, steps, generator, batched=True, detach=self.detach, remat=self.remat)
         per_run = trace.loss.mean(0)
-        grads = torch.autograd.grad(per_run.sum(), list(own.values()), materialize_grads=True)
+        if per_run.requires_grad:
+            grads = torch.autograd.grad(per_run.sum(), list(own.values()), materialize_grads=True)
+        else:  # one step was left, whose loss is that of the weights before it
+            grads = tuple(map(torch.zeros_like, own.values()))
         flat = torch.cat([g.reshape(len(per_run), -1) for g in grads], 1)  # [P, size of theta]
         kept = flat.isfinite().all(1)
         norms = torch.where(kept, flat.norm(dim=1), 0.0)

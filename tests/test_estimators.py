@@ -160,6 +160,20 @@ def test_full_length_tbptt_is_plain_autograd(detach):
     assert carry["step"].tolist() == [0], "the run is over and a fresh one is ready"
 
 
+def test_tbptt_with_one_step_left_has_no_gradient_and_goes_on():
+    """The loss of the last step is that of the weights before it, which the truncation has cut off."""
+    unroll = make(horizon=(9, 9))
+    estimator, theta, generator = TBPTT(2, truncation=4), theta_of(unroll), seeded(5)
+    carry = unroll.init(2, generator)
+    left, zero = [], []
+    for _ in range(4):
+        left.append(int((carry["stop"] - carry["step"]).max()))
+        loss, gradient, carry, _ = estimator(unroll, theta, carry, generator)
+        zero.append(not any(g.any() for g in gradient.values()))
+        assert loss.isfinite()
+    assert left == [9, 5, 1, 9] and zero == [False, False, True, False]
+
+
 def test_es_approaches_the_exact_second_order_gradient():
     """On a nonlinear problem, with a small sigma and many pairs along each axis of theta."""
     unroll = make(horizon=(10, 10))
