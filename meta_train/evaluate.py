@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -311,19 +311,27 @@ def work(job: Job, data: str | None, steps: int | None) -> tuple[Job, Curve]:
         torch.set_num_threads(threads)
 
 
-Execute = Callable[[Callable, Sequence[Job]], Iterator[tuple[Job, Curve]]]
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class Execute(Protocol):
+    """A map over jobs of any kind."""
+
+    def __call__(self, function: Callable[[J], R], jobs: Sequence[J], /) -> Iterator[R]:
+        """The results, as they finish."""
 
 
 @contextmanager
 def pool(workers: int) -> Iterator[Execute]:
     """A map over jobs, results as they finish; on an exception all workers stop at once."""
     if workers == 1:
-        yield lambda function, jobs: map(function, jobs)
+        yield map
         return
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _worker)
 
-    def execute(function: Callable, jobs: Sequence[Job]) -> Iterator[tuple[Job, Curve]]:
+    def execute(function: Callable[[J], R], jobs: Sequence[J], /) -> Iterator[R]:
         for future in as_completed([executor.submit(function, job) for job in jobs]):
             yield future.result()
 

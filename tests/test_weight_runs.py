@@ -1,5 +1,6 @@
 """Grids of weight-space runs: what is done is not done again, and what is told is what was measured."""
 
+import contextlib
 import json
 import math
 import os
@@ -106,56 +107,44 @@ def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
 
 
 SLOW = """
-    import os, sys, time
-    from functools import partial
+    import sys
     from pathlib import Path
     from meta_train.weights.runs import run_grid
     from tests.test_weight_runs import jobs, sleep
 
     if __name__ == "__main__":
-        run_grid(jobs(), partial(sleep, folder=sys.argv[1]), Path(sys.argv[1], "runs.jsonl"), workers=2)
+        run_grid(jobs(), sleep, Path(sys.argv[1], "runs.jsonl"), workers=2)
 """
 
 
-def sleep(job, folder):
-    """A job that leaves its process's number and takes longer than any test."""
-    Path(folder, f"{os.getpid()}.pid").touch()
+def sleep(job):
+    """A job that says its process's number and takes longer than any test."""
+    print("pid", os.getpid(), flush=True)
     time.sleep(60)
     return {"tau": 1.0}
 
 
-def until(condition, seconds=40):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-def lives(pid):
-    """Whether a process runs; one that has ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, number):
     (tmp_path / "grid.py").write_text(textwrap.dedent(SLOW))
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    script = [sys.executable, tmp_path / "grid.py", tmp_path]
-    parent = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "grid.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     pids = []
     try:
-        assert until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-        pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
+        while len(pids) < 2:
+            word, _, rest = parent.stdout.readline().partition(" ")
+            assert word, "it ended too early"
+            pids += [int(rest)] if word == "pid" else []
         parent.send_signal(number)  # to it alone
-        parent.wait(timeout=20)
-        assert until(lambda: not any(map(lives, pids)), 10)
+        parent.communicate(timeout=20)  # a worker holds the pipe for as long as it lives
     finally:
         for pid in (parent.pid, *pids):
-            if lives(pid):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         parent.wait()
 

@@ -161,8 +161,7 @@ def run_grid(
     missing = list({job.key: job for job in jobs if job.key not in done}.values())
     say(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them done before")
     with pool(max(1, min(workers, len(missing)))) as execute:
-        runs: Iterable[Any] = execute(partial(_do, work), missing)  # type: ignore[arg-type]  # a map over any jobs
-        for i, run in enumerate(runs, 1):
+        for i, run in enumerate(execute(partial(_do, work), missing), 1):
             append_run(path, run)
             done[run.job.key] = run
             told = "  ".join(f"{n} {x:.4g}" for n, x in run.measures.items())
