@@ -9,7 +9,7 @@ the whole network, whatever its architecture.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -149,8 +149,8 @@ class ByIdentity:
 @lru_cache(maxsize=256)
 def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
     symmetry = key.symmetry
-    label_start, n_units = _positions({n: symmetry.table_shape(n, g.size) for n, g in symmetry.labels.items()})
-    scale_start, n_scales = _positions({n: symmetry.table_shape(s.label, s.size) for n, s in symmetry.scales.items()})
+    label_start, n_units = unit_tables(symmetry, "label")
+    scale_start, n_scales = unit_tables(symmetry, "scale")
 
     def perm_units(leaf: Leaf) -> list[tuple[Tensor, int]]:
         return [] if leaf.label is None or symmetry.labels[leaf.label].fixed else [(label_start[leaf.label], 1)]
@@ -163,7 +163,7 @@ def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
         blocks = [b for _, _, b in members for _ in range(b.shape[0])]
 
         def units(side: str, of: Callable[[Leaf], list[tuple[Tensor, int]]], dummy: int) -> Units:
-            return _cat([_units(b, side, of, dummy, symmetry) for _, _, b in members], dummy, device)
+            return _cat([block_units(b, side, of, dummy, symmetry) for _, _, b in members], dummy, device)
 
         fixed = [[all(x.label is None for x in b.batch + side) for side in (b.rows, b.cols)] for b in blocks]
         return Stack(
@@ -211,8 +211,12 @@ def _alike(symmetry: Symmetry, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [tuple(own) for own in packs.values()]
 
 
-def _positions(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], int]:
-    """A table of flat positions per label, and their number."""
+def unit_tables(symmetry: Symmetry, of: Literal["label", "scale"]) -> tuple[dict[str, Tensor], int]:
+    """A table of flat positions of every label's (or scale's) units, and their number."""
+    if of == "label":
+        shapes = {n: symmetry.table_shape(n, g.size) for n, g in symmetry.labels.items()}
+    else:
+        shapes = {n: symmetry.table_shape(s.label, s.size) for n, s in symmetry.scales.items()}
     tables, start = {}, 0
     for name, shape in shapes.items():
         count = int(torch.Size(shape).numel())
@@ -221,7 +225,7 @@ def _positions(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor]
     return tables, start
 
 
-def _units(
+def block_units(
     block: Block,
     side: str,
     of: Callable[[Leaf], list[tuple[Tensor, int]]],

@@ -20,9 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, followed, listed, matched
 from learned_opt.capture import Call, Watch, modules_behind
 from learned_opt.compiled import Compiled
+from learned_opt.buffers import Buffers
+from learned_opt.functional import apply_rule, stepped
 from learned_opt.options import check_options, check_same_horizon
 from learned_opt.rules import make_rule
-from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.rules.base import UpdateRule
 from learned_opt.saved import (
     Mode,
     accumulator_dtype,
@@ -33,56 +35,10 @@ from learned_opt.saved import (
     saved_state,
     saved_symmetry,
 )
-from learned_opt.symmetry import Symmetry, SymmetryError
+from learned_opt.symmetry import Symmetry, SymmetryError, independent
 
 NanPolicy = Literal["skip", "raise", "propagate"]
 LARGEST = 1e15  # largest gradient entry that a rule sees; float32 squares overflow at 2e19
-
-
-# -------------------------------------------------------------------------------- the numerics path
-def apply_rule(
-    rule: UpdateRule,
-    params: Weights,
-    grads: Weights,
-    state: State,
-    symmetry: Symmetry,
-    *,
-    total_steps: float | Tensor | None = None,
-    weight_decay: float | Mapping[str, float] = 0.0,
-    theta: Weights | None = None,
-) -> tuple[Weights, State]:
-    """``rule(params, grads, state, symmetry)`` in float32, or float64 if any tensor is. Pure.
-
-    Arguments and result are those of :meth:`UpdateRule.forward`; the state keeps the dtypes it had.
-    ``theta``, a dict like ``rule.named_parameters()``, replaces the rule's own parameters.
-    """
-    wide = any(t.dtype == torch.float64 for t in params.values())
-    dtype = torch.float64 if wide else torch.float32
-    device = next(iter(params.values())).device
-    own = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
-    own = own if theta is None else theta
-    fits = all(t.device == device and t.dtype == dtype for t in own.values())
-    arguments = (
-        {n: p.to(dtype) for n, p in params.items()},
-        {n: g.to(dtype) for n, g in grads.items()},
-        {n: {k: x.to(dtype) for k, x in slots.items()} for n, slots in state.items()},
-        symmetry,
-    )
-    options = {"total_steps": total_steps, "weight_decay": weight_decay}
-    if theta is not None or not fits:
-        cast = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in own.items()}
-        updates, new_state = torch.func.functional_call(rule, cast, arguments, options)
-    else:
-        updates, new_state = rule(*arguments, **options)
-    kept = {n: {k: x.to(state[n][k].dtype) for k, x in new_state[n].items()} for n in state}
-    return updates, kept
-
-
-def stepped(param: Tensor, update: Tensor, lr: float | Tensor) -> Tensor:
-    """``param + lr * update`` in the update's dtype, then rounded to the parameter's. Pure."""
-    if isinstance(lr, Tensor):
-        update, lr = update * lr.to(update.device).reshape(()), 1.0
-    return torch.add(param.to(update.dtype), update, alpha=lr).to(param.dtype)
 
 
 # ------------------------------------------------------------------------------------ the optimizer
@@ -144,9 +100,9 @@ class NFNOpt(torch.optim.Optimizer):
         *,
         symmetry: Symmetry | Mode = "infer",
         lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         total_steps: float | None = None,
-        rule: str | Path | UpdateRule = "paced",
+        rule: str | Path | UpdateRule = "auto_lr",
         nan_policy: NanPolicy = "skip",
         maximize: bool = False,
         compile: bool = False,
@@ -165,6 +121,8 @@ class NFNOpt(torch.optim.Optimizer):
         self._names = WeakIdKeyDictionary()  # of all tensors that were ever bound
         self._watch: Watch | None = None
         self._outlasted: float | None = None  # the horizon that a run was said to be beyond
+        self._buffers: dict[torch.device, Buffers] = {}
+        self._network: dict[torch.device, dict[str, Tensor]] = {}  # loaded, of buffers that are not made yet
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         options = {
@@ -305,27 +263,50 @@ class NFNOpt(torch.optim.Optimizer):
         for n, factor in factors.items():
             if factor != 1:
                 grads[n] = factor * grads[n].to(accumulator_dtype(grads[n]))
-        known = [e for e in entries if self.state.get(e.param)]
+        buffers = self._buffered(entries, symmetry)
         updates, state = self._apply(
             self.rule,
             params,
             grads,
-            {e.name: self.state[e.param] for e in known},
+            buffers.state,
             symmetry,
             total_steps=self.param_groups[0]["total_steps"],
             weight_decay={e.name: e.group["weight_decay"] for e in trained},
+            names=buffers.names,
+            ages=buffers.next_ages(),
+            in_place=True,
         )
+        buffers.take(state, all_moved=len(updates) == len(buffers.names))
         for entry in trained:
-            moved = stepped(params[entry.name], updates[entry.name], entry.group["lr"])
-            params[entry.name].copy_(moved)
-        for entry in known:
-            self.state[entry.param] = state[entry.name]
+            param, update, lr = entry.param.detach(), updates[entry.name], entry.group["lr"]
+            if param.dtype == update.dtype and not isinstance(lr, Tensor):
+                param.add_(update, alpha=lr)
+            else:
+                param.copy_(stepped(param, update, lr))
+
+    def _buffered(self, entries: list[Entry], symmetry: Symmetry) -> Buffers:
+        """The buffers of the tensors that have state, made anew where these, or what they hold, are others."""
+        known = [e for e in entries if e.param in self.state and self.state[e.param]]
+        device = known[0].param.device
+        buffers = self._buffers.get(device)
+        if buffers is not None and buffers.holds(symmetry, {e.name: self.state[e.param] for e in known}):
+            return buffers
+        old = {e.name: self.state[e.param] for e in known}
+        fresh = Buffers(self.rule, {e.name: e.param for e in known}, symmetry)
+        fresh.fill(old, self._network.pop(device, None) if buffers is None else buffers.state.get("network"))
+        for e in known:
+            self.state[e.param] = {**old[e.name], **fresh.slots[e.name]}
+        self._buffers[device] = fresh
+        return fresh
 
     def _create_state(self, entries: list[Entry]) -> None:
-        new = {e.name: e.param for e in entries if not self.state.get(e.param)}
+        """Slots of tensors that have none; a step puts them into shared buffers."""
+        new = {e.name: e.param.detach() for e in entries if not self.state.get(e.param)}
         if new:
-            for name, state in self.rule.init({n: p.detach() for n, p in new.items()}).items():
-                self.state[new[name]] = state
+            slots = Buffers(self.rule, new, independent(new)).slots
+            for e in entries:
+                if e.name in slots:
+                    self.state[e.param] = slots[e.name]
 
     def _usable(self, entries: list[Entry]) -> list[Entry]:
         """The entries to update, by what their gradients hold (one synchronisation per device)."""

@@ -17,6 +17,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"{name}={options[name]!r} must be a number")
     for name in ("lr", "weight_decay"):
         value = options.get(name, 0.0)
+        if value is None and name == "weight_decay":  # the rule's own
+            continue
         if not 0.0 <= float(value) < math.inf:
             raise ValueError(f"{name}={value} must be finite and not negative")
     steps = options.get("total_steps")

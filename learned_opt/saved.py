@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from learned_opt.binding import Binding, Entry, bare, listed, matched
+from learned_opt.buffers import Buffers
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.checkpoint import digest
-from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry import Symmetry, independent
 
 # keys of the first parameter group of a state dict
 RULE, SHA, THETA, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"
@@ -165,7 +166,7 @@ def saved_state(
 
 
 def _unfit(p: Tensor, slots: Mapping[str, Any], rule: UpdateRule) -> list[str]:
-    expected = rule.init({"p": torch.empty_like(p, device="meta")})["p"]
+    expected = Buffers(rule, {"p": torch.empty_like(p, device="meta")}, independent({"p": p})).slots["p"]
     found = {k: tuple(torch.as_tensor(x).shape) for k, x in slots.items()}
     wanted = {k: tuple(x.shape) for k, x in expected.items()}
     if found.keys() != wanted.keys():

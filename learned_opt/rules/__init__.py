@@ -6,25 +6,13 @@ from pathlib import Path
 
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
-from learned_opt.rules.classic import SGD, Adam, Muon
-from learned_opt.rules.nfn import NFN
-from learned_opt.rules.nominal import DecayingPolar, Nominal
-from learned_opt.rules.paced import Paced
+from learned_opt.rules.whitened_polar import WhitenedPolar
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
 RULES: dict[str, Callable[[], UpdateRule]] = {
-    "nfn": NFN,  # the learned rule
-    "nfn-permutation": partial(NFN, frame=False),  # without the frame: permutations and signs only
-    "nfn-parameter": partial(NFN, pool=False),  # without pooling: every parameter by itself
-    "nfn-alone": partial(NFN, frame=False, pool=False),  # neither: what a rule without any symmetry sees
-    "paced": Paced,  # NFNOpt's default: nominal steps at a rate that it measures
-    "nominal": Nominal,  # what the learned rules start from
-    "nominal-frameless": partial(Nominal, frame=False),
-    "polar": DecayingPolar,
-    "adam": Adam,
-    "sgd": SGD,
-    "muon": Muon,
+    "auto_lr": WhitenedPolar,  # NFNOpt's default: whitened polar steps at a rate that it measures
+    "whitened_polar": partial(WhitenedPolar, measure_lr=False),
 }
 
 __all__ = [
@@ -40,14 +28,14 @@ __all__ = [
 
 
 def make_rule(rule: str | Path | UpdateRule) -> UpdateRule:
-    """A rule with its theta: by name (with the theta that the package ships for it), from a file, or as it is.
+    """A rule with its learned weights: by name, from a file, or as it is.
 
     Args:
-        rule: a name in :data:`RULES`, the path of a ``.safetensors`` theta (see :func:`save_theta`), or a rule.
+        rule: a name in :data:`RULES`, the path of a ``.safetensors`` file (see :func:`save_theta`), or a rule.
 
     Raises:
         ValueError: neither a known name nor a ``.safetensors`` path.
-        CheckpointError: the file is missing, damaged, or holds the theta of another rule.
+        CheckpointError: the file is missing, damaged, or holds the weights of another rule.
     """
     if isinstance(rule, UpdateRule):
         return rule
@@ -57,7 +45,7 @@ def make_rule(rule: str | Path | UpdateRule) -> UpdateRule:
         return _with_theta(shipped) if shipped.is_file() else RULES[name]()
     if name.endswith(".safetensors"):
         return _with_theta(Path(rule))
-    raise ValueError(f"unknown rule {name!r}: use one of {', '.join(RULES)}, or the path of a .safetensors theta.")
+    raise ValueError(f"unknown rule {name!r}: use one of {', '.join(RULES)}, or the path of a .safetensors file.")
 
 
 def _with_theta(path: Path) -> UpdateRule:

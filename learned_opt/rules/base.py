@@ -1,7 +1,7 @@
 """What an update rule is: a pure function of weights, gradients and state, whose parameters are theta."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -21,8 +21,8 @@ class UpdateRule(nn.Module, ABC):
     ends = False  # whether it takes no more steps after ``total_steps``
 
     @abstractmethod
-    def init(self, params: Weights) -> State:
-        """Fresh state. Slots are float32 (float64 for float64 parameters); ``step`` is a 0-d float tensor."""
+    def init(self, params: Weights, symmetry: Symmetry) -> State:
+        """Fresh state of these tensors: batches of slots."""
 
     @abstractmethod
     def forward(
@@ -33,7 +33,10 @@ class UpdateRule(nn.Module, ABC):
         symmetry: Symmetry,
         *,
         total_steps: float | Tensor | None = None,
-        weight_decay: float | Mapping[str, float] = 0.0,
+        weight_decay: float | None | Mapping[str, float | None] = None,
+        names: tuple[str, ...] | None = None,
+        ages: Collection[int] | None = None,
+        in_place: bool = False,
     ) -> tuple[Weights, State]:
         """Additive updates at unit learning rate, and the next state.
 
@@ -43,7 +46,11 @@ class UpdateRule(nn.Module, ABC):
             state: as returned by :meth:`init` or by the previous call.
             symmetry: how the axes of ``params`` move together.
             total_steps: the horizon if it is known (sets the schedule), else None.
-            weight_decay: decoupled, per step at unit learning rate; one number, or one per name.
+            weight_decay: decoupled, per step at unit rate; one number, or one per name. None: the rule's own.
+            names: the tensors that the state is of; None: all of ``params``.
+            ages: the values of the state's clocks at this step, if they are known: then nothing is computed that is not
+                due.
+            in_place: whether the state may be changed where it is.
 
         Returns:
             ``(updates, state)``; the new weight is ``params[n] + lr * updates[n]``.

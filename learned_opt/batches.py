@@ -1,0 +1,474 @@
+"""What a step works on: the tensors of a network in a few batches, each with its state in shared buffers.
+
+Tensors of one form are one batch ``[N, R, K]``: rows are what a tensor writes, columns what it reads, kernel positions
+first, and the bias that is added to what a matrix writes is its last column. So a rule does its arithmetic once for
+all tensors of a form. Gains, other vectors and thin matrices of any shape are one flat batch.
+
+A tensor may hold several matrices (``q | k | v``, the groups of a convolution): its *parts*, one below the other.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from learned_opt.axes import Axis, Block, Leaf, Sum, alternatives, leaves_of, map_leaves
+from learned_opt.layout import ByIdentity, Pack, block_units, unit_tables
+from learned_opt.symmetry import Symmetry
+
+THIN = 4  # rows or columns up to which a matrix counts as vectors
+BOUND = 544  # units up to which an axis has a matrix of second moments
+BFLOAT16_ABOVE = 128  # rows and columns: products of smaller matrices are as fast in float32
+
+Shape = tuple[int, ...]
+
+
+def is_thin(shape: Shape) -> bool:
+    """Whether a tensor has second moments of every entry: vectors, and matrices of at most ``THIN`` rows or columns."""
+    return len(shape) < 2 or min(shape[0], math.prod(shape[1:])) <= THIN
+
+
+def moment_axes(shape: Shape) -> list[int]:
+    """Axes of a tensor that have second moments of their own. This depends on the shape alone (see ``state_dict``)."""
+    return [i for i, d in enumerate(shape) if d > THIN] if len(shape) > 1 else []
+
+
+Units = tuple[Tensor, Tensor]  # of rows or columns: index of log-scales [.., L, k] and exponents
+
+
+def has_matrix(d: int) -> bool:
+    """Whether an axis of d units has a matrix of second moments, or only their diagonal."""
+    return d <= BOUND
+
+
+def root_dtype(d: int, dtype: torch.dtype) -> torch.dtype:
+    """In which roots are kept: that of the products that they are for."""
+    return torch.bfloat16 if dtype == torch.float32 and d > BFLOAT16_ABOVE else dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Where the scales of a batch's entries come from: sums of a network's log-scales.
+
+    Attributes:
+        parts: rows ``[N P, R / P, k]`` and columns ``[N P, K, k]`` of its matrices, one pair for each kind of part.
+        join: makes ``[N, R, K]`` of matrices, where there is more than one kind; None: they lie one below the other.
+    """
+
+    parts: tuple[tuple[Units, Units], ...]
+    join: Callable[[list[Tensor]], Tensor] | None
+
+    def __call__(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``(r, c)``, whose product is the scale: ``[N P, R / P, 1]`` and ``[N P, 1, K]``, or ``[N, R, K]`` and ones."""
+        found = [
+            (_exp_sum(log_scale, rows).unsqueeze(2), _exp_sum(log_scale, cols).unsqueeze(1))
+            for rows, cols in self.parts
+        ]
+        if self.join is None:
+            return found[0]
+        return self.join([r * c for r, c in found]), log_scale.new_ones(1, 1, 1)
+
+
+def _exp_sum(log_scale: Tensor, units: Units) -> Tensor:
+    index, exponent = units
+    return log_scale[index].mul(exponent.to(log_scale.dtype)).sum(-1).exp()
+
+
+@dataclass(frozen=True, eq=False)
+class TensorBatch:
+    """Tensors of one form as matrices ``[N, R, K]``.
+
+    Attributes:
+        key: of its state.
+        names: the N tensors.
+        biases: the vectors in their last columns; empty: none.
+        shape: of every tensor.
+        order: its axes in the order rows, kernel positions, what is read.
+        rows: sizes of the axes of the rows.
+        kernel: kernel positions.
+        reads: sizes of the axes of what is read.
+        parts: rows of the matrices that a tensor holds; empty: ``pack`` cuts it.
+        pack: cuts a tensor whose matrices are no blocks of rows.
+        factored: whether it is no matrix (an embedding): second moments of rows and columns scale its entries.
+        hidden: axes (of the tensor) that a label permutes: they are whitened.
+        scaling: of its entries; None: no unit has a scale.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    biases: tuple[str, ...]
+    shape: Shape
+    order: tuple[int, ...]
+    rows: Shape
+    kernel: int
+    reads: Shape
+    parts: Shape
+    pack: Pack | None
+    factored: bool
+    hidden: frozenset[int]
+    scaling: Scaling | None
+
+    @cached_property
+    def R(self) -> int:  # noqa: N802
+        """Rows of a tensor."""
+        return math.prod(self.rows)
+
+    @cached_property
+    def C(self) -> int:  # noqa: N802
+        """Columns of a tensor, without its bias."""
+        return self.kernel * math.prod(self.reads)
+
+    @property
+    def K(self) -> int:  # noqa: N802
+        """Columns with the bias."""
+        return self.C + bool(self.biases)
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """Axes of the tensors that have second moments."""
+        kernel = self.order[len(self.rows) : len(self.order) - len(self.reads)]
+        return tuple(i for i in self.order if i in moment_axes(self.shape) and i not in kernel)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether its rows are one axis and what it reads is another: then both sides are products of matrices."""
+        return sum(d > 1 for d in self.rows) <= 1 and sum(d > 1 for d in self.reads) <= 1
+
+    # -- between tensors and matrices
+    def matrices(self, x: Tensor) -> Tensor:
+        """``[N, *shape] -> [N, R, C]``."""
+        if self.order != tuple(range(len(self.shape))):
+            x = x.permute(0, *(i + 1 for i in self.order))
+        return x.reshape(len(x), self.R, self.C)
+
+    def tensors(self, x: Tensor) -> Tensor:
+        """``[N, R, C] -> [N, *shape]``: a view."""
+        x = x.unflatten(-1, [self.shape[i] for i in self.order[len(self.rows) :]])
+        x = x.unflatten(1, self.rows) if len(self.rows) != 1 else x
+        if self.order == tuple(range(len(self.shape))):
+            return x
+        return x.permute(0, *(self.order.index(i) + 1 for i in range(len(self.shape))))
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``{name: tensor} -> [N, R, K]``."""
+        x = self.matrices(_stacked([tensors[n] for n in self.names]))
+        if not self.biases:
+            return x
+        return torch.cat([x, _stacked([tensors[n] for n in self.biases])[..., None]], -1)
+
+    def scatter(self, x: Tensor) -> dict[str, Tensor]:
+        """Inverse of :meth:`gather`: views."""
+        found = dict(zip(self.names, self.tensors(x[..., : self.C]).unbind(), strict=True))
+        return found | dict(zip(self.biases, x[..., -1].unbind(), strict=False)) if self.biases else found
+
+    # -- between tensors and the matrices that they hold
+    def split(self, x: Tensor) -> list[Tensor]:
+        """``[N, R, K]`` -> the matrices ``[N', R', K']`` of its parts."""
+        if self.pack is not None:
+            return self.pack.cut(self.tensors(x))
+        if len(set(self.parts)) == 1:
+            return [x.reshape(-1, self.parts[0], x.shape[-1])]
+        return list(x.split(self.parts, 1))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`split`."""
+        if self.pack is not None:
+            return self.matrices(self.pack.joined(parts))
+        if len(parts) == 1:
+            return parts[0].reshape(-1, self.R, parts[0].shape[-1])
+        return torch.cat(list(parts), 1)
+
+
+@dataclass(frozen=True, eq=False)
+class FlatBatch:
+    """Gains, other vectors and thin matrices, one after the other: ``[Z]``.
+
+    Attributes:
+        names: the tensors.
+        shapes: of each.
+        thin: whether each is a thin matrix.
+        scaling: index and exponent ``[Z, k]`` of the scale of every entry; None: no unit has one.
+        segment: of every entry, its tensor [Z].
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    thin: tuple[bool, ...]
+    scaling: tuple[Tensor, Tensor] | None
+    segment: Tensor
+    key: str = "flat"
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Entries of each tensor."""
+        return [math.prod(s) for s in self.shapes]
+
+    def scale(self, log_scale: Tensor) -> Tensor:
+        """Of every entry: ``[Z]``."""
+        assert self.scaling is not None
+        index, exponent = self.scaling
+        return log_scale[index].mul(exponent.to(log_scale.dtype)).sum(-1).exp()
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``{name: tensor} -> [Z]``."""
+        return torch.cat([tensors[n].reshape(-1) for n in self.names])
+
+    def scatter(self, x: Tensor) -> dict[str, Tensor]:
+        """Inverse of :meth:`gather`: views."""
+        parts = zip(self.names, self.shapes, x.split(self.sizes), strict=True)
+        return {n: part.view(shape) for n, shape, part in parts}
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Over the entries of each tensor: ``[Z] -> [number of tensors]``."""
+        return x.new_zeros(len(self.names)).index_add(0, self.segment, x)
+
+
+def scales(b: TensorBatch | FlatBatch, log_scale: Tensor) -> dict[str, Tensor]:
+    """What a batch keeps of the frame: ``row_scale`` and ``col_scale``, or the ``scale`` of every entry."""
+    if b.scaling is None:
+        return {}
+    if isinstance(b, FlatBatch):
+        return {"scale": b.scale(log_scale)}
+    return dict(zip(("row_scale", "col_scale"), b.scaling(log_scale), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLayout:
+    """The batches of some tensors of a symmetry."""
+
+    symmetry: Symmetry
+    names: tuple[str, ...]
+    batches: tuple[TensorBatch, ...]
+    flat: FlatBatch | None
+    n_scales: int
+    device: torch.device
+
+    @cached_property
+    def members(self) -> tuple[str, ...]:
+        """Tensors by their position in vectors with a number for each: a bias in its matrix has none of its own."""
+        return tuple(n for b in self.all for n in b.names)
+
+    @property
+    def all(self) -> tuple[TensorBatch | FlatBatch, ...]:
+        """The batches, the flat one last."""
+        return (*self.batches, self.flat) if self.flat else self.batches
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tensors of every batch."""
+        return [len(b.names) for b in self.all]
+
+
+def batches_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device) -> BatchLayout:
+    """The batches of some of a symmetry's tensors (cached: they depend on shapes only)."""
+    return _batches(ByIdentity(symmetry), names, str(device))
+
+
+@lru_cache(maxsize=256)
+def _batches(key: ByIdentity, names: tuple[str, ...], device: str) -> BatchLayout:
+    symmetry = key.symmetry
+    matrices = {n: _form(symmetry, n) for n in names if not is_thin(symmetry.specs[n].shape)}
+    bias_of = _biases(symmetry, names, matrices)
+    groups: dict[Any, list[str]] = {}
+    for n, form in matrices.items():
+        groups.setdefault((form, n in bias_of), []).append(n)
+    batches = []
+    for at, ((form, _), own) in enumerate(groups.items()):
+        biases = tuple(bias_of[n] for n in own if n in bias_of)
+        batches.append(_batch(symmetry, f"batch{at}", tuple(own), biases, form, device))
+    paired = {b for b in bias_of.values()}
+    rest = tuple(n for n in names if n not in matrices and n not in paired)
+    _, n_scales = unit_tables(symmetry, "scale")
+    return BatchLayout(
+        symmetry, names, tuple(batches), _flat(symmetry, rest, device) if rest else None, n_scales, torch.device(device)
+    )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What tensors must share to be one batch."""
+
+    shape: Shape
+    order: tuple[int, ...]
+    n_rows: int
+    n_kernel: int
+    parts: Shape
+    cut: str  # of the axes, where the parts are no blocks of rows
+    factored: bool
+    hidden: frozenset[int]
+    scaled: bool
+
+
+def _form(symmetry: Symmetry, name: str) -> _Form:
+    spec, blocks = symmetry.specs[name], symmetry.blocks[name]
+    dims = range(len(spec.shape))
+    hidden = frozenset(i for i in dims if any(leaf.label is not None for leaf in leaves_of(spec.axes[i])))
+    scaled = any(leaf.scale for axis in spec.axes for leaf in leaves_of(axis))
+    sizes = str([map_leaves(lambda leaf: Leaf(leaf.size), a) for a in spec.axes])
+    if any(b.kind != "matrix" for b in blocks):
+        return _Form(spec.shape, tuple(dims), 1, 0, (), sizes, True, hidden, scaled)
+    rows = [i for i in dims if spec.roles[i] in ("out", "gain")]
+    kernel = [i for i in dims if spec.roles[i] == "kernel"]
+    reads = [i for i in dims if i not in rows and i not in kernel]
+    parts = _parts(symmetry, name, rows)
+    return _Form(
+        spec.shape,
+        (*rows, *kernel, *reads),
+        len(rows),
+        len(kernel),
+        parts,
+        "" if parts else sizes,
+        False,
+        hidden,
+        scaled,
+    )
+
+
+def _parts(symmetry: Symmetry, name: str, rows: list[int]) -> Shape:
+    """Rows of the matrices of a tensor, one below the other; empty where they are anything else."""
+    spec, blocks = symmetry.specs[name], symmetry.blocks[name]
+    if any(len(alternatives(a)) > 1 for i, a in enumerate(spec.axes) if i not in rows):
+        return ()
+    if len(rows) != 1:
+        return () if len(blocks) > 1 or blocks[0].batch else (math.prod(spec.shape[i] for i in rows),)
+    if not _is_contiguous(spec.axes[rows[0]]):
+        return ()
+    parts: list[int] = []
+    for piece, block in zip(alternatives(spec.axes[rows[0]]), blocks, strict=True):
+        if piece[: len(block.batch)] != block.batch:
+            return ()
+        parts += block.shape[0] * [block.shape[1]]
+    return tuple(parts)
+
+
+def _is_contiguous(axis: Axis) -> bool:
+    """Whether the alternatives of an axis lie one after the other."""
+    return all(map(_is_contiguous, axis.parts)) if isinstance(axis, Sum) else len(alternatives(axis)) == 1
+
+
+def _biases(symmetry: Symmetry, names: tuple[str, ...], forms: Mapping[str, _Form]) -> dict[str, str]:
+    """The vector that is added to what a matrix writes, by the matrix' name.
+
+    It has the matrix' name but for "bias" in the place of "weight", and its rows are cut alike.
+    """
+    found = {}
+    for name, form in forms.items():
+        path, dot, last = name.rpartition(".")
+        bias = path + dot + last.replace("weight", "bias")
+        if form.factored or form.cut or bias == name or bias not in names or len(symmetry.specs[bias].shape) != 1:
+            continue
+        own, other = symmetry.blocks[name], symmetry.blocks[bias]
+        cut = [(b.batch, b.rows) for b in own] == [(b.batch, b.rows) for b in other]
+        if cut and all(b.kind == "vector" for b in other):
+            found[name] = bias
+    return found
+
+
+def _batch(
+    symmetry: Symmetry, key: str, names: tuple[str, ...], biases: tuple[str, ...], form: _Form, device: str
+) -> TensorBatch:
+    cols = [form.shape[i] for i in form.order[form.n_rows :]]
+    spec = symmetry.specs[names[0]]
+    batch = TensorBatch(
+        key=key,
+        names=names,
+        biases=biases,
+        shape=form.shape,
+        order=form.order,
+        rows=tuple(form.shape[i] for i in form.order[: form.n_rows]),
+        kernel=math.prod(cols[: form.n_kernel]),
+        reads=tuple(cols[form.n_kernel :]),
+        parts=form.parts,
+        pack=Pack(names, spec.axes, symmetry.blocks[names[0]], ()) if form.cut else None,
+        factored=form.factored,
+        hidden=form.hidden,
+        scaling=None,
+    )
+    return replace(batch, scaling=_scaling(symmetry, batch, device)) if form.scaled else batch
+
+
+def _scaling(symmetry: Symmetry, batch: TensorBatch, device: str) -> Scaling:
+    tables, dummy = unit_tables(symmetry, "scale")
+    n_blocks = len(symmetry.blocks[batch.names[0]])
+
+    def units(blocks: Sequence[Block], side: str) -> Units:
+        parts = [
+            block_units(b, side, lambda leaf: [(tables[s], e) for s, e in leaf.scale], dummy, symmetry) for b in blocks
+        ]
+        k = max(index.shape[-1] for index, _ in parts)
+        index = torch.cat([functional.pad(i, (0, k - i.shape[-1]), value=dummy) for i, _ in parts])
+        exponent = torch.cat([functional.pad(e, (0, k - e.shape[-1])) for _, e in parts])
+        if side == "cols" and batch.pack is None:  # kernel positions come first; a bias reads no unit
+            index, exponent = (
+                x.unflatten(1, (-1, batch.kernel)).transpose(1, 2).flatten(1, 2) for x in (index, exponent)
+            )
+            if batch.biases:
+                index = functional.pad(index, (0, 0, 0, 1), value=dummy)
+                exponent = functional.pad(exponent, (0, 0, 0, 1))
+        return index.to(device), exponent.to(device)
+
+    def both(blocks: Sequence[Block]) -> tuple[Units, Units]:
+        return units(blocks, "rows"), units(blocks, "cols")
+
+    if batch.factored and len(batch.shape) == 2 and n_blocks == 1:  # [d, V] or its transpose
+        rows, cols = both([symmetry.blocks[n][0] for n in batch.names])
+        return Scaling(((rows, cols) if symmetry.blocks[batch.names[0]][0].order == (0, 1) else (cols, rows),), None)
+    if batch.pack is None and len(set(batch.parts)) == 1:
+        return Scaling((both([b for n in batch.names for b in symmetry.blocks[n]]),), None)
+    kinds = [both([symmetry.blocks[n][k] for n in batch.names]) for k in range(n_blocks)]
+    return Scaling(tuple(kinds), batch.join)
+
+
+def _flat(symmetry: Symmetry, names: tuple[str, ...], device: str) -> FlatBatch:
+    shapes = tuple(symmetry.specs[n].shape for n in names)
+    sizes = [math.prod(s) for s in shapes]
+    segment = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(sizes)).to(device)
+    thin = tuple(all(b.kind == "matrix" for b in symmetry.blocks[n]) for n in names)
+    scaled = any(leaf.scale for n in names for axis in symmetry.specs[n].axes for leaf in leaves_of(axis))
+    scaling = _flat_scaling(symmetry, names, device) if scaled else None
+    return FlatBatch(names, shapes, thin, scaling, segment)
+
+
+def _flat_scaling(symmetry: Symmetry, names: tuple[str, ...], device: str) -> Units:
+    """Index and exponent of every entry: those of its row and of its column."""
+    tables, dummy = unit_tables(symmetry, "scale")
+    found: list[Units] = []
+    for n in names:
+        pack = Pack((n,), symmetry.specs[n].axes, symmetry.blocks[n], ())
+        cut: list[Units] = []
+        for b in symmetry.blocks[n]:
+            sides = [
+                block_units(b, s, lambda leaf: [(tables[t], e) for t, e in leaf.scale], dummy, symmetry)
+                for s in ("rows", "cols")
+            ]
+            _, r, c = b.shape
+            wide = [
+                torch.cat([rows.unsqueeze(2).expand(-1, r, c, -1), cols.unsqueeze(1).expand(-1, r, c, -1)], -1)
+                for rows, cols in zip(*sides, strict=True)
+            ]
+            cut.append((wide[0], wide[1]))
+        k = max(1, *(i.shape[-1] for i, _ in cut))
+        padded = [
+            (functional.pad(i, (0, k - i.shape[-1]), value=dummy), functional.pad(e, (0, k - e.shape[-1])))
+            for i, e in cut
+        ]
+        # the units of every entry one at a time, each as a tensor of the parameter's shape
+        index, exponent = (
+            torch.stack([pack.joined([x[of][..., j] for x in padded])[0].reshape(-1) for j in range(k)], -1)
+            for of in (0, 1)
+        )
+        found.append((index, exponent))
+    k = max(i.shape[-1] for i, _ in found)
+    index = torch.cat([functional.pad(i, (0, k - i.shape[-1]), value=dummy) for i, _ in found])
+    exponent = torch.cat([functional.pad(e, (0, k - e.shape[-1])) for _, e in found])
+    return index.to(device), exponent.to(device)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """``[N, ...]``; a view if there is one."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]

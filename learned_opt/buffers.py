@@ -1,0 +1,147 @@
+"""State in shared buffers, of which ``optimizer.state[p]`` are views.
+
+A step works on batches (:mod:`learned_opt.batches`); torch, and whoever saves or moves an optimizer's state, wants
+slots by parameter. Both see the same memory here. The slots of a parameter depend on its shape alone: torch's
+distributed checkpointing has state made, to be filled with what was saved, before a symmetry can have been inferred.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype, scales
+from learned_opt.rules.base import State, UpdateRule
+from learned_opt.symmetry import Symmetry
+
+NUMBERS = "tensor"  # the key of a state's vectors with a number for every tensor
+
+
+class Buffers:
+    """The state of a rule for some tensors of one device.
+
+    Args:
+        rule: whose state.
+        params: the tensors that have state, by the symmetry's names.
+        symmetry: of these, and maybe others.
+        dtype: of averages of gradients; None: as the rule has them.
+
+    Attributes:
+        state: as the rule takes it.
+        slots: views of it, by tensor and slot.
+    """
+
+    def __init__(self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: Any = None) -> None:
+        self.names, self.symmetry = tuple(params), symmetry
+        self.ages: set[int] = set()
+        some = next(iter(params.values()))
+        like = {n: p.detach() for n, p in params.items()}
+        self.state: State = rule.init(like, symmetry)
+        self.slots: dict[str, dict[str, Tensor]] = {n: {} for n in self.names}
+        if NUMBERS not in self.state:  # a rule that goes tensor by tensor
+            self.slots |= self.state
+            return
+        self.layout = batches_of(symmetry, self.names, some.device)
+        if dtype is not None:
+            for b in self.layout.all:
+                own = self.state[b.key]
+                own |= {k: own[k].to(dtype) for k in ("m", "v", "v_bias", "last_update") if k in own}
+        for b in self.layout.all:
+            self._share(b, self.state[b.key])
+        places = {n: i for i, n in enumerate(self.layout.members)}
+        places |= {bias: places[n] for b in self.layout.batches for n, bias in zip(b.names, b.biases, strict=False)}
+        for n in self.names:
+            self.slots[n] |= {k: x[places[n]] for k, x in self.state[NUMBERS].items()}
+
+    def _share(self, b: TensorBatch | FlatBatch, own: dict[str, Tensor]) -> None:
+        """Hand out views; where a slot holds more than the rule reads (moments read as a diagonal), make it first."""
+        for k in ("m", "v", "last_update"):
+            if k in own:
+                for n, x in b.scatter(own[k]).items():
+                    self.slots[n][k] = x
+        if isinstance(b, FlatBatch):
+            for n, shape in zip(b.names, b.shapes, strict=True):
+                for i in moment_axes(shape):
+                    self._moments(n, i, own["m"].new_zeros(()), shape[i])
+            return
+        if b.biases:
+            for n, x in zip(b.biases, own["v_bias"].unbind(), strict=True):
+                self.slots[n]["v"] = x
+        for i in moment_axes(b.shape):
+            self._axis(b, i, own)
+
+    def _axis(self, b: TensorBatch, i: int, own: dict[str, Tensor]) -> None:
+        d, n = b.shape[i], len(b.names)
+        if f"moment{i}" not in own and has_matrix(d):
+            some = own["m"]
+            wide = torch.promote_types(some.dtype, torch.float32)
+            whole = some.new_zeros(n, d, d, dtype=wide)
+            if f"diag{i}" in own:
+                own[f"diag{i}"] = whole.diagonal(dim1=-2, dim2=-1)
+            made = {f"moment{i}": whole, f"root{i}": some.new_zeros(n, d, d, dtype=root_dtype(d, wide))}
+        elif f"moment{i}" in own:
+            made = {k: own[k] for k in (f"moment{i}", f"root{i}")}
+        else:
+            made = {f"diag{i}": own.get(f"diag{i}", own["m"].new_zeros(n, d))}
+        for k, x in made.items():
+            for name, view in zip(b.names, x.unbind(), strict=True):
+                self.slots[name][k] = view
+
+    def _moments(self, name: str, i: int, like: Tensor, d: int) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        if has_matrix(d):
+            self.slots[name][f"moment{i}"] = like.new_zeros(d, d, dtype=wide)
+            self.slots[name][f"root{i}"] = like.new_zeros(d, d, dtype=root_dtype(d, wide))
+        else:
+            self.slots[name][f"diag{i}"] = like.new_zeros(d, dtype=wide)
+
+    def fill(self, slots: Mapping[str, Mapping[str, Tensor]], network: Mapping[str, Tensor] | None) -> None:
+        """Copy what other tensors hold by these names, where the shape is the same; and the network's numbers."""
+        for n, own in self.slots.items():
+            for k, x in slots.get(n, {}).items():
+                if k in own and own[k].shape == x.shape:
+                    own[k].copy_(x)
+        if NUMBERS in self.state:
+            for k, x in (network or {}).items():
+                if k in self.state["network"] and self.state["network"][k].shape == x.shape:
+                    self.state["network"][k] = x.to(self.state["network"][k])
+            if "log_scale" in self.state["network"]:
+                for b in self.layout.all:
+                    self.state[b.key] |= scales(b, self.state["network"]["log_scale"])
+        self.ages = self._ages()
+
+    def _ages(self) -> set[int]:
+        """Values of the clocks."""
+        if NUMBERS not in self.state:
+            return set()
+        return {int(self.state["network"]["clock"]), *map(int, self.state[NUMBERS]["step"].tolist())}
+
+    def next_ages(self) -> set[int] | None:
+        """Values of the clocks at the next step."""
+        return {t + 1 for t in self.ages} if self.ages else None
+
+    def holds(self, symmetry: Symmetry, slots: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Whether these tensors' slots are this one's views."""
+        return (
+            symmetry is self.symmetry
+            and slots.keys() == self.slots.keys()
+            and all(slots[n].get(k) is x for n, own in self.slots.items() for k, x in own.items())
+        )
+
+    def take(self, new: State, all_moved: bool) -> None:
+        """The next state: what was not computed in place is copied."""
+        if NUMBERS not in new:
+            for n, slots in new.items():
+                for k, x in slots.items():
+                    self.slots[n][k].copy_(x)
+            return
+        for key, slots in new.items():
+            old = self.state[key]
+            for k, x in slots.items():
+                if x is not old[k]:
+                    if key == "network" or k.endswith("scale"):
+                        old[k] = x
+                    else:
+                        old[k].copy_(x)
+        self.ages = {t + 1 for t in self.ages} if all_moved else self._ages()

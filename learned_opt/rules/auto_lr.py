@@ -1,0 +1,126 @@
+"""The rate that the first steps measure, and the momentum that later ones ask for.
+
+Where the last step still points down the gradient of the next batch, a longer step would have gained more; where it
+points up, a shorter one. The slope is unbiased, as the batch is a new one (a hypergradient: Baydin et al. 2018,
+arXiv:1703.04782, of the logarithm of the rate, normalised). With ``d`` the last step and ``g`` the gradient at its end,
+
+    c_t = - sum <g_t, d_t> / sum |g_t| |d_t|                  over all tensors, in the frame
+    rho <- rho + 0.3 / (1 + t / 50) (tanh(mean c / 0.03) - rho)
+
+from ``rho = -1`` in the warm-up, an eighth of the run, 10 to 50 steps; the rate is multiplied by ``e^rho``.
+
+How steeply the ground rises tells the momentum: a cosine of 0 to 0.05 below zero where the gradient is mostly noise, of
+0.2 to 0.4 where it is mostly an oscillation across a valley, which a longer momentum averages out. After 50 steps
+
+    beta1 = 0.9 + 0.07 min(1, max(0, - mean c / 0.28)).
+
+The correlation of gradients says what ends a run. With momentum m,
+
+    a = (1 + beta1) / (1 - beta1) |m|^2 / mean |g|^2
+
+is 1 where gradients are independent: steps are a random walk, which a lower rate alone calms. Its mean over as many
+steps as the warm-up has, from twice its length on, multiplies the rate of the rest by
+
+    (1/2)^q,    q = min(1, max(0, 2 - 5 |a - 1|)).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor  # a number, or a 0-d tensor
+
+RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
+HORIZON = 800  # at which the rate starts at RATE
+SHORTEST, LONGEST, SHARE = 10.0, 50.0, 0.125  # the warm-up in steps, and as a share of the horizon
+ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
+TO_COME = 500.0  # steps that the built-in decay expects besides those done where there is no horizon
+START = -1.0  # rho at the first step; the state holds what it has gained since
+GAIN = 0.3  # of a step's evidence in rho
+FADE = 50.0  # steps after which the gain is half
+EVIDENCE = 0.03  # size of a cosine that counts
+AVERAGE = 0.8  # decay of the average of the cosines
+OSCILLATION = 0.28  # a slope that rises so much asks for the longest momentum
+BETA1, LONGER = 0.9, 0.07  # the momentum's decay rate, and what is added at most
+AFTER = 1.2  # multiple of the measured rate that the rest of the run takes
+NOISE_LR = 0.5  # times the rate where gradients are independent
+SAME, OTHER = 0.2, 0.4  # distances of the correlation from 1 within which they are, and beyond which they are not
+
+
+class Measured(NamedTuple):
+    """What the steps have measured so far, 0-d each: mean cosine, gain of the log rate, gradient correlation."""
+
+    slope: Tensor
+    log_lr: Tensor
+    correlation: Tensor
+
+
+def warmup_steps(total_steps: Number | None) -> Number:
+    """Steps of the warm-up: an eighth of the horizon, 10 to 50; 50 without one."""
+    if total_steps is None:
+        return LONGEST
+    if isinstance(total_steps, Tensor):
+        return (SHARE * total_steps).clamp(SHORTEST, LONGEST)
+    return min(max(SHARE * total_steps, SHORTEST), LONGEST)
+
+
+def warmup_weight(t: Tensor, total_steps: Number | None) -> Tensor:
+    """1 in the warm-up, then a line to zero that is as long (0-d)."""
+    return (2 - t / warmup_steps(total_steps)).clamp(0.0, 1.0)
+
+
+def horizon_scale(total_steps: Number) -> Number:
+    """``sqrt(800 / T)``, at most 4: measured on VALID, the best rate is 2 at T = 200, 1 at 800, 0.7 at 1600."""
+    if isinstance(total_steps, Tensor):
+        return torch.rsqrt(total_steps / HORIZON).clamp(max=4.0)
+    return min((HORIZON / total_steps) ** 0.5, 4.0)
+
+
+def decay(t: Tensor, total_steps: Number | None) -> Tensor:
+    """The schedule's form, from 1 at the first step: a line to zero, or ``1 / sqrt(1 + t / 100)`` without a horizon."""
+    if total_steps is None:
+        return torch.rsqrt(1 + (t - 1) / ANYTIME)
+    return (1 - (t - 1) / total_steps).clamp(min=0.0)
+
+
+def schedule(t: Tensor, total_steps: Number | None) -> Tensor:
+    """Multiple of the rate at step t (counted from 1), where it is not measured."""
+    return decay(t, total_steps) if total_steps is None else horizon_scale(total_steps) * decay(t, total_steps)
+
+
+def decay_scale(t: Tensor, total_steps: Number | None) -> Number:
+    """:func:`horizon_scale` for the built-in decay, which has one without a horizon too."""
+    return horizon_scale(t + TO_COME) if total_steps is None else horizon_scale(total_steps)
+
+
+def beta1(t: Tensor, slope: Tensor) -> Tensor:
+    """Decay rate of the momentum at step t (0-d); ``slope`` as measured before it."""
+    return BETA1 + LONGER * (-slope / OSCILLATION).clamp(0.0, 1.0) * (t > LONGEST)
+
+
+def measure(measured: Measured, cosine: Tensor, correlation: Tensor, t: Tensor, total_steps: Number | None) -> Measured:
+    """One step on.
+
+    Args:
+        measured: before step t.
+        cosine: ``c_t``.
+        correlation: ``a_t``; looked at from twice to three times the warm-up.
+        t: the step, counted from 1.
+        total_steps: the horizon, or None.
+    """
+    end = warmup_steps(total_steps)
+    slope = torch.lerp(measured.slope, cosine, 1 - AVERAGE)
+    mean = slope / (1 - AVERAGE ** (t - 1).clamp(min=1))  # the first cosine is of no step: zero
+    gain = GAIN / (1 + t / FADE) * ((t > 1) & (t <= end))
+    log_lr = measured.log_lr + gain * (torch.tanh(mean / EVIDENCE) - (START + measured.log_lr))
+    share = ((t > 2 * end) & (t <= 3 * end)) / (t - 2 * end).clamp(min=1.0)
+    return Measured(slope, log_lr, torch.lerp(measured.correlation, correlation, share.to(slope.dtype)))
+
+
+def measured_rate(measured: Measured, t: Tensor, total_steps: Number | None) -> Tensor:
+    """The rate at step t (0-d)."""
+    end = warmup_steps(total_steps)
+    now = torch.where(t > end, AFTER * schedule(t, total_steps), decay(t, total_steps))
+    noise = NOISE_LR ** ((OTHER - (measured.correlation - 1).abs()) / (OTHER - SAME)).clamp(0.0, 1.0)
+    return RATE * torch.exp(START + measured.log_lr) * now * torch.where(t > 3 * end, noise, 1)

@@ -1,0 +1,79 @@
+"""When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so."""
+
+import math
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from learned_opt.rules.auto_lr import Number
+
+EVERY_MOMENTS, EVERY_FRAME, EVERY_ROOTS = 5, 10, 10  # steps; in the first three always
+LATER = 1.2  # after ROOTS_LATER steps, roots are taken anew when the run is this much longer
+ROOTS_LATER = 50
+
+Due = bool | Tensor
+
+
+class Clock:
+    """When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so.
+
+    Args:
+        t: the network's step, counted from 1 (0-d).
+        step: of every tensor.
+        ages: the values of both, if they are known.
+    """
+
+    def __init__(self, t: Tensor, step: Tensor, ages: Collection[int] | None) -> None:
+        if ages is None:
+            try:
+                ages = {int(t), *map(int, step.tolist())}
+            except RuntimeError:  # in a batch there is no single value
+                ages = None
+        self.t, self.step, self.ages = t, step, ages
+
+    def _due(self, every: int) -> Due:
+        if self.ages is not None:
+            return any(t <= 3 or t % every == 0 for t in self.ages)
+        return (self.t <= 3) | (self.t % every == 0)
+
+    @property
+    def frame(self) -> Due:
+        """Frame, and sizes of weights."""
+        return self._due(EVERY_FRAME)
+
+    @property
+    def moments(self) -> Due:
+        """Second moments."""
+        return self._due(EVERY_MOMENTS)
+
+    @property
+    def roots(self) -> Due:
+        """Roots of second moments: every ten steps, and more and more rarely after 50."""
+        if self.ages is not None:
+            return any(_roots_are_due(t) for t in self.ages)
+        t = self.t
+        stage, before = (
+            torch.floor(torch.log(x.clamp(min=1) / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)
+        )
+        return (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
+
+    def between(self, low: Number, high: Number) -> Due:
+        """Whether the network's step is above ``low`` and at most ``high``."""
+        if self.ages is not None and not isinstance(low, Tensor):
+            return low < max(self.ages) <= high
+        return (self.t > low) & (self.t <= high)
+
+
+def _roots_are_due(t: int) -> bool:
+    if t <= ROOTS_LATER:
+        return t <= 3 or t % EVERY_ROOTS == 0
+    stage = [math.floor(math.log(x / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)]
+    return stage[0] > stage[1]
+
+
+def when(due: Due, new: Callable[[], Tensor], old: Tensor) -> Tensor:
+    """``new()`` where it is due, else ``old``; not computed where that is known beforehand."""
+    if isinstance(due, bool):
+        return new() if due else old
+    return torch.where(due, new(), old)
