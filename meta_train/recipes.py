@@ -204,7 +204,7 @@ def shipped() -> Recipe:
         tasks_per_step=2,
         resample=1,
         outer_steps=60,
-        lr=0.005,  # theta goes a third as far as at 0.015 (docs/experiments.md, 44)
+        lr=0.005,  # theta goes a third as far as at 0.015 (experiments, 44)
         ema=0.9,
         checkpoint_every=5,
     )
@@ -214,7 +214,7 @@ def finetune(*families: str) -> Recipe:
     """From the shipped theta to one kind of task, in few outer steps.
 
     Many particles of one small network cost little more than a few, and say more of the gradient. The size of the
-    perturbations is that of regressions (docs/experiments.md, 45); residual MLPs wanted a third of it (46).
+    perturbations is that of regressions (experiments, 45); residual MLPs wanted a third of it (46).
 
     Args:
         families: names of the task families; all equally often.

@@ -279,7 +279,7 @@ def test_a_picture_of_another_kind_or_of_nothing_is_refused(tmp_path: Path) -> N
 def test_the_document_shows_what_is_printed() -> None:
     root = Path(__file__).resolve().parents[1]
     text = (root / "docs" / "symmetry.md").read_text(encoding="utf-8")
-    model, ids = runpy.run_path(str(root / "docs" / "experiments" / "symmetry_gpt.py"))["gpt"]()
+    model, ids = runpy.run_path(str(root / "docs" / "symmetry_gpt.py"))["gpt"]()
     symmetry = infer(model)
     assert str(symmetry).splitlines() == re.findall(r"^```text\n(.*?)^```", text, re.S | re.M)[0].splitlines()
     assert symmetry.check(model, ids) < 1e-12
