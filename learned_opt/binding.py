@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Leaf, map_leaves
 from learned_opt.capture import Call
-from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent, is_statistic
+from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
+from learned_opt.symmetry.axes import Leaf, map_leaves
+from learned_opt.symmetry.labels import is_statistic
+from learned_opt.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +161,7 @@ def inferred(calls: list[Call], entries: list[Entry]) -> Binding:
         SymmetryError: two of the modules share a parameter: each symmetry is then one of one use of it.
         Exception: what the inference raises.
     """
-    from learned_opt.inference import infer_symmetry  # imports torch.export, which takes a second
+    from learned_opt.symmetry.infer import infer_symmetry  # loads torch.export
 
     symmetry, names = Symmetry({}), dict[int, str]()
     for i, call in enumerate(calls):
@@ -219,10 +221,3 @@ def _prefixed(symmetry: Symmetry, specs: str = "", labels: str = "") -> Symmetry
 def _joined(a: Symmetry, b: Symmetry) -> Symmetry:
     """The product of two groups that act on different tensors."""
     return Symmetry({**a.specs, **b.specs}, {**a.labels, **b.labels}, {**a.scales, **b.scales}, a.notes + b.notes)
-
-
-def listed(items: Iterable[Any], separator: str = ", ", most: int = 8) -> str:
-    """The first items as text, and how many more there are."""
-    items = list(items)
-    shown = separator.join(str(x) for x in items[:most])
-    return shown + (f"{separator}... and {len(items) - most} more" if len(items) > most else "")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, followed, listed, matched
+from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, followed, matched
 from learned_opt.capture import Call, Watch, modules_behind
 from learned_opt.compiled import Compiled
 from learned_opt.options import check_options, check_same_horizon
@@ -34,6 +34,7 @@ from learned_opt.saved import (
     saved_symmetry,
 )
 from learned_opt.symmetry import Symmetry, SymmetryError
+from learned_opt.text import listed
 
 NanPolicy = Literal["skip", "raise", "propagate"]
 LARGEST = 1e15  # largest gradient entry that a rule sees; float32 squares overflow at 2e19

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from learned_opt.binding import Binding, Entry, bare, listed, matched
+from learned_opt.binding import Binding, Entry, bare, matched
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.checkpoint import digest
 from learned_opt.symmetry import Symmetry
+from learned_opt.text import listed
 
 # keys of the first parameter group of a state dict
 RULE, SHA, THETA, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch import nn
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of, size_of
 from learned_opt.symmetry import Kind, Label, Role, Scale, Spec, Symmetry
+from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum, leaves_of, size_of
 
 _LEAF = re.compile(r"([\w.]+)(?::(\d+))?((?:[\^/][\w.]+)*)")
 

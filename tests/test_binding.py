@@ -19,9 +19,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as torch_modules
 
 from learned_opt import NFNOpt
-from learned_opt.axes import Leaf
 from learned_opt.capture import HOOKED, Watch, modules_behind
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError
+from learned_opt.symmetry.axes import Leaf
 from tests.inferred import infer
 
 
@@ -59,9 +59,9 @@ def asked(monkeypatch):
         }
         return Symmetry(specs, notes=(f"asked about {type(model).__name__}",))
 
-    stand_in = types.ModuleType("learned_opt.inference")
+    stand_in = types.ModuleType("learned_opt.symmetry.infer")
     stand_in.infer_symmetry = infer_symmetry
-    monkeypatch.setitem(sys.modules, "learned_opt.inference", stand_in)
+    monkeypatch.setitem(sys.modules, "learned_opt.symmetry.infer", stand_in)
     return calls
 
 
@@ -478,7 +478,7 @@ def test_an_inference_that_fails_does_not_stop_training(asked, said):
 
 def test_a_symmetry_of_other_shapes_is_an_inference_that_failed(monkeypatch, asked, said):
     wrong = Symmetry({"weight": Spec((Leaf(4), Leaf(4)), ("out", "in"))})
-    monkeypatch.setattr(sys.modules["learned_opt.inference"], "infer_symmetry", lambda *_, **__: wrong)
+    monkeypatch.setattr(sys.modules["learned_opt.symmetry.infer"], "infer_symmetry", lambda *_, **__: wrong)
     model = nn.Linear(5, 3)
     train(model, NFNOpt(model, rule="adam"))
     assert len(said(logging.WARNING)) == 1 and "(3, 5)" in said(logging.WARNING)[0]

@@ -5,11 +5,11 @@ import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from learned_opt.adapters import functional
-from learned_opt.axes import Leaf
 from learned_opt.rules import polar
 from learned_opt.rules.classic import SGD, Adam, Muon
 from learned_opt.rules.polar import newton_schulz
 from learned_opt.symmetry import Spec, Symmetry
+from learned_opt.symmetry.axes import Leaf
 
 SHAPES = {"w": (7, 5), "conv": (4, 3, 2, 2), "b": (6,), "s": ()}
 

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import learned_opt.inference
+import learned_opt.symmetry.infer
 from learned_opt import Symmetry, SymmetryError, independent, infer_symmetry
-from learned_opt.__main__ import main, model_of
-from learned_opt.axes import Leaf, Prod, Sum
-from learned_opt.describe import one_line
-from learned_opt.picture import draw, lines_of
 from learned_opt.symmetry import Label, Scale, Spec
+from learned_opt.symmetry.axes import Leaf, Prod, Sum
+from learned_opt.symmetry.cli import main, model_of
+from learned_opt.symmetry.plot import draw, lines_of
+from learned_opt.symmetry.table import one_line
 from tasks.transformer import Transformer
 from tests.inferred import infer
 
@@ -257,7 +257,7 @@ def test_a_deep_picture_folds(tmp_path: Path) -> None:
 
 
 def test_lines_in_one_lane_never_meet() -> None:
-    from learned_opt.describe import Words, fold, rows_of
+    from learned_opt.symmetry.table import Words, fold, rows_of
 
     for symmetry in (infer(gpt(3)), infer(mlp()), hidden(["a", "b", "c"])):
         items = fold(symmetry, repeats=False)
@@ -325,7 +325,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         calls.append((model, inputs, verify, keywords))
         return infer_symmetry(model, *inputs, verify=False, keywords=keywords)
 
-    monkeypatch.setattr(learned_opt.inference, "infer_symmetry", noted)
+    monkeypatch.setattr(learned_opt.symmetry.infer, "infer_symmetry", noted)
     yield calls
     sys.modules.pop("usermodel", None)
 
@@ -408,7 +408,7 @@ def test_a_refusal_of_the_inference_is_one_line(user: list[tuple], monkeypatch: 
     def refuse(*_: object, **__: object) -> Symmetry:
         raise SymmetryError("this model cannot be exported")
 
-    monkeypatch.setattr(learned_opt.inference, "infer_symmetry", refuse)
+    monkeypatch.setattr(learned_opt.symmetry.infer, "infer_symmetry", refuse)
     with pytest.raises(SystemExit, match="^error: this model cannot be exported$"):
         main(["symmetry", "usermodel:one"])
 
@@ -419,7 +419,7 @@ def test_an_interruption_ends_quietly(
     def interrupt(*_: object, **__: object) -> Symmetry:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(learned_opt.inference, "infer_symmetry", interrupt)
+    monkeypatch.setattr(learned_opt.symmetry.infer, "infer_symmetry", interrupt)
     with pytest.raises(SystemExit) as error:
         main(["symmetry", "usermodel:one"])
     assert (error.value.code, capsys.readouterr().err) == (130, "interrupted\n")

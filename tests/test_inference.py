@@ -12,9 +12,9 @@ from inference_graphs import FUNCTIONS, JOINS, LAYERS, RandomNet
 from torch import Tensor, nn
 
 from learned_opt import NFNOpt, Symmetry, infer_symmetry
-from learned_opt.inference import InferenceError
-from learned_opt.inference.graph import Network, export
-from learned_opt.inference.verify import Check
+from learned_opt.symmetry.infer import InferenceError
+from learned_opt.symmetry.infer.graph import Network, export
+from learned_opt.symmetry.infer.verify import Check
 
 EXACT = 1e-9
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from learned_opt import NFNOpt, infer_symmetry
-from learned_opt.inference import InferenceError, missed_labels
-from learned_opt.inference.engine import Engine, Value
-from learned_opt.inference.operators import RULES
+from learned_opt.symmetry.infer import InferenceError, missed_labels
+from learned_opt.symmetry.infer.engine import Engine, Value
+from learned_opt.symmetry.infer.operators import RULES
 
 
 class Counting(nn.Module):
@@ -74,9 +74,9 @@ def test_what_goes_wrong_is_told_with_its_cause(monkeypatch: pytest.MonkeyPatch)
         raise AttributeError("no such thing")
 
     with monkeypatch.context() as patch:
-        patch.setattr("learned_opt.inference.Check", fails)
+        patch.setattr("learned_opt.symmetry.infer.Check", fails)
         assert infer_symmetry(tanh_mlp(), torch.randn(4, 3)).notes == ("not verified: AttributeError: no such thing",)
-    monkeypatch.setattr("learned_opt.inference.Propagation", fails)
+    monkeypatch.setattr("learned_opt.symmetry.infer.Propagation", fails)
     with pytest.raises(InferenceError, match="Sequential cannot be inferred: AttributeError: no such thing"):
         infer_symmetry(tanh_mlp(), torch.randn(4, 3))
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from learned_opt import NFNOpt, infer_symmetry
-from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of
 from learned_opt.frame import potentials
 from learned_opt.symmetry import Element, Label, Spec, Symmetry, randomised
+from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum, leaves_of
 
 EXACT = 1e-9  # relative, in float64
 CHANGED = 1e-6  # what a transformation outside the group must at least do

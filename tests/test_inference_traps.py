@@ -14,13 +14,13 @@ from expert_notation import Table, differences
 from torch import Tensor, nn
 
 from learned_opt import Symmetry, infer_symmetry
-from learned_opt.inference import register_rule
-from learned_opt.inference.engine import Engine, Value
-from learned_opt.inference.graph import Network, export
-from learned_opt.inference.operators import RULES
-from learned_opt.inference.trees import product
-from learned_opt.inference.verify import Check
 from learned_opt.symmetry import Kind
+from learned_opt.symmetry.infer import register_rule
+from learned_opt.symmetry.infer.engine import Engine, Value
+from learned_opt.symmetry.infer.graph import Network, export
+from learned_opt.symmetry.infer.operators import RULES
+from learned_opt.symmetry.infer.trees import product
+from learned_opt.symmetry.infer.verify import Check
 
 EXACT, CHANGED = 1e-9, 1e-6
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from learned_opt import SymmetryError
-from learned_opt.axes import Leaf, Prod, Sum
 from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, frame_of, merge_blocks, split_blocks
 from learned_opt.nfn.partitions import Dim, PartitionLinear, terms
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry
+from learned_opt.symmetry.axes import Leaf, Prod, Sum
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer

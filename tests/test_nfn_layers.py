@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from learned_opt import SymmetryError
-from learned_opt.axes import Leaf
 from learned_opt.nfn import (
     Chain,
     ChannelDropout,
@@ -26,6 +25,7 @@ from learned_opt.nfn import (
     unstack,
 )
 from learned_opt.symmetry import Label, Spec, Symmetry
+from learned_opt.symmetry.axes import Leaf
 from tests.inferred import infer
 from tests.nfn_chains import NETWORKS, act, broken, chain_of, error, mlp, network, random_features, zoo_cnn
 

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from learned_opt.inference import infer_symmetry
 from learned_opt.optimizer import NFNOpt, apply_rule
 from learned_opt.rules import RULES
 from learned_opt.symmetry import SymmetryError, independent
+from learned_opt.symmetry.infer import infer_symmetry
 
 LR = {"adam": 1e-2, "sgd": 1e-2, "muon": 1e-2}  # the others set their own rate
 
@@ -597,8 +597,8 @@ def test_a_run_that_outlasts_its_horizon_is_told_once_also_after_a_resume():
 # ------------------------------------------------------------------------------- names and symmetry
 def chain_symmetry(model):
     """Its hidden units are one label: what independent axes do not say."""
-    from learned_opt.axes import Leaf
     from learned_opt.symmetry import Label, Spec, Symmetry
+    from learned_opt.symmetry.axes import Leaf
 
     def leaf(label=None, size=6):
         return Leaf(size, label)

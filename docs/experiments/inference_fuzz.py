@@ -18,8 +18,8 @@ from rich.progress import track
 from torch import Tensor
 
 from learned_opt import infer_symmetry
-from learned_opt.inference.graph import Network, export
-from learned_opt.inference.verify import Check
+from learned_opt.symmetry.infer.graph import Network, export
+from learned_opt.symmetry.infer.verify import Check
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from inference_graphs import FUNCTIONS, JOINS, LAYERS, RandomNet  # noqa: E402

@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learned_opt.axes import Leaf, alternatives, assembled, choices, pieces_of
 from learned_opt.frame import potentials, scales
 from learned_opt.layout import layout_of
 from learned_opt.nfn.partitions import Dim, Dims, PartitionLinear, Scaling
-from learned_opt.symmetry import Symmetry, SymmetryError, base_dim
+from learned_opt.symmetry import Symmetry, SymmetryError
+from learned_opt.symmetry.axes import Leaf, alternatives, assembled, choices, pieces_of
+from learned_opt.symmetry.labels import base_dim
 
 Features = dict[str, Tensor]
 Respect = Literal["none", "sign", "exact"]

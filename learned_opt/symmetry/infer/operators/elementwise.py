@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from learned_opt.inference.engine import Engine, Parity, UnknownOperator, Value
-from learned_opt.inference.operators.registry import RULES, register_rule
-from learned_opt.inference.trees import ONE, normal, size_of
+from learned_opt.symmetry.infer.engine import Engine, Parity, UnknownOperator, Value
+from learned_opt.symmetry.infer.operators.registry import RULES, register_rule
+from learned_opt.symmetry.infer.trees import ONE, normal, size_of
 
 # (degree, parity): f(d x) = d^degree f(x) for d > 0, None if for d = 1 only; f(-x) = -f(x), f(x) or neither
 _NEITHER = """gelu silu sigmoid exp exp2 log log2 log10 log1p expm1 elu selu celu softplus mish hardswish hardsigmoid

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from learned_opt.inference.trees import (
+from learned_opt.symmetry.infer.trees import (
     NONE,
     ONE,
     Atom,
@@ -27,7 +27,7 @@ from learned_opt.inference.trees import (
     size_of,
     units,
 )
-from learned_opt.symmetry import Role
+from learned_opt.symmetry.labels import Role
 
 Parity = Literal["odd", "even"] | None
 

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum
-from learned_opt.inference import trees
-from learned_opt.inference.graph import Network, Propagation
-from learned_opt.inference.trees import Atom, Number, Tree, Unit, Variable, normal, together, units
-from learned_opt.symmetry import Kind, Label, Role, Scale, Spec, Symmetry
+from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum
+from learned_opt.symmetry.group import Symmetry
+from learned_opt.symmetry.infer import trees
+from learned_opt.symmetry.infer.graph import Network, Propagation
+from learned_opt.symmetry.infer.trees import Atom, Number, Tree, Unit, Variable, normal, together, units
+from learned_opt.symmetry.labels import Kind, Label, Role, Scale, Spec
 
 Generator = dict[Variable, int]
 

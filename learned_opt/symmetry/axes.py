@@ -5,7 +5,7 @@
 * an **axis** is a leaf, a product of axes (row-major: ``heads x head_dim``, ``channel x height x width``) or a sum of
   axes (concatenation: ``q | k | v``).
 
-These are finished axes; while labels are being inferred, axes are the trees of :mod:`learned_opt.inference.trees`.
+These are finished axes; while labels are being inferred, axes are the trees of :mod:`learned_opt.symmetry.infer.trees`.
 """
 
 import math

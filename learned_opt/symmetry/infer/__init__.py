@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from learned_opt.binding import listed
-from learned_opt.inference.engine import UnknownOperator
-from learned_opt.inference.graph import InferenceError, Network, Propagation, export
-from learned_opt.inference.operators.registry import register_rule
-from learned_opt.inference.solve import symmetry_of
-from learned_opt.inference.verify import TOLERANCE, Check
-from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry.group import Symmetry
+from learned_opt.symmetry.infer.engine import UnknownOperator
+from learned_opt.symmetry.infer.graph import InferenceError, Network, Propagation, export
+from learned_opt.symmetry.infer.operators.registry import register_rule
+from learned_opt.symmetry.infer.solve import symmetry_of
+from learned_opt.symmetry.infer.verify import TOLERANCE, Check
+from learned_opt.text import listed
 
 __all__ = ["InferenceError", "UnknownOperator", "infer_symmetry", "missed_labels", "register_rule"]
 
@@ -181,7 +181,7 @@ def _verified(network: Network, symmetry: Symmetry, name: str, samples: int) -> 
     if verdict.demoted:
         warnings.warn(
             f"inferred symmetry of {name}: {', '.join(verdict.demoted)} changed the function in the numeric check and"
-            " now stay in place. Please report the model: a rule of learned_opt.inference is wrong.",
+            " now stay in place. Please report the model: a rule of learned_opt.symmetry.infer is wrong.",
             stacklevel=3,
         )
     if verdict.error > TOLERANCE:

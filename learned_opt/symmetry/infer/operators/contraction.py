@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from learned_opt.inference.engine import Engine, UnknownOperator, Value
-from learned_opt.inference.operators.elementwise import softmax
-from learned_opt.inference.operators.registry import register_rule
-from learned_opt.inference.operators.shape import spatial, unsqueeze
-from learned_opt.inference.trees import ONE, Tree, normal, product, size_of
-from learned_opt.symmetry import Role
+from learned_opt.symmetry.infer.engine import Engine, UnknownOperator, Value
+from learned_opt.symmetry.infer.operators.elementwise import softmax
+from learned_opt.symmetry.infer.operators.registry import register_rule
+from learned_opt.symmetry.infer.operators.shape import spatial, unsqueeze
+from learned_opt.symmetry.infer.trees import ONE, Tree, normal, product, size_of
+from learned_opt.symmetry.labels import Role
 
 
 @register_rule("linear")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of
-from learned_opt.describe import Row, Words, fold, one_line, rows_of
-from learned_opt.symmetry import Symmetry, SymmetryError
+from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum, leaves_of
+from learned_opt.symmetry.labels import AxisLabels, SymmetryError
+from learned_opt.symmetry.table import Row, Words, fold, one_line, rows_of
 
 MOST_ROWS = 64  # with more, repeated modules are folded
 FONT = 8.0  # points, of a font whose letters are equally wide
@@ -43,7 +43,7 @@ class Line:
     colour: str
 
 
-def draw(symmetry: Symmetry, path: str | os.PathLike[str]) -> None:
+def draw(symmetry: AxisLabels, path: str | os.PathLike[str]) -> None:
     """Draw the tensors of a symmetry and the labels that join them.
 
     A row is a tensor (or several with the same axes) with a box for every index; boxes of one label have its
@@ -75,7 +75,7 @@ def draw(symmetry: Symmetry, path: str | os.PathLike[str]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _figure(symmetry: Symmetry) -> Any:
+def _figure(symmetry: AxisLabels) -> Any:
     from matplotlib.figure import Figure
 
     items = fold(symmetry, repeats=False)
@@ -126,7 +126,7 @@ def _y(row: float) -> float:
     return ROW * (row + 1)
 
 
-def lines_of(symmetry: Symmetry, rows: Sequence[Row]) -> list[Line]:
+def lines_of(symmetry: AxisLabels, rows: Sequence[Row]) -> list[Line]:
     """A line for every label that the rows carry, in order; lines that meet in no row may share a lane."""
     at: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -145,11 +145,11 @@ def lines_of(symmetry: Symmetry, rows: Sequence[Row]) -> list[Line]:
     return lines
 
 
-def _leaves(symmetry: Symmetry, row: Row) -> list[Leaf]:
+def _leaves(symmetry: AxisLabels, row: Row) -> list[Leaf]:
     return [leaf for n in row.names for axis in symmetry.specs[n].axes for leaf in leaves_of(axis)]
 
 
-def _station(symmetry: Symmetry, row: Row, label: str) -> bool | None:
+def _station(symmetry: AxisLabels, row: Row, label: str) -> bool | None:
     """Whether the tensors of a row write (or only read) a label; None if they do not carry it."""
     roles = [
         role
@@ -186,7 +186,7 @@ def _box_width(token: Leaf | str) -> float:
     return LETTER * (1.4 if isinstance(token, str) else len(str(token.size)) + 1)
 
 
-def _width(symmetry: Symmetry, row: Row) -> float:
+def _width(symmetry: AxisLabels, row: Row) -> float:
     axes = symmetry.specs[row.names[0]].axes if row.names else ()
     return sum(2 * LETTER + sum(map(_box_width, _tokens(axis))) for axis in axes)
 

@@ -19,11 +19,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from learned_opt.inference.engine import Engine, Profile, Stack, UnknownOperator, Value
-from learned_opt.inference.operators import RULES
-from learned_opt.inference.operators.stacks import on_stack
-from learned_opt.inference.trees import Atom, Exponent, Tree, Unit, each, normal
-from learned_opt.symmetry import STATISTICS, SymmetryError
+from learned_opt.symmetry.infer.engine import Engine, Profile, Stack, UnknownOperator, Value
+from learned_opt.symmetry.infer.operators import RULES
+from learned_opt.symmetry.infer.operators.stacks import on_stack
+from learned_opt.symmetry.infer.trees import Atom, Exponent, Tree, Unit, each, normal
+from learned_opt.symmetry.labels import STATISTICS, SymmetryError
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from learned_opt.inference.engine import Engine, Stack, UnknownOperator, Value
-from learned_opt.inference.operators.registry import register_rule
-from learned_opt.inference.trees import ONE, Concatenation, Tree, normal, product, size_of
+from learned_opt.symmetry.infer.engine import Engine, Stack, UnknownOperator, Value
+from learned_opt.symmetry.infer.operators.registry import register_rule
+from learned_opt.symmetry.infer.trees import ONE, Concatenation, Tree, normal, product, size_of
 
 
 @register_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from learned_opt.inference.engine import Engine, Stack, UnknownOperator, Value
-from learned_opt.inference.operators.registry import register_rule
-from learned_opt.inference.trees import Tree, concatenation, normal, size_of
+from learned_opt.symmetry.infer.engine import Engine, Stack, UnknownOperator, Value
+from learned_opt.symmetry.infer.operators.registry import register_rule
+from learned_opt.symmetry.infer.trees import Tree, concatenation, normal, size_of
 
 
 def _recurrent(

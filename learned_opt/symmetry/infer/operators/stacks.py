@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from learned_opt.inference.engine import Engine, Stack, Value
-from learned_opt.inference.operators.elementwise import SAME, UNARY
-from learned_opt.inference.operators.registry import RULES
-from learned_opt.inference.operators.shape import moved_order, unsqueeze
+from learned_opt.symmetry.infer.engine import Engine, Stack, Value
+from learned_opt.symmetry.infer.operators.elementwise import SAME, UNARY
+from learned_opt.symmetry.infer.operators.registry import RULES
+from learned_opt.symmetry.infer.operators.shape import moved_order, unsqueeze
 
 _PIECEWISE = {*SAME, *UNARY}
 

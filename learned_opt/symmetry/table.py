@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypedDict
 
-from learned_opt.axes import Axis, Leaf, Prod, Sum, leaves_of
-from learned_opt.symmetry import Scale, Symmetry
+from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum, leaves_of
+from learned_opt.symmetry.labels import AxisLabels, Scale
+from learned_opt.text import counted
 
 LEGEND = (
     "name:4 is an axis of 4 units with that label; + its units' scale multiplies, - divides, ^2 its power; a plain\n"
@@ -44,7 +45,7 @@ class Summary(TypedDict):
     notes: int
 
 
-def summary(symmetry: Symmetry) -> Summary:
+def summary(symmetry: AxisLabels) -> Summary:
     """The numbers of a symmetry; see :class:`Summary`."""
     carriers = Carriers(symmetry)
     copies = {n: math.prod(symmetry.table_shape(n, 1)) for n in carriers.labels}
@@ -68,7 +69,7 @@ def summary(symmetry: Symmetry) -> Summary:
     }
 
 
-def one_line(symmetry: Symmetry) -> str:
+def one_line(symmetry: AxisLabels) -> str:
     """The summary in one line, for logs."""
     s = summary(symmetry)
     words = [
@@ -81,19 +82,14 @@ def one_line(symmetry: Symmetry) -> str:
     return "; ".join(words + ([counted(s["notes"], "note")] if s["notes"] else []))
 
 
-def counted(n: int, noun: str) -> str:
-    """``1 note``, ``2 notes``."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def _moves(symmetry: Symmetry, label: str) -> bool:
+def _moves(symmetry: AxisLabels, label: str) -> bool:
     return not symmetry.labels[label].fixed and symmetry.labels[label].size > 1
 
 
 class Carriers:
     """Which tensors carry which labels and scales, and the scales of every label."""
 
-    def __init__(self, symmetry: Symmetry) -> None:
+    def __init__(self, symmetry: AxisLabels) -> None:
         self.symmetry = symmetry
         self.of_label: dict[str, set[str]] = defaultdict(set)
         self.of_scale: dict[str, set[str]] = defaultdict(set)
@@ -151,7 +147,7 @@ class Fold:
 Item = str | Fold
 
 
-def fold(symmetry: Symmetry, *, repeats: bool = True) -> list[Item]:
+def fold(symmetry: AxisLabels, *, repeats: bool = True) -> list[Item]:
     """The tensors' names, module by module, with repeated modules folded (all of them if not ``repeats``)."""
     return list(_fold(list(symmetry.specs), "", Carriers(symmetry), repeats))
 
@@ -238,12 +234,12 @@ class Row:
     names: tuple[str, ...] = ()
 
 
-def rows_of(symmetry: Symmetry, items: Iterable[Item], words: "Words") -> list[Row]:
+def rows_of(symmetry: AxisLabels, items: Iterable[Item], words: "Words") -> list[Row]:
     """The lines of the table; ``x.weight`` and ``x.bias`` with the same axes are one, ``x.{weight,bias}``."""
     return list(_rows(symmetry, items, words, 0, ""))
 
 
-def _rows(symmetry: Symmetry, items: Iterable[Item], words: "Words", depth: int, scope: str) -> Iterator[Row]:
+def _rows(symmetry: AxisLabels, items: Iterable[Item], words: "Words", depth: int, scope: str) -> Iterator[Row]:
     pending: list[str] = []  # tensors of one module with the same axes
 
     def key(name: str) -> tuple[str, str]:
@@ -274,7 +270,7 @@ class Words:
     What only a folded module carries is called without the module's prefix, unless that is another's name.
     """
 
-    def __init__(self, symmetry: Symmetry, items: Iterable[Item]) -> None:
+    def __init__(self, symmetry: AxisLabels, items: Iterable[Item]) -> None:
         self.symmetry = symmetry
         self.carriers = Carriers(symmetry)
         self.labels = self._short(self.carriers.of_label, items)
@@ -316,7 +312,7 @@ class Words:
 
 
 # --------------------------------------------------------------------------------------------- tables
-def text(symmetry: Symmetry) -> str:
+def text(symmetry: AxisLabels) -> str:
     """What ``print(symmetry)`` shows: the tensors, the labels, the notes, the summary."""
     items = fold(symmetry)
     words = Words(symmetry, items)

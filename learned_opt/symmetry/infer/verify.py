@@ -16,9 +16,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from learned_opt.axes import Leaf, map_leaves
-from learned_opt.inference.graph import Network, operator_name
-from learned_opt.symmetry import Element, Spec, Symmetry, randomised
+from learned_opt.symmetry.axes import Leaf, map_leaves
+from learned_opt.symmetry.group import Element, Symmetry, randomised
+from learned_opt.symmetry.infer.graph import Network, operator_name
+from learned_opt.symmetry.labels import Spec
 
 TOLERANCE = 1e-9
 _DROPOUTS = ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
