@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from learned_opt.checkpoint import CheckpointError, load_weights, save_weights
 from learned_opt.optimizer import NFNOpt
-from learned_opt.rules import RULES, CheckpointError, UpdateRule, load_theta, make_rule, save_theta
+from learned_opt.rules import RULES, UpdateRule, make_rule
 from learned_opt.symmetry import Symmetry, SymmetryError, independent
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ __all__ = [
     "UpdateRule",
     "independent",
     "infer_symmetry",
-    "load_theta",
+    "load_weights",
     "make_rule",
-    "save_theta",
+    "save_weights",
 ]
 
 

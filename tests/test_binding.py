@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as torch_modules
 
 from learned_opt import NFNOpt
-from learned_opt.capture import HOOKED, Watch, modules_behind
+from learned_opt.recorder import HOOK_WARNING, ForwardRecorder, modules_behind
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError
 from learned_opt.symmetry.axes import Leaf
 from tests.inferred import infer
@@ -71,8 +71,8 @@ def no_hook_is_left():
     if torch_modules._global_forward_pre_hooks:
         gc.collect()
     assert not torch_modules._global_forward_pre_hooks and not torch_modules._global_forward_hooks
-    assert not torch_modules._has_any_global_hook() and not list(Watch._waiting)
-    assert not [f for f in warnings.filters if getattr(f[1], "pattern", None) == HOOKED]
+    assert not torch_modules._has_any_global_hook() and not list(ForwardRecorder._waiting)
+    assert not [f for f in warnings.filters if getattr(f[1], "pattern", None) == HOOK_WARNING]
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_the_outermost_module_is_taken():
     for params in (model.parameters(), list(model.parameters()), model.body.parameters()):
         optimizer = NFNOpt(params, rule="adam")
         model(torch.tensor([1, 2])).sum().backward()
-        assert [c.module for c in optimizer._watch.release()] == [model]
+        assert [c.module for c in optimizer._recorder.release()] == [model]
 
 
 def test_generators_tell_their_module():
@@ -289,12 +289,12 @@ def test_inputs_are_detached_and_let_go(asked):
     features = x * 2
     seen = weakref.ref(features)
     model(features).sum().backward()
-    assert not optimizer._watch.calls[0].args[0].requires_grad
+    assert not optimizer._recorder.calls[0].args[0].requires_grad
     optimizer.step()
     asked.clear()
     del features
     gc.collect()
-    assert seen() is None and optimizer._watch is None
+    assert seen() is None and optimizer._recorder is None
 
 
 def test_gradients_may_accumulate_first(asked):
@@ -428,19 +428,19 @@ def test_modules_without_a_common_parent_are_inferred_one_by_one(asked, said):
 
 def call_of(module):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    watch = Watch(optimizer)
+    recorder = ForwardRecorder(optimizer)
     module(batch())
-    return watch.release()
+    return recorder.release()
 
 
 def test_sharing_between_called_modules_is_refused(asked):
-    from learned_opt.binding import entries_of, inferred
+    from learned_opt.params import infer_map, named_params
 
     a, b = nn.Linear(5, 5), nn.Linear(5, 5, bias=False)
     b.weight = a.weight
-    entries = entries_of([{"params": list(a.parameters())}])
+    entries = named_params([{"params": list(a.parameters())}])
     with pytest.raises(SymmetryError, match="shares a parameter"):
-        inferred([*call_of(a), *call_of(b)], entries)
+        infer_map([*call_of(a), *call_of(b)], entries)
 
 
 # ------------------------------------------------------------------------------------- where it cannot
@@ -503,7 +503,7 @@ def test_scripted_modules_are_trained_and_passed_by(asked, said):
 def test_independent_asks_nobody(asked, said):
     model = net()
     optimizer = NFNOpt(model.parameters(), symmetry="independent", rule="adam")
-    assert optimizer._watch is None and optimizer.symmetry is not None and "independent axes" in repr(optimizer)
+    assert optimizer._recorder is None and optimizer.symmetry is not None and "independent axes" in repr(optimizer)
     train(model, optimizer)
     assert not asked and not said(logging.INFO) and not said(logging.WARNING)
     with pytest.raises(ValueError, match="'guess'"):
@@ -540,7 +540,7 @@ def test_a_resumed_run_keeps_its_symmetry_and_asks_nobody(extra, asked):
     resumed.load_state_dict(saved[0])
     again.load_state_dict(saved[1])
     resumed.beside.data.copy_(saved[2])
-    assert again._watch is None and not torch_modules._global_forward_pre_hooks
+    assert again._recorder is None and not torch_modules._global_forward_pre_hooks
     assert again.symmetry == optimizer.symmetry and names(again) == names(optimizer)
     train(lambda x: resumed(x) * resumed.beside, again, steps=2)
     assert not asked
@@ -608,7 +608,7 @@ def test_a_copy_knows_or_finds_out(copier, steps, asked, said):
 def test_a_given_symmetry_needs_no_forward_pass(asked):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
     optimizer = NFNOpt(model, symmetry=infer(model), rule="adam")
-    assert optimizer._watch is None and optimizer.symmetry == infer(model)
+    assert optimizer._recorder is None and optimizer.symmetry == infer(model)
 
 
 # --------------------------------------------------------------------------------- with the real inference
@@ -700,7 +700,7 @@ def test_an_inference_is_no_forward_pass_for_an_optimizer_that_waits(said):
     model(batch()).sum().backward()
     others = [NFNOpt(how(model), rule="adam") for how in (WAYS["list"], WAYS["parameters"])]
     optimizer.step()
-    assert not any(o._watch.calls for o in others) and len(torch_modules._global_forward_pre_hooks) == 2
+    assert not any(o._recorder.calls for o in others) and len(torch_modules._global_forward_pre_hooks) == 2
     train(model, others[0])
     assert others[0].symmetry == optimizer.symmetry and len(optimizer.symmetry.labels) == 1
     assert not said(logging.WARNING)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from learned_opt import CheckpointError
 from learned_opt.nfn import Fit, WeightSpaceEditor, WeightSpacePredictor
 from learned_opt.nfn.spaces import space_from_data, space_to_data
 from learned_opt.nfn.training import CHECKPOINT
 from learned_opt.nfn.transformer_space import task_spec, zoo_spec
-from learned_opt.rules import CheckpointError
 from tasks.transformer import Transformer
 from tests.inferred import infer
 from tests.nfn_chains import mlp

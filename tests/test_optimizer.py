@@ -861,7 +861,7 @@ def test_theta_travels_with_the_state():
     own = RULES["nfn"]()
     fresh = NFNOpt(model.named_parameters(), rule=own)
     start = {n: p.clone() for n, p in own.state_dict().items()}
-    with pytest.warns(UserWarning, match="theta"):
+    with pytest.warns(UserWarning, match="learned weights"):
         fresh.load_state_dict(optimizer.state_dict())
     assert_equal(dict(fresh.rule.state_dict()), dict(optimizer.rule.state_dict()))
     assert_equal(dict(own.state_dict()), start)

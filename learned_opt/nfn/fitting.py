@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
+from learned_opt.checkpoint import CheckpointError, digest, write_atomically
 from learned_opt.nfn.chain import Chain, Features
 from learned_opt.nfn.spaces import (
     Data,
@@ -27,7 +28,6 @@ from learned_opt.nfn.spaces import (
     stacked,
 )
 from learned_opt.nfn.training import Fit, MakeOptimizer, read_tensors, train
-from learned_opt.rules.checkpoint import CheckpointError, digest, write_atomically
 from learned_opt.symmetry import Symmetry, SymmetryError
 
 FORMAT = "learned-opt weight-space 1"

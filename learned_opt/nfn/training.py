@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
-from learned_opt.rules.checkpoint import CheckpointError, write_atomically
+from learned_opt.checkpoint import CheckpointError, write_atomically
 
 FORMAT = "learned-opt fit 1"
 CHECKPOINT = "checkpoint.safetensors"

@@ -204,6 +204,7 @@ def _show(
         )
     args, kwargs = arguments
     _try(model, args, kwargs)
+    from learned_opt.checkpoint import write_atomically
     from learned_opt.symmetry.infer import infer_symmetry
     from learned_opt.symmetry.labels import SymmetryError
 
@@ -213,7 +214,7 @@ def _show(
         _fail(str(error))
     print(symmetry)
     if json_file is not None:
-        _write(json_file, json.dumps(symmetry.to_dict(), indent=1) + "\n")
+        write_atomically(json_file, (json.dumps(symmetry.to_dict(), indent=1) + "\n").encode())
     if picture is not None:
         symmetry.draw(picture)
     for path in filter(None, (json_file, picture)):
@@ -243,12 +244,3 @@ def _input(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return value if isinstance(value, str) else type(value).__name__
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 Drawn like a map of a railway. Matplotlib is imported by :func:`draw` only.
 """
 
+import io
 import os
 import textwrap
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from learned_opt.checkpoint import write_atomically
 from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum, leaves_of
 from learned_opt.symmetry.labels import AxisLabels, SymmetryError
 from learned_opt.symmetry.table import Row, Words, fold, one_line, rows_of
@@ -66,13 +68,10 @@ def draw(symmetry: AxisLabels, path: str | os.PathLike[str]) -> None:
         raise SymmetryError("a symmetry of no tensors cannot be drawn")
     import matplotlib
 
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
+    content = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        try:
-            _figure(symmetry).savefig(partial, dpi=150, metadata=_METADATA.get(suffix))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        _figure(symmetry).savefig(content, format=suffix[1:], dpi=150, metadata=_METADATA.get(suffix))
+    write_atomically(path, content.getvalue())
 
 
 def _figure(symmetry: AxisLabels) -> Any:

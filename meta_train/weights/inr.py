@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from learned_opt.checkpoint import write_atomically
 from learned_opt.nfn import (
     Chain,
     Features,
@@ -34,7 +35,6 @@ from learned_opt.nfn import (
     pointwise,
 )
 from learned_opt.nfn.builders import make_editor, make_predictor
-from learned_opt.rules.checkpoint import write_atomically
 from meta_train.weights.runs import (
     Grid,
     Job,

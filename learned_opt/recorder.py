@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 # what a compiled module says about any global hook, once: about ours it is untrue, which does not fire twice
-HOOKED = r"Using `torch\.compile\(module\)` when there are global hooks"
+HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
 class Call(NamedTuple):
@@ -97,19 +97,19 @@ def _look_behind(params: Any, found: list[nn.Module]) -> None:
             _look_behind(group, found)
 
 
-class Watch:
-    """Waits for the forward passes of the modules that an optimizer trains; see the module's docstring.
+class ForwardRecorder:
+    """Records the forward passes of the modules that an optimizer trains; see the module's docstring.
 
     :attr:`calls` holds the call of a module with all the optimizer's parameters, or, until one is seen, of those among
     ``roots`` that were called. Only calls that record gradients count: they are what is trained. Nothing here keeps the
-    optimizer alive, and its end ends the watch.
+    optimizer alive, and its end ends the recording.
 
     Args:
         optimizer: any optimizer with parameters.
         roots: modules known to hold some of them.
     """
 
-    _waiting: "weakref.WeakSet[Watch]" = weakref.WeakSet()
+    _waiting: "weakref.WeakSet[ForwardRecorder]" = weakref.WeakSet()
 
     def __init__(self, optimizer: torch.optim.Optimizer, roots: Iterable[nn.Module] = ()) -> None:
         self.calls: list[Call] = []
@@ -119,7 +119,7 @@ class Watch:
         self._optimizer = weakref.ref(optimizer, lambda _: self.release())
         self._global = register_module_forward_pre_hook(self._before)
         self._waiting.add(self)
-        warnings.filterwarnings("ignore", HOOKED)
+        warnings.filterwarnings("ignore", HOOK_WARNING)
         self.expect(roots)
 
     def expect(self, roots: Iterable[nn.Module]) -> None:
@@ -131,7 +131,7 @@ class Watch:
                     self._intercept(root, root._compiled_call_impl)
 
     def release(self) -> list[Call]:
-        """Remove every trace of the watch, and hand over what was seen."""
+        """Remove every trace of the recorder, and hand over what was seen."""
         self._stop_waiting()
         for handle in self._handles:
             handle.remove()
@@ -148,7 +148,7 @@ class Watch:
             self._waiting.remove(self)
             if not self._waiting:
                 filters: Any = warnings.filters  # a list, which the standard library's types call a sequence
-                filters[:] = [f for f in filters if getattr(f[1], "pattern", None) != HOOKED]
+                filters[:] = [f for f in filters if getattr(f[1], "pattern", None) != HOOK_WARNING]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The global pre-hook. Under dynamo and export it must be nothing: they see no real tensors.

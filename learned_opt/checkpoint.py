@@ -1,4 +1,4 @@
-"""theta on disk: one safetensors file whose header names the rule and theta's origin."""
+"""Learned weights on disk: one safetensors file whose header names the rule and the weights' origin."""
 
 import hashlib
 import json
@@ -51,19 +51,21 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
-def save_theta(path: str | Path, rule_name: str, theta: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-    """Write theta atomically as safetensors.
+def save_weights(
+    path: str | Path, rule_name: str, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]
+) -> None:
+    """Write learned weights atomically as safetensors.
 
     Args:
         path: the file to write, ``*.safetensors``.
         rule_name: the rule's name in ``RULES``.
-        theta: the rule's named parameters; all values finite.
-        provenance: plain data (JSON) on how theta came about.
+        weights: the rule's named parameters; all values finite.
+        provenance: plain data (JSON) on how they came about.
 
     Raises:
-        CheckpointError: theta has a non-finite value.
+        CheckpointError: a value is not finite.
     """
-    tensors = {n: t.detach().cpu().contiguous() for n, t in theta.items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in weights.items()}
     _assert_finite(path, tensors)
     header = {
         "format": FORMAT,
@@ -74,18 +76,18 @@ def save_theta(path: str | Path, rule_name: str, theta: Mapping[str, Tensor], pr
     write_atomically(path, save(tensors, header))
 
 
-def load_theta(path: str | Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_theta` wrote.
+def load_weights(path: str | Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_weights` wrote.
 
     Returns:
-        ``(rule_name, theta, provenance)``.
+        ``(rule_name, weights, provenance)``.
 
     Raises:
         CheckpointError: the file is missing, truncated, of another format, altered, or not finite.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(path, "no such file. Pass the path of a .safetensors theta.")
+        raise CheckpointError(path, "no such file. Pass the path of a .safetensors file of learned weights.")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from learned_opt.binding import Binding, Entry, bare, matched
+from learned_opt.checkpoint import digest
+from learned_opt.params import NamedParam, ParamMap, match, plain_name
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.checkpoint import digest
 from learned_opt.symmetry import Symmetry
 from learned_opt.text import listed
 
 # keys of the first parameter group of a state dict
-RULE, SHA, THETA, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"
+RULE, SHA, WEIGHTS, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"
 
 Mode = Literal["infer", "independent"]
 
@@ -34,36 +34,36 @@ def describe(rule: UpdateRule) -> str:
 
 
 # --------------------------------------------------------------------------------- rule and symmetry
-def identity(rule: UpdateRule, symmetry: Binding | Mode) -> dict[str, Any]:
-    """What a run is resumed with: the rule's name, theta (tensors), and the symmetry as text.
+def identity(rule: UpdateRule, symmetry: ParamMap | Mode) -> dict[str, Any]:
+    """What a run is resumed with: the rule's name, its learned weights, and the symmetry as text.
 
     The text is "infer" (not inferred yet), "independent", or JSON: the symmetry, and the names by position.
     """
-    theta = {n: t.detach().clone() for n, t in rule.state_dict().items()}
+    weights = {n: t.detach().clone() for n, t in rule.state_dict().items()}
     text: str = symmetry if isinstance(symmetry, str) else ""
-    if isinstance(symmetry, Binding):
+    if isinstance(symmetry, ParamMap):
         text = json.dumps(symmetry.symmetry.to_dict() | {"names": {str(k): n for k, n in symmetry.names.items()}})
-    return {RULE: describe(rule), SHA: digest(theta), THETA: theta, SYMMETRY: text}
+    return {RULE: describe(rule), SHA: digest(weights), WEIGHTS: weights, SYMMETRY: text}
 
 
 def pop_identity(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Take what :func:`identity` wrote out of the parameter groups."""
     found: dict[str, Any] = {}
     for group in groups:
-        found |= {k: group.pop(k) for k in (RULE, SHA, THETA, SYMMETRY) if k in group}
+        found |= {k: group.pop(k) for k in (RULE, SHA, WEIGHTS, SYMMETRY) if k in group}
     return found
 
 
 def saved_symmetry(
-    saved: Mapping[str, Any], own: Binding | Mode, given: Symmetry | Mode, entries: list[Entry]
-) -> Binding | Mode:
+    saved: Mapping[str, Any], own: ParamMap | Mode, given: Symmetry | Mode, params: list[NamedParam]
+) -> ParamMap | Mode:
     """The symmetry to go on with.
 
     Args:
         saved: from :func:`pop_identity`.
         own: what the optimizer has now.
         given: what it was told. "infer" takes that of the state dict; a choice must be the same there.
-        entries: its tensors; a state dict of an older version has no names for them.
+        params: its tensors; a state dict of an older version has no names for them.
 
     Raises:
         ValueError: it is another one.
@@ -80,7 +80,7 @@ def saved_symmetry(
         if isinstance(loaded, str):
             return loaded
         names = data.get("names")
-        return matched(entries, loaded) if names is None else Binding(loaded, {int(k): n for k, n in names.items()})
+        return match(params, loaded) if names is None else ParamMap(loaded, {int(k): n for k, n in names.items()})
     if loaded != given and _plain(loaded) != _plain(given):
         raise ValueError(
             "the state dict was made with another symmetry than this optimizer has. Construct "
@@ -94,38 +94,37 @@ def _plain(symmetry: Symmetry | Mode) -> Any:
 
 
 def saved_rule(saved: Mapping[str, Any], rule: UpdateRule) -> UpdateRule:
-    """The rule, with the theta of the state dict (then a copy, and a warning).
+    """The rule, with the learned weights of the state dict (then a copy, and a warning).
 
     Raises:
-        ValueError: another rule, or a theta that is missing, altered or does not fit.
+        ValueError: another rule, or learned weights that are missing, altered or do not fit.
     """
     own = {n: t.detach() for n, t in rule.state_dict().items()}
     if saved.get(RULE, describe(rule)) != describe(rule):
         raise ValueError(
             f"the state dict is of rule {saved[RULE]}, this one is {describe(rule)}. Construct it with that rule."
         )
-    theta, sha = saved.get(THETA), saved.get(SHA)
-    altered = theta is not None and digest(theta) != sha
+    weights, sha = saved.get(WEIGHTS), saved.get(SHA)
+    altered = weights is not None and digest(weights) != sha
     if sha is None or (sha == digest(own) and not altered):
         return rule
-    if theta is None or altered:
-        reason = "does not hold it" if theta is None else "holds an altered one"
+    if weights is None or altered:
+        reason = "does not hold them" if weights is None else "holds altered ones"
         raise ValueError(
-            f"the state dict was made with theta {sha[:12]} but {reason}; this optimizer has "
-            f"theta {digest(own)[:12]}. "
-            "Construct the optimizer with rule=<path of that theta>."
+            f"the state dict was made with learned weights {sha[:12]} but {reason}; this optimizer has "
+            f"{digest(own)[:12]}. Construct the optimizer with rule=<path of those weights>."
         )
-    if {n: t.shape for n, t in theta.items()} != {n: t.shape for n, t in own.items()}:
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in own.items()}:
         raise ValueError(
-            "the theta in the state dict does not fit this version of the rule. Load it with "
+            "the learned weights in the state dict do not fit this version of the rule. Load it with "
             "the version that made it, or start with fresh state."
         )
     warnings.warn(
-        f"NFNOpt: continuing with theta {sha[:12]} of the state dict, not {digest(own)[:12]}.",
+        f"NFNOpt: continuing with the learned weights {sha[:12]} of the state dict, not {digest(own)[:12]}.",
         stacklevel=5,
     )
     rule = copy.deepcopy(rule)  # the caller may use theirs elsewhere
-    rule.load_state_dict(theta)
+    rule.load_state_dict(weights)
     return rule
 
 
@@ -148,7 +147,7 @@ def saved_state(
         for key, name, p in zip(other["params"], names, group["params"], strict=True):
             owners[key] = (name, p)
         pairs = zip(own_names, other_names, strict=True) if own_names and other_names else ()
-        wrong += [f"{a} here is {b} in the state dict" for a, b in pairs if bare(a) != bare(b)]
+        wrong += [f"{a} here is {b} in the state dict" for a, b in pairs if plain_name(a) != plain_name(b)]
     wrong += [f"state of unknown parameter {k!r}" for k in saved["state"] if k not in owners]
     restored = []
     for key, slots in saved["state"].items():

@@ -1,6 +1,7 @@
-"""The tensors of an optimizer under the names of a symmetry: given, inferred, or every axis by itself."""
+"""The tensors of an optimizer: their names, their options, and their symmetry (given, inferred or independent)."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_opt.capture import Call
+from learned_opt.recorder import Call
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
 from learned_opt.symmetry.axes import Leaf, map_leaves
 from learned_opt.symmetry.labels import is_statistic
@@ -24,7 +25,7 @@ WAY_OUT = (
 )
 
 
-class Entry(NamedTuple):
+class NamedParam(NamedTuple):
     """One optimised tensor: its name, the tensor, its group, and its place among all tensors of all groups."""
 
     name: str
@@ -45,102 +46,98 @@ class Entry(NamedTuple):
         return self.param.grad
 
 
-class Binding(NamedTuple):
+class ParamMap(NamedTuple):
     """A symmetry and the names under which it knows the tensors, by their position."""
 
     symmetry: Symmetry
     names: Mapping[int, str]
 
-    def rename(self, entries: list[Entry]) -> list[Entry]:
-        """The entries under the symmetry's names."""
-        return [e._replace(name=self.names[e.position]) for e in entries]
+    def rename(self, params: list[NamedParam]) -> list[NamedParam]:
+        """The parameters under the symmetry's names."""
+        return [p._replace(name=self.names[p.position]) for p in params]
 
-    def validate(self, entries: list[Entry]) -> "Binding":
+    def validate(self, params: list[NamedParam]) -> "ParamMap":
         """Itself, unless a tensor is not described with its shape (:class:`SymmetryError`)."""
-        self.symmetry.validate({e.name: e.param for e in self.rename(entries)})
+        self.symmetry.validate({p.name: p.param for p in self.rename(params)})
         return self
 
+    def extend(self, params: list[NamedParam]) -> "ParamMap":
+        """The map with what it lacks of ``params`` added, with independent axes."""
+        missing = [p for p in params if p.position not in self.names]
+        if not missing:
+            return self
+        taken = set(self.symmetry.specs)
+        missing = [p._replace(name=f"{p.name}#{p.position}") if p.name in taken else p for p in missing]
+        rest = independent_map(missing)
+        logger.info(
+            "NFNOpt: %s: not in the symmetry that is known, every axis moves by itself", listed(rest.names.values())
+        )
+        apart = _prefixed(rest.symmetry, labels="own:")
+        return ParamMap(_joined(self.symmetry, apart), {**self.names, **rest.names})
 
-def entries_of(groups: Iterable[dict[str, Any]]) -> list[Entry]:
+    def rebind(self, names: Mapping[Tensor, str], params: list[NamedParam]) -> "ParamMap":
+        """The map where groups have changed.
+
+        Args:
+            names: the name of every tensor that had one. It keeps that, wherever it is now.
+            params: the tensors as they are. One that is new has the name of the one whose place it took, or none.
+        """
+        kept = {p.position: names[p.param] for p in params if p.param in names}
+        free = {k: n for k, n in self.names.items() if n not in kept.values()}
+        return ParamMap(self.symmetry, {p.position: free[p.position] for p in params if p.position in free} | kept)
+
+
+def named_params(groups: Iterable[dict[str, Any]]) -> list[NamedParam]:
     """Every floating (or complex) tensor of the parameter groups once, with its name: as given, else its position."""
-    entries: dict[str, Entry] = {}
+    found: dict[str, NamedParam] = {}
     seen: set[int] = set()
     position = 0
     for group in groups:
         names = group.get("param_names")
         for i, p in enumerate(group["params"]):
             name = str(position) if names is None else names[i]
-            if name in entries:  # two networks in one optimizer
+            if name in found:  # two networks in one optimizer
                 name = f"{name}#{position}"
             if id(p) not in seen and (p.is_floating_point() or p.is_complex()):
-                entries[name] = Entry(name, p, group, position)
+                found[name] = NamedParam(name, p, group, position)
             position += 1
             seen.add(id(p))
-    return list(entries.values())
+    return list(found.values())
 
 
-# -------------------------------------------------------------------------------- every axis by itself
-def by_themselves(entries: list[Entry]) -> Binding:
-    """Independent axes, under the entries' own names."""
-    symmetry = independent({e.name: e.param for e in entries})
-    return Binding(symmetry, {e.position: e.name for e in entries})
-
-
-def beside(binding: Binding, entries: list[Entry]) -> Binding:
-    """The binding with what it lacks of ``entries`` added, every axis by itself."""
-    lacking = [e for e in entries if e.position not in binding.names]
-    if not lacking:
-        return binding
-    taken = set(binding.symmetry.specs)
-    lacking = [e._replace(name=f"{e.name}#{e.position}") if e.name in taken else e for e in lacking]
-    rest = by_themselves(lacking)
-    logger.info(
-        "NFNOpt: %s: not in the symmetry that is known, every axis moves by itself", listed(rest.names.values())
-    )
-    apart = _prefixed(rest.symmetry, labels="own:")
-    return Binding(_joined(binding.symmetry, apart), {**binding.names, **rest.names})
-
-
-def followed(binding: Binding, own: Mapping[Tensor, str], entries: list[Entry]) -> Binding:
-    """The binding where groups have changed.
-
-    Args:
-        binding: names by position, as they were.
-        own: the name of every tensor that had one. It keeps that, wherever it is now.
-        entries: the tensors as they are. One that is new has the name of the one whose place it took, or none.
-    """
-    kept = {e.position: own[e.param] for e in entries if e.param in own}
-    free = {k: n for k, n in binding.names.items() if n not in kept.values()}
-    return Binding(binding.symmetry, {e.position: free[e.position] for e in entries if e.position in free} | kept)
+def independent_map(params: list[NamedParam]) -> ParamMap:
+    """Independent axes, under the parameters' own names."""
+    symmetry = independent({p.name: p.param for p in params})
+    return ParamMap(symmetry, {p.position: p.name for p in params})
 
 
 # ------------------------------------------------------------------------------------ a given symmetry
-def matched(entries: list[Entry], symmetry: Symmetry) -> Binding:
-    """The entries under the names of a given symmetry: by name, or in order of position where they have none.
+def match(params: list[NamedParam], symmetry: Symmetry) -> ParamMap:
+    """The parameters under the names of a given symmetry: by name, or in order of position where they have none.
 
     Raises:
         SymmetryError: some tensor is not described with its shape, or two have one name.
     """
-    if any("param_names" in e.group for e in entries):
-        names = [e.name if e.name in symmetry.specs else bare(e.name) for e in entries]
+    if any("param_names" in p.group for p in params):
+        names = [p.name if p.name in symmetry.specs else plain_name(p.name) for p in params]
     else:
-        names = _in_order(entries, symmetry)
+        names = _in_order(params, symmetry)
     twice = [n for n, count in Counter(names).items() if count > 1]
     if twice:
         raise SymmetryError(f"several parameters are called {listed(twice)}: rename them.")
-    positions = [e.position for e in entries]
-    return Binding(symmetry, dict(zip(positions, names, strict=True))).validate(entries)
+    positions = [p.position for p in params]
+    return ParamMap(symmetry, dict(zip(positions, names, strict=True))).validate(params)
 
 
-def bare(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name without what wrappers put in (torch.compile, FSDP anywhere; DataParallel in front)."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
-def _in_order(entries: list[Entry], symmetry: Symmetry) -> list[str]:
+def _in_order(params: list[NamedParam], symmetry: Symmetry) -> list[str]:
     parameters = {n: s.shape for n, s in symmetry.specs.items() if not is_statistic(n)}
-    found = [tuple(e.param.shape) for e in entries]
+    found = [tuple(p.param.shape) for p in params]
     if found != list(parameters.values()):
         raise SymmetryError(
             f"the parameters have no names, and their shapes {listed(found)} are not, in order, "
@@ -151,7 +148,7 @@ def _in_order(entries: list[Entry], symmetry: Symmetry) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------- an inferred symmetry
-def inferred(calls: list[Call], entries: list[Entry]) -> Binding:
+def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
     """The symmetry of the modules that were called; tensors that they do not have stand beside it.
 
     Parameters are matched by identity, so that neither their names nor wrappers matter. Several modules
@@ -171,16 +168,16 @@ def inferred(calls: list[Call], entries: list[Entry]) -> Binding:
         known: dict[int, str] = {}
         for name, p in call.module.named_parameters(remove_duplicate=False):
             known.setdefault(id(p), name)
-        here = {e.position: prefix + known[id(e.param)] for e in entries if known.get(id(e.param)) in found.specs}
+        here = {p.position: prefix + known[id(p.param)] for p in params if known.get(id(p.param)) in found.specs}
         if here.keys() & names.keys():
             raise SymmetryError(f"{type(call.module).__name__} shares a parameter with another module of the optimizer")
         symmetry, names = _joined(symmetry, _prefixed(found, prefix, prefix)), {**names, **here}
-    binding = Binding(symmetry, names)
-    return binding.validate([e for e in entries if e.position in names])
+    param_map = ParamMap(symmetry, names)
+    return param_map.validate([p for p in params if p.position in names])
 
 
-def decided(calls: list[Call], entries: list[Entry]) -> Binding | None:
-    """What :func:`inferred` finds, with one log line; None, with one warning that says why, where it finds nothing."""
+def infer_or_warn(calls: list[Call], params: list[NamedParam]) -> ParamMap | None:
+    """What :func:`infer_map` finds, with one log line; None, with one warning that says why, where it finds nothing."""
     if not calls:
         reason = (
             "no forward pass of a module that has all its parameters was seen before the first step (they were passed "
@@ -188,15 +185,15 @@ def decided(calls: list[Call], entries: list[Entry]) -> Binding | None:
         )
     else:
         try:
-            binding = inferred(calls, entries)
+            param_map = infer_map(calls, params)
         except Exception as error:  # of a user's model anything; training goes on
             reason = f"inferring it failed ({type(error).__name__}: {error})"
         else:
             modules = ", ".join(type(c.module).__name__ for c in calls)
-            logger.info("NFNOpt: inferred the symmetry of %s: %d tensors", modules, len(binding.symmetry.specs))
-            for note in binding.symmetry.notes:
+            logger.info("NFNOpt: inferred the symmetry of %s: %d tensors", modules, len(param_map.symmetry.specs))
+            for note in param_map.symmetry.notes:
                 logger.info("NFNOpt: %s", note)
-            return binding
+            return param_map
     logger.warning("NFNOpt: every axis moves by itself, because the symmetry is not known: %s. %s", reason, WAY_OUT)
     return None
 
@@ -221,3 +218,30 @@ def _prefixed(symmetry: Symmetry, specs: str = "", labels: str = "") -> Symmetry
 def _joined(a: Symmetry, b: Symmetry) -> Symmetry:
     """The product of two groups that act on different tensors."""
     return Symmetry({**a.specs, **b.specs}, {**a.labels, **b.labels}, {**a.scales, **b.scales}, a.notes + b.notes)
+
+
+# --------------------------------------------------------------------------------- options of the groups
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError, or TypeError for text, unless ``lr``, ``weight_decay`` and ``total_steps`` can be meant."""
+    lr = options.get("lr", 0.0)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name in ("lr", "weight_decay", "total_steps"):
+        if isinstance(options.get(name), str):
+            raise TypeError(f"{name}={options[name]!r} must be a number")
+    for name in ("lr", "weight_decay"):
+        value = options.get(name, 0.0)
+        if not 0.0 <= float(value) < math.inf:
+            raise ValueError(f"{name}={value} must be finite and not negative")
+    steps = options.get("total_steps")
+    if steps is not None and not 0.0 < float(steps) < math.inf:
+        raise ValueError(f"total_steps={steps} must be positive and finite; leave it out if it is not known")
+
+
+def check_same_horizon(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raises ValueError if a group has another ``total_steps`` than the first one."""
+    if group["total_steps"] != first["total_steps"]:
+        raise ValueError(
+            f"total_steps={group['total_steps']} in a group, {first['total_steps']} in the first: "
+            "the horizon is one for all. Pass it to the constructor."
+        )
