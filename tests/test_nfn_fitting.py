@@ -23,8 +23,8 @@ from learned_opt.nfn import (
     network_outputs,
     r2,
 )
-from learned_opt.nfn.spaces import join_data, map_data, stacked
-from learned_opt.nfn.training import _from_plain, _to_plain
+from learned_opt.nfn.fit.training import _from_plain, _to_plain
+from learned_opt.nfn.fit.weight_spaces import join_data, map_data, stacked
 from learned_opt.nfn.transformer_space import zoo_spec
 from tests.inferred import infer
 from tests.nfn_chains import act, error, mlp

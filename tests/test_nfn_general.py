@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from learned_opt import SymmetryError
+from learned_opt.nfn.equivariant_basis import Dim, PartitionLinear, terms
 from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, frame_of, merge_blocks, split_blocks
-from learned_opt.nfn.partitions import Dim, PartitionLinear, terms
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry
 from learned_opt.symmetry.axes import Leaf, Prod, Sum
 from tasks.conv import cnn

@@ -11,8 +11,8 @@ from torch import nn
 
 from learned_opt import CheckpointError
 from learned_opt.nfn import Fit, WeightSpaceEditor, WeightSpacePredictor
-from learned_opt.nfn.spaces import space_from_data, space_to_data
-from learned_opt.nfn.training import CHECKPOINT
+from learned_opt.nfn.fit.training import CHECKPOINT
+from learned_opt.nfn.fit.weight_spaces import space_from_data, space_to_data
 from learned_opt.nfn.transformer_space import task_spec, zoo_spec
 from tasks.transformer import Transformer
 from tests.inferred import infer

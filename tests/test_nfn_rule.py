@@ -8,8 +8,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import linear
 
 from learned_opt import features
-from learned_opt.nfn.embedding import broadcast
 from learned_opt.rules import RULES
+from learned_opt.rules.embedding import broadcast
 from learned_opt.rules.nfn import N_ODD, N_TIME, NFN, time_features
 from learned_opt.rules.nominal import DecayingPolar, Nominal, schedule
 from tests.inferred import infer

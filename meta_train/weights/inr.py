@@ -34,7 +34,7 @@ from learned_opt.nfn import (
     WeightSpacePredictor,
     pointwise,
 )
-from learned_opt.nfn.builders import make_editor, make_predictor
+from learned_opt.nfn.fit.builders import make_editor, make_predictor
 from meta_train.weights.runs import (
     Grid,
     Job,

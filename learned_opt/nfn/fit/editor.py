@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learned_opt.nfn.builders import make_editor
 from learned_opt.nfn.chain import Features
 from learned_opt.nfn.features import unstack
-from learned_opt.nfn.fitting import Fitted, Weights
-from learned_opt.nfn.scores import check_finite
-from learned_opt.nfn.spaces import Data, Space, States
+from learned_opt.nfn.fit.builders import make_editor
+from learned_opt.nfn.fit.fitting import Fitted, Weights
+from learned_opt.nfn.fit.scores import check_finite
+from learned_opt.nfn.fit.weight_spaces import Data, Space, States
 
 
 class WeightSpaceEditor(Fitted):

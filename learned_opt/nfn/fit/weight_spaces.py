@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Chain, ChainLayer, Features
+from learned_opt.nfn.equivariant_basis import Dim, Dims
 from learned_opt.nfn.general import check_features
-from learned_opt.nfn.partitions import Dim, Dims
 from learned_opt.nfn.transformer_space import BlockNames, TransformerFeatures, TransformerSpec
 from learned_opt.symmetry import Symmetry, SymmetryError
 

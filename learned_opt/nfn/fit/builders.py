@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Features
+from learned_opt.nfn.fit.weight_spaces import Space
 from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool
 from learned_opt.nfn.models import EquivariantNFN, InvariantNFN, head
 from learned_opt.nfn.pools import pointwise
-from learned_opt.nfn.spaces import Space
 from learned_opt.nfn.transformer import TransformerLinear, TransformerNFN, TransformerReLU
 from learned_opt.nfn.transformer_space import TransformerSpec
 from learned_opt.symmetry import Symmetry

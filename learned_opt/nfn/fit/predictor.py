@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from learned_opt.checkpoint import CheckpointError
-from learned_opt.nfn.builders import make_predictor
 from learned_opt.nfn.chain import Chain, Features
-from learned_opt.nfn.fitting import Fitted, Weights
+from learned_opt.nfn.fit.builders import make_predictor
+from learned_opt.nfn.fit.fitting import Fitted, Weights
+from learned_opt.nfn.fit.scores import Loss, LossFunction, LossName
+from learned_opt.nfn.fit.weight_spaces import Data, Space, States
 from learned_opt.nfn.general import frame_of
 from learned_opt.nfn.models import InvariantNFN
-from learned_opt.nfn.scores import Loss, LossFunction, LossName
-from learned_opt.nfn.spaces import Data, Space, States
 from learned_opt.nfn.transformer_space import TransformerSpec
 from learned_opt.symmetry import Symmetry
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Mix(nn.Module):
+class RowLinear(nn.Module):
     """``y = sum_s A_s x_s + c`` on rows: ``x_s`` is ``[in_rows_s, *free]``, ``y`` is ``[out_rows, *free]``.
 
     For the backward pass autograd keeps the inputs and the matrices, nothing else.
@@ -40,23 +40,23 @@ class Mix(nn.Module):
 
 
 @torch.no_grad()
-def uniform_(*mixes: Mix) -> None:
+def uniform_(*linears: RowLinear) -> None:
     """``U(-1/sqrt(F), 1/sqrt(F))`` for maps that feed one output, F the sum of all their inputs (NFN's default)."""
-    bound = 1 / math.sqrt(sum(n for mix in mixes for n in mix.in_rows))
-    for mix in mixes:
-        for p in mix.parameters():
+    bound = 1 / math.sqrt(sum(n for linear in linears for n in linear.in_rows))
+    for linear in linears:
+        for p in linear.parameters():
             p.uniform_(-bound, bound)
 
 
 @torch.no_grad()
-def xavier_(*mixes: Mix) -> None:
+def xavier_(*linears: RowLinear) -> None:
     """``N(0, 2 / (fan_in + fan_out))`` with both fans summed over all maps that feed one output.
 
     A constant has fan_in 0 and counts as a map of its own (Monomial-NFN's initialisation).
     """
-    fans = [n + mix.out_rows for mix in mixes for n in mix.in_rows]
-    fans += [mix.out_rows for mix in mixes if mix.constant is not None]
+    fans = [n + linear.out_rows for linear in linears for n in linear.in_rows]
+    fans += [linear.out_rows for linear in linears if linear.constant is not None]
     std = math.sqrt(2 / sum(fans))
-    for mix in mixes:
-        for p in mix.parameters():
+    for linear in linears:
+        for p in linear.parameters():
             p.normal_(0, std)

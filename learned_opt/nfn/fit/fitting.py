@@ -1,6 +1,6 @@
 """What predictors and editors share: a module over weight features is made, fitted, scored, saved and read.
 
-:mod:`learned_opt.nfn.predictor` and :mod:`learned_opt.nfn.editor` say which module, which loss and which measures.
+:mod:`learned_opt.nfn.fit.predictor` and :mod:`learned_opt.nfn.fit.editor` say which module, loss and measures.
 """
 
 import json
@@ -15,7 +15,8 @@ from torch import Generator, Tensor, nn
 
 from learned_opt.checkpoint import CheckpointError, digest, write_atomically
 from learned_opt.nfn.chain import Chain, Features
-from learned_opt.nfn.spaces import (
+from learned_opt.nfn.fit.training import Fit, MakeOptimizer, read_tensors, train
+from learned_opt.nfn.fit.weight_spaces import (
     Data,
     Space,
     States,
@@ -27,7 +28,6 @@ from learned_opt.nfn.spaces import (
     space_to_data,
     stacked,
 )
-from learned_opt.nfn.training import Fit, MakeOptimizer, read_tensors, train
 from learned_opt.symmetry import Symmetry, SymmetryError
 
 FORMAT = "learned-opt weight-space 1"
