@@ -27,7 +27,7 @@ from learned_opt.nfn import (
 from learned_opt.symmetry import Label, Spec, Symmetry
 from learned_opt.symmetry.axes import Leaf
 from tests.inferred import infer
-from tests.nfn_chains import NETWORKS, act, broken, chain_of, error, mlp, network, random_features, zoo_cnn
+from tests.nfn.chains import NETWORKS, act, broken, chain_of, error, mlp, network, random_features, zoo_cnn
 
 every_network = pytest.mark.parametrize("kind", NETWORKS)
 EXACT = 1e-12

@@ -12,8 +12,8 @@ from learned_opt.rules.polar import newton_schulz
 from learned_opt.symmetry import Spec, Symmetry, independent
 from tasks.mlp import mlp
 from tests.inferred import infer
-from tests.models import CASES
 from tests.states import noise_like
+from tests.symmetry.infer.architectures import CASES
 
 
 def layout_for(model, symmetry=None):

@@ -16,10 +16,10 @@ from learned_opt.nfn.fit.weight_spaces import space_from_data, space_to_data
 from learned_opt.nfn.transformer_space import task_spec, zoo_spec
 from tasks.transformer import Transformer
 from tests.inferred import infer
-from tests.nfn_chains import mlp
-from tests.test_nfn_fitting import FAST, WIDTHS, chain, networks, same, small, weights_of
-from tests.test_nfn_general import residual
-from tests.test_nfn_transformer import ZooNet
+from tests.nfn.chains import mlp
+from tests.nfn.fit.test_fitting import FAST, WIDTHS, chain, networks, same, small, weights_of
+from tests.nfn.test_general import residual
+from tests.nfn.test_transformer_nfn import ZooNet
 
 
 # ------------------------------------------------------------------------------------------- resume
@@ -43,7 +43,7 @@ def long_fit(folder, die=None):
 
 def test_a_killed_and_resumed_fit_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     killed = tmp_path / "killed"
-    code = "import sys; from tests.test_nfn_resume import long_fit; long_fit(sys.argv[1], 25)"
+    code = "import sys; from tests.nfn.fit.test_resume import long_fit; long_fit(sys.argv[1], 25)"
     found = subprocess.run([sys.executable, "-c", code, str(killed)], env={**os.environ, "PYTHONPATH": os.getcwd()})
     assert found.returncode == -signal.SIGKILL  # in the middle of the third epoch
     assert os.listdir(killed) == [CHECKPOINT]

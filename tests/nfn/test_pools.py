@@ -17,7 +17,7 @@ from learned_opt.nfn import (
 from learned_opt.nfn.monomial import read_rows
 from learned_opt.nfn.pools import in_frame
 from tests.inferred import infer
-from tests.nfn_chains import NETWORKS, act, broken, chain_of, error, network, random_features, zoo_cnn
+from tests.nfn.chains import NETWORKS, act, broken, chain_of, error, network, random_features, zoo_cnn
 
 every_network = pytest.mark.parametrize("kind", NETWORKS)
 EXACT = 1e-12

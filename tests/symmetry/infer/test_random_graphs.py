@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_graphs import FUNCTIONS, JOINS, LAYERS, RandomNet
 from torch import Tensor, nn
 
 from learned_opt import NFNOpt, Symmetry, infer_symmetry
 from learned_opt.symmetry.infer import InferenceError
 from learned_opt.symmetry.infer.graph import Network, export
 from learned_opt.symmetry.infer.verify import Check
+from tests.symmetry.infer.graphs import FUNCTIONS, JOINS, LAYERS, RandomNet
 
 EXACT = 1e-9
 

@@ -15,7 +15,7 @@ from learned_opt.nfn import (
     UnitPool,
     inr_classifier,
 )
-from tests.nfn_chains import broken, chain_of, mlp, network, random_features, zoo_cnn
+from tests.nfn.chains import broken, chain_of, mlp, network, random_features, zoo_cnn
 
 EXACT = 1e-12
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from learned_opt.symmetry import Element, Label, Role, Scale, Spec, Symmetry, SymmetryError, independent
 from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum
 
-torch.set_num_threads(1)
 KINDS = ("positive", "sign", "real")
 
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from expert_notation import Table, differences
-from experts import EXPERTS
-from models import CASES, Inputs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,6 +17,9 @@ from learned_opt import NFNOpt, infer_symmetry
 from learned_opt.frame import potentials
 from learned_opt.symmetry import Element, Label, Spec, Symmetry, randomised
 from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum, leaves_of
+from tests.symmetry.infer.architectures import CASES, Inputs
+from tests.symmetry.infer.expert_notation import Table, differences
+from tests.symmetry.infer.experts import EXPERTS
 
 EXACT = 1e-9  # relative, in float64
 CHANGED = 1e-6  # what a transformation outside the group must at least do

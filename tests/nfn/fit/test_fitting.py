@@ -27,9 +27,9 @@ from learned_opt.nfn.fit.training import _from_plain, _to_plain
 from learned_opt.nfn.fit.weight_spaces import join_data, map_data, stacked
 from learned_opt.nfn.transformer_space import zoo_spec
 from tests.inferred import infer
-from tests.nfn_chains import act, error, mlp
-from tests.test_nfn_general import residual
-from tests.test_nfn_transformer import ZooNet
+from tests.nfn.chains import act, error, mlp
+from tests.nfn.test_general import residual
+from tests.nfn.test_transformer_nfn import ZooNet
 
 WIDTHS = [3, 6, 5, 2]
 

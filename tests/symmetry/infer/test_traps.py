@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_notation import Table, differences
 from torch import Tensor, nn
 
 from learned_opt import Symmetry, infer_symmetry
@@ -21,6 +20,7 @@ from learned_opt.symmetry.infer.graph import Network, export
 from learned_opt.symmetry.infer.operators import RULES
 from learned_opt.symmetry.infer.trees import product
 from learned_opt.symmetry.infer.verify import Check
+from tests.symmetry.infer.expert_notation import Table, differences
 
 EXACT, CHANGED = 1e-9, 1e-6
 

@@ -8,7 +8,7 @@ from learned_opt import SymmetryError
 from learned_opt.nfn import Chain, MAGEPInvariant, MAGEPLinear, MonomialLinear, pointwise
 from learned_opt.nfn.magep import Terms, _psi
 from learned_opt.nfn.monomial import read_rows
-from tests.nfn_chains import act, error, network, plain, random_features
+from tests.nfn.chains import act, error, network, plain, random_features
 
 KINDS = ["mlp", "deep mlp", "one hidden layer"]
 every_network = pytest.mark.parametrize("kind", KINDS)
