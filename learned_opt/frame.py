@@ -33,9 +33,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.axes import leaves_of
 from learned_opt.layout import ByIdentity, Layout, Units, layout_of
-from learned_opt.symmetry import Spec, Symmetry, is_statistic
+from learned_opt.symmetry import Spec, Symmetry
+from learned_opt.symmetry.axes import leaves_of
+from learned_opt.symmetry.labels import is_statistic
 
 SWEEPS = 3  # from the walk's start, labels that share a tensor one after the other
 

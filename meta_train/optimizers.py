@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from learned_opt.inference import infer_symmetry
+from learned_opt.symmetry.infer import infer_symmetry
 from tasks.transformer import Transformer
 
 Made = tuple[torch.optim.Optimizer, LRScheduler | None]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import tasks.suites
+from learned_opt.checkpoint import CheckpointError, load_weights, save_weights
 from learned_opt.rules import RULES, SHIPPED
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint, jsonl
 from meta_train.outer import Estimated, Run, chosen, estimate, generator_of, mean, outer_step, score, with_mean
 from meta_train.processes import Processes, processes
@@ -136,7 +136,7 @@ def train(
         if group.rank == 0:
             best = run.best if recipe.validate_every else {}
             theta = {**dict(rule.named_parameters()), **(best["theta"] if best else run.average)}
-            save_theta(path, recipe.rule, theta, _provenance(recipe, run, best, out, group.count))
+            save_weights(path, recipe.rule, theta, _provenance(recipe, run, best, out, group.count))
             draw_training(out)
         report.say(f"{run.step} outer steps in {run.counters['seconds']:.0f} s: {path}")
     return path
@@ -180,7 +180,7 @@ def fresh_rule(recipe: Recipe, rules: Mapping[str, Callable[[], UpdateRule]]) ->
         rule = rules[recipe.rule]()
     if recipe.start is not None:
         shipped = recipe.start == SHIPPED_THETA
-        name, theta, _ = load_theta(SHIPPED / f"{recipe.rule}.safetensors" if shipped else recipe.start)
+        name, theta, _ = load_weights(SHIPPED / f"{recipe.rule}.safetensors" if shipped else recipe.start)
         if name != recipe.rule:
             raise CheckpointError(recipe.start, f"it is of rule {name!r}, not {recipe.rule!r}.")
         try:

@@ -3,7 +3,7 @@
 python experiments/13-symmetry-inference-fuzzing/run.py --graphs 1000 --seed 5
 
 Prints every graph whose inferred symmetry changes the function (relative error above 1e-9), with the steps that rebuild
-it by `tests/inference_graphs.py`, and at the end how many graphs had free labels and which operators were unknown.
+it by `tests/symmetry/infer/graphs.py`, and at the end how many graphs had free labels and which operators were unknown.
 """
 
 import random
@@ -18,11 +18,11 @@ from rich.progress import track
 from torch import Tensor
 
 from learned_opt import infer_symmetry
-from learned_opt.inference.graph import Network, export
-from learned_opt.inference.verify import Check
+from learned_opt.symmetry.infer.graph import Network, export
+from learned_opt.symmetry.infer.verify import Check
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from inference_graphs import FUNCTIONS, JOINS, LAYERS, RandomNet  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.symmetry.infer.graphs import FUNCTIONS, JOINS, LAYERS, RandomNet  # noqa: E402
 
 OPERATIONS = [*FUNCTIONS, *JOINS, *LAYERS, "output"]
 Steps = list[tuple[str, int, int]]

@@ -20,9 +20,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Block
 from learned_opt.layout import Layout, Stack
 from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry.axes import Block
 
 THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 SIZE = 3.0  # s

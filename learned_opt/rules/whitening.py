@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.axes import leaves_of
 from learned_opt.features import to_rms
 from learned_opt.layout import Layout, concatenated
 from learned_opt.rules.base import State
 from learned_opt.rules.biases import is_wide, weights_of
+from learned_opt.symmetry.axes import leaves_of
 
 AVERAGE = 0.98  # decay rate of the second moments
 FLOOR = 1e-4  # added to second moments of mean 1

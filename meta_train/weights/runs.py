@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from learned_opt.rules.checkpoint import digest, write_atomically
+from learned_opt.checkpoint import digest, write_atomically
 from meta_train import jsonl
 from meta_train.evaluate import pool
 from tasks.zoo.zoo import Zoo
