@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import bootstrap
 
-from meta_train.curves import iqm
-from meta_train.evaluate import REFERENCE, carry_out, final_curve, make_plan, search_horizon
+from meta_train.bench.curves import iqm
+from meta_train.bench.evaluate import REFERENCE, carry_out, final_curve, make_plan, search_horizon
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 
 from learned_opt.rules.checkpoint import digest, write_atomically
 from meta_train import jsonl
-from meta_train.evaluate import pool
+from meta_train.bench.evaluate import pool
 from tasks.zoo.zoo import Zoo
 
 Measures = dict[str, float]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meta_train.optimizers import MakeOptimizer, load_weights
+from meta_train.bench.optimizers import MakeOptimizer, load_weights
 from tasks.task import check_losses
 
 POINTS = 50  # evaluation points of a run of the task's own length

@@ -75,7 +75,7 @@ SCRIPT = """
     import os, signal, sys
     from pathlib import Path
     from meta_train.weights.runs import Job, run_grid
-    from tests.test_weight_runs import jobs
+    from tests.meta_train.weights.test_runs import jobs
 
     def work(job):
         if job == jobs()[5]:
@@ -110,7 +110,7 @@ SLOW = """
     import sys
     from pathlib import Path
     from meta_train.weights.runs import run_grid
-    from tests.test_weight_runs import jobs, sleep
+    from tests.meta_train.weights.test_runs import jobs, sleep
 
     if __name__ == "__main__":
         run_grid(jobs(), sleep, Path(sys.argv[1], "runs.jsonl"), workers=2)

@@ -17,12 +17,12 @@ from learned_opt.rules import RULES, SHIPPED
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint, jsonl
+from meta_train.bench.report import draw_training
+from meta_train.bench.suites import task_fingerprint
 from meta_train.outer import Estimated, Run, chosen, estimate, generator_of, mean, outer_step, score, with_mean
 from meta_train.processes import Processes, processes
 from meta_train.progress import Interruption, Reporter
 from meta_train.recipes import SHIPPED_THETA, Recipe, RecipeError
-from meta_train.report import draw_training
-from meta_train.suites import task_fingerprint
 from tasks.task import Task, TaskFamily
 
 MAY_CHANGE = ("outer_steps", "minutes", "checkpoint_every", "validate_every", "validation")

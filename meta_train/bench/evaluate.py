@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from meta_train.curves import (
+from meta_train.bench.curves import (
     CAP,
     DIVERGED,
     Curve,
@@ -33,9 +33,9 @@ from meta_train.curves import (
     run,
     speed_up,
 )
-from meta_train.optimizers import OPTIMIZERS, BadInput, UnknownName, optimizer_named
-from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
-from meta_train.suites import suite_named, task_fingerprint, task_named
+from meta_train.bench.optimizers import OPTIMIZERS, BadInput, UnknownName, optimizer_named
+from meta_train.bench.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
+from meta_train.bench.suites import suite_named, task_fingerprint, task_named
 from meta_train.symmetries import symmetry_of
 from tasks.task import check_ceiling
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from meta_train.optimizers import BadInput, UnknownName, digest
+from meta_train.bench.optimizers import BadInput, UnknownName, digest
 
 
 def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[], Any]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from meta_train import jsonl
-from meta_train.curves import Curve
-from meta_train.optimizers import BadInput
+from meta_train.bench.curves import Curve
+from meta_train.bench.optimizers import BadInput
 
 
 @dataclass(frozen=True)

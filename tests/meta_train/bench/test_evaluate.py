@@ -21,19 +21,19 @@ from torch import nn
 from torch.func import functional_call
 
 import learned_opt
-from meta_train import curves as cv
-from meta_train import evaluate as ev
-from meta_train import optimizers as op
-from meta_train import report as rp
 from meta_train.__main__ import main
-from meta_train.curves import CAP, Curve
-from meta_train.evaluate import evaluate
-from meta_train.optimizers import UnknownName
-from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Store
-from meta_train.suites import task_fingerprint
+from meta_train.bench import curves as cv
+from meta_train.bench import evaluate as ev
+from meta_train.bench import optimizers as op
+from meta_train.bench import report as rp
+from meta_train.bench.curves import CAP, Curve
+from meta_train.bench.evaluate import evaluate
+from meta_train.bench.optimizers import UnknownName
+from meta_train.bench.store import Job, Plan, PlannedOptimizer, PlannedTask, Store
+from meta_train.bench.suites import task_fingerprint
 from tasks.task import TaskError
 
-HERE = Path(__file__).parent
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 ME = f"{Path(__file__).stem}:SUITE"  # the suite of this file, by name, as workers find it
 
 
@@ -659,7 +659,7 @@ def test_workers_give_what_one_process_gives(tmp_path):
 
 ORPHANS = """
 import multiprocessing, sys, time
-from meta_train.evaluate import _worker
+from meta_train.bench.evaluate import _worker
 def work():
     _worker()
     print("begun", flush=True)
@@ -674,7 +674,7 @@ if __name__ == "__main__":
 
 def test_a_killed_evaluation_takes_its_workers_along(tmp_path):
     (tmp_path / "parent.py").write_text(ORPHANS)
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
         [sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -867,7 +867,7 @@ def test_fields_of_a_recipe_are_options_of_train(monkeypatch, tmp_path):
     from meta_train.recipes import RECIPES
 
     seen = []
-    monkeypatch.setattr("meta_train.train.train", lambda recipe, out, resume, **_: seen.append((recipe, out, resume)))
+    monkeypatch.setattr("meta_train.loop.train", lambda recipe, out, resume, **_: seen.append((recipe, out, resume)))
     main(["train", "tiny", "--outer-steps", "7", "--resume", "never", "--out", str(tmp_path)])
     recipe, out, resume = seen[0]
     assert (recipe.outer_steps, out, resume) == (7, tmp_path, "never")
@@ -885,7 +885,7 @@ def test_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path)
 def test_ctrl_c_leaves_a_valid_file_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "meta_train", "evaluate", "--suite", ME, "--workers", "2"]
     command += ["--optimizers", "sgdm", "--steps", "2000", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("[tuning 2/"):

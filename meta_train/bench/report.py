@@ -1,4 +1,4 @@
-"""Tables and pictures from ``runs.jsonl``, the file that :mod:`meta_train.evaluate` writes, and the curve of a
+"""Tables and pictures from ``runs.jsonl``, the file that :mod:`meta_train.bench.evaluate` writes, and the curve of a
 meta-training from its ``log.jsonl``."""
 
 import math
@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from meta_train import jsonl
-from meta_train.curves import CAP, iqm, iqm_interval
-from meta_train.evaluate import HORIZON_CAP, REFERENCE, Outcome, outcomes
-from meta_train.optimizers import UnknownName
-from meta_train.store import Plan, Store
+from meta_train.bench.curves import CAP, iqm, iqm_interval
+from meta_train.bench.evaluate import HORIZON_CAP, REFERENCE, Outcome, outcomes
+from meta_train.bench.optimizers import UnknownName
+from meta_train.bench.store import Plan, Store
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow (too light).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
