@@ -18,7 +18,7 @@ import torch
 from batched import PLAIN, SEEDS, compare, final_losses
 
 from learned_opt.rules import make_rule
-from meta_train.bench.evaluate import suite_named
+from meta_train.bench.suites import suite_named
 from tasks.task import Task
 
 

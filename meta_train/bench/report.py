@@ -1,22 +1,19 @@
-"""Tables and pictures from ``runs.jsonl``, the file that :mod:`meta_train.bench.evaluate` writes, and the curve of a
-meta-training from its ``log.jsonl``."""
+"""``report.md`` and its pictures, from the ``runs.jsonl`` that :mod:`meta_train.bench.evaluate` writes."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from meta_train import jsonl
+from learned_opt.rules.checkpoint import write_atomically
 from meta_train.bench.curves import CAP, iqm, iqm_interval
-from meta_train.bench.evaluate import HORIZON_CAP, REFERENCE, Outcome, outcomes
-from meta_train.bench.optimizers import UnknownName
+from meta_train.bench.outcomes import HORIZON_CAP, REFERENCE, Outcome, by_task, of_label, outcomes, ranked
+from meta_train.bench.output import table
+from meta_train.bench.pictures import draw_curves, draw_profile, draw_speed_ups
 from meta_train.bench.store import Plan, Store
-
-# Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow (too light).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+from meta_train.errors import UnknownName
 
 
 def report(folder: Path) -> str:
@@ -44,7 +41,7 @@ def report(folder: Path) -> str:
     text = (
         markdown(store.plan, found) + f"\n{len(store.runs)} runs: {hours:.1f} hours of processor time in their steps.\n"
     )
-    _write(folder / "report.md", lambda temporary: temporary.write_text(text))
+    write_atomically(folder / "report.md", text.encode())
     draw_curves(store.plan, found, folder / "curves.png")
     draw_speed_ups(store.plan, found, folder / "speedups.png")
     draw_profile(store.plan, found, folder / "profile.png")
@@ -82,8 +79,8 @@ def summary_table(plan: Plan, found: Sequence[Outcome]) -> str:
     opponents = list(dict.fromkeys(other for _, other in plan.horizon))
     header += [f"horizon speed-up over {other}" for other in opponents]
     rows = []
-    for label in _ranked(plan, found):
-        mine = _of(found, label)
+    for label in ranked(plan, found):
+        mine = of_label(found, label)
         tuned = "learning rate" if plan.optimizers[label].grid else "no"
         row = [label, tuned]
         row += [_iqm_text(mine, lambda o: o.speed_up, CAP), _iqm_text(mine, lambda o: o.loss_ratio)]
@@ -120,9 +117,9 @@ def _legend(plan: Plan) -> str:
         lines.append("@all: one learning rate for all tasks, with the least mean of the logarithm of that loss.")
     if plan.horizon:
         lines.append(
-            "Horizon speed-up: 1/r for the multiple r of the steps with which the optimizer, told that horizon, "
+            "Horizon speed-up: 1/r for the multiple r of the steps with which the optimizer, given that `total_steps`, "
             "ends at the other's final train loss, interpolated between the horizons that were run; below 1 where "
-            "it needs longer than the other, 0 if twice as long is not enough. Of one that is not told: where "
+            "it needs longer than the other, 0 if twice as long is not enough. Of one without `total_steps`: where "
             f"its curve first has that loss. {HORIZON_CAP:g}+ if the shortest run is enough, as it is where the other "
             "diverged and none of its own did; 0 where both did."
         )
@@ -179,43 +176,11 @@ def _task_table(
     labels: Sequence[str] | None = None,
 ) -> str:
     rows = []
-    for label in _ranked(plan, found):
+    for label in ranked(plan, found):
         if labels is None or label in labels:
-            cells = [[o for o in _of(found, label) if o.task == task] for task in plan.tasks]
+            cells = [[o for o in of_label(found, label) if o.task == task] for task in plan.tasks]
             rows.append([label, *(cell(mine) if mine else "-" for mine in cells)])
     return table(["optimizer", *plan.tasks], rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table padded so that it also reads as plain text."""
-    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def _of(found: Sequence[Outcome], label: str) -> list[Outcome]:
-    return [o for o in found if o.optimizer == label]
-
-
-def _ranked(plan: Plan, found: Sequence[Outcome]) -> list[str]:
-    """Labels that have outcomes, by falling speed-up, then loss ratio."""
-
-    def rank(label: str) -> tuple[float, float]:
-        mine = _of(found, label)
-        return -iqm([o.speed_up for o in mine]), -iqm([o.loss_ratio for o in mine])
-
-    return sorted((label for label in plan.optimizers if _of(found, label)), key=rank)
-
-
-def _strata(mine: Sequence[Outcome], measure: Callable[[Outcome], float]) -> list[list[float]]:
-    by_task: dict[str, list[float]] = {}
-    for outcome in mine:
-        by_task.setdefault(outcome.task, []).append(measure(outcome))
-    return list(by_task.values())
 
 
 def _number(value: float, cap: float | None) -> str:
@@ -223,7 +188,7 @@ def _number(value: float, cap: float | None) -> str:
 
 
 def _iqm_text(mine: Sequence[Outcome], measure: Callable[[Outcome], float], cap: float | None = None) -> str:
-    strata = _strata(mine, measure)
+    strata = by_task(mine, measure)
     value = iqm(np.concatenate(strata))
     text = _number(value, cap)
     interval = iqm_interval(strata)
@@ -231,7 +196,7 @@ def _iqm_text(mine: Sequence[Outcome], measure: Callable[[Outcome], float], cap:
 
 
 def _against_adam(found: Sequence[Outcome], mine: Sequence[Outcome], measure: str) -> str:
-    adam = {(o.task, o.seed): getattr(o.curve, measure) for o in _of(found, REFERENCE)}
+    adam = {(o.task, o.seed): getattr(o.curve, measure) for o in of_label(found, REFERENCE)}
     ratios = []
     for outcome in mine:
         reference, value = adam[outcome.task, outcome.seed], getattr(outcome.curve, measure)
@@ -244,173 +209,7 @@ def _step_seconds(outs: Sequence[Outcome], task: str) -> float:
 
 
 def _time_ratio(found: Sequence[Outcome], mine: Sequence[Outcome]) -> str:
-    adam = _of(found, REFERENCE)
+    adam = of_label(found, REFERENCE)
     tasks = {o.task for o in mine}
     ratios = [_step_seconds(mine, t) / max(_step_seconds(adam, t), 1e-12) for t in tasks]
     return f"{np.median(ratios):.1f}x"
-
-
-# ---------------------------------------------------------------------------------------- pictures
-
-
-def draw_curves(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
-    """One panel a task: train loss solid, held-out dashed, bands from least to largest seed; one line a colour."""
-    from matplotlib.lines import Line2D
-
-    tasks = [task for task in plan.tasks if any(o.task == task for o in found)]
-    columns = min(3, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
-    figure = _figure(5 * columns, 3.6 * rows + 0.6)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(tasks) :]:
-        axis.axis("off")
-    colours = _colours(plan, found)
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        for label, colour in colours.items():
-            curves = [o.curve for o in _of(found, label) if o.task == task]
-            if curves:
-                _draw_seeds(axis, curves, colour, label)
-        axis.set_yscale("log")
-        axis.set_ylim(
-            *_limits([o.curve for o in found if o.task == task and o.optimizer in colours], plan.tasks[task].ceiling)
-        )
-        axis.set_title(task)
-        axis.set_xlabel("step")
-        axis.set_ylabel("loss")
-        axis.grid(alpha=0.25)
-    handles = [Line2D([], [], color=c, label=label) for label, c in colours.items()]
-    handles += [
-        Line2D([], [], color="grey", linestyle="-", label="train"),
-        Line2D([], [], color="grey", linestyle="--", label="held-out"),
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 3 * columns))
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def _draw_seeds(axis, curves, colour: str, label: str) -> None:
-    at = curves[0].at
-    for measure, style in (("train", "-"), ("held_out", "--")):
-        values = np.array([getattr(curve, measure) for curve in curves], dtype=float)
-        values[~np.isfinite(values)] = np.nan  # a diverged run ends where it diverged
-        there = ~np.isnan(values).any(axis=0)
-        steps, values = np.array(at)[there], values[:, there]
-        if not len(steps):
-            continue
-        width = 1.8 if measure == "train" else 1.1
-        axis.plot(steps, np.median(values, axis=0), style, color=colour, linewidth=width)
-        if len(curves) > 1:
-            low, high = values.min(axis=0), values.max(axis=0)
-            axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _limits(curves, ceiling: float) -> tuple[float, float]:
-    """Of the loss axis: a run that blows up must not flatten all others."""
-    values = np.array([x for c in curves for x in (*c.train, *c.held_out)], dtype=float)
-    values = values[np.isfinite(values) & (values > 0)]
-    low = float(values.min()) if len(values) else ceiling / 10
-    high = min(float(values.max()) if len(values) else ceiling, 3 * ceiling)
-    return 0.8 * low, 1.25 * max(high, 1.01 * low)
-
-
-def draw_speed_ups(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
-    """A bar an optimizer: IQM of the speed-up, its interval, and a dot a task (median of seeds)."""
-    labels = _ranked(plan, found)[::-1]
-    figure = _figure(7.5, 0.45 * len(labels) + 1.4)
-    axis = figure.subplots()
-    colours = _colours(plan, found)
-    for row, label in enumerate(labels):
-        strata = _strata(_of(found, label), lambda o: o.speed_up)
-        value, interval = iqm(np.concatenate(strata)), iqm_interval(strata)
-        axis.barh(row, value, color=colours.get(label, "lightgrey"), height=0.62, alpha=0.8)
-        if interval is not None:
-            spread = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
-            axis.errorbar(value, row, xerr=spread, color="black", capsize=3, linewidth=1)
-        dots = [np.median(s) for s in strata]
-        axis.plot(dots, [row] * len(dots), "o", color="white", markeredgecolor="black", markersize=4.5)
-    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    tuned = [f"{label} (tuned)" if plan.optimizers[label].grid else label for label in labels]
-    axis.set_yticks(range(len(labels)), tuned)
-    ticks = range(CAP + 1)
-    axis.set_xticks(ticks, [f"{CAP}+" if k == CAP else str(k) for k in ticks])
-    axis.set_xlim(0, CAP + 0.15)
-    axis.set_xlabel("speed-up over LR-tuned Adam (bar: IQM and 95 % interval, dots: tasks)")
-    axis.grid(axis="x", alpha=0.25)
-    axis.set_axisbelow(True)
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def draw_profile(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
-    """Performance profiles (Dolan and More 2002; Dahl et al. 2023, AlgoPerf, section 4.2), a line an optimizer: the
-    fraction of tasks whose speed-up (left), ratio of best held-out losses (right), median of seeds, is at least x."""
-    figure = _figure(11, 4.2)
-    left, right = figure.subplots(1, 2, sharey=True)
-    adam = {(o.task, o.seed): o.curve.best_held_out for o in _of(found, REFERENCE)}
-
-    def held_out(o: Outcome) -> float:
-        return adam[o.task, o.seed] / max(o.curve.best_held_out, 1e-30)
-
-    for axis, measure in ((left, lambda o: o.speed_up), (right, held_out)):
-        for label, colour in _colours(plan, found).items():
-            medians = np.sort([np.median(s) for s in _strata(_of(found, label), measure)])
-            share = 1 - np.arange(len(medians) + 1) / len(medians)
-            axis.step([0, *medians, medians[-1]], [1, *share], where="pre", color=colour, label=label)
-        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.grid(alpha=0.25)
-    left.set_xlim(0, CAP)
-    left.set_ylabel("fraction of tasks")
-    left.set_xlabel(f"speed-up over LR-tuned Adam at least (cap {CAP})")
-    right.set_xlim(0.5, 2)
-    right.set_xlabel("best held-out loss: LR-tuned Adam's over its own, at least")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def draw_training(folder: Path) -> bool:
-    """Draw ``training.png`` from ``log.jsonl``: meta-loss by outer step, families, running mean, validation.
-
-    False if the log has no outer step with a finite loss yet.
-    """
-    lines = [line for line in jsonl.read(folder / "log.jsonl") if "step" in line]
-    steps = [line for line in lines if line.get("loss") is not None]
-    if not steps:
-        return False
-    figure = _figure(7.5, 4.2)
-    axis = figure.subplots()
-    families = sorted({k for line in steps for k in line if k.startswith("loss/")})
-    for k, family in enumerate(families):
-        there = [line for line in steps if line.get(family) is not None]
-        colour, name = COLOURS[k % len(COLOURS)], family.removeprefix("loss/")
-        mark = ".x"[k // len(COLOURS) % 2]
-        axis.plot([x["step"] for x in there], [x[family] for x in there], mark, color=colour, label=name)
-    losses, width = np.array([line["loss"] for line in steps]), max(1, len(steps) // 10)
-    mean = np.convolve(losses, np.ones(width) / width, "valid")
-    axis.plot([x["step"] for x in steps][width - 1 :], mean, color="black", label=f"mean of {width} steps")
-    checks = [line for line in lines if line.get("validation") is not None]
-    if checks:
-        axis.plot([x["step"] for x in checks], [x["validation"] for x in checks], "k--", label="validation")
-    axis.set_xlabel("outer step")
-    axis.set_ylabel("meta-loss")
-    axis.grid(alpha=0.25)
-    figure.legend(loc="outside right upper")
-    _write(folder / "training.png", lambda temporary: figure.savefig(temporary, dpi=100))
-    return True
-
-
-def _colours(plan: Plan, found: Sequence[Outcome]) -> dict[str, str]:
-    """Of the labels that have lines of their own in pictures: the fastest and Adam, not with one rate for all tasks."""
-    shown = [label for label in _ranked(plan, found) if not plan.optimizers[label].shared]
-    if REFERENCE in shown[len(COLOURS) :]:
-        shown[len(COLOURS) - 1] = REFERENCE
-    return dict(zip(shown, COLOURS, strict=False))
-
-
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display (Agg)
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)

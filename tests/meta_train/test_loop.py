@@ -19,11 +19,10 @@ from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint
 from meta_train.__main__ import _defined, main
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
-from meta_train.loop import _fingerprints, train
-from meta_train.outer import Run, chosen, estimate, families_of_workers, horizon_at, lr_at, outer_step, score
+from meta_train.loop import Run, _fingerprints, estimate, outer_step, score, train
 from meta_train.processes import Processes
-from meta_train.progress import Interruption
-from meta_train.recipes import RECIPES, Recipe, RecipeError
+from meta_train.progress import GracefulShutdown
+from meta_train.recipes import RECIPES, Recipe, RecipeError, chosen, families_of_workers, horizon_at, lr_at
 from meta_train.throughput import throughput
 from tasks.task import TaskError
 from tests.meta_train.test_unroll import LearnedSGD, Regression
@@ -241,12 +240,12 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
-    interruption = Interruption()
-    interruption._handle(signal.SIGINT, None)  # not inside work that may end: only noted
-    assert interruption.signal == signal.SIGINT
+    shutdown = GracefulShutdown()
+    shutdown._handle(signal.SIGINT, None)  # not inside work that may end: only noted
+    assert shutdown.signal == signal.SIGINT
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    interruption._handle(signal.SIGINT, None)
+    shutdown._handle(signal.SIGINT, None)
     assert ended == [130]
 
 
