@@ -168,7 +168,7 @@ class JobProgress:
         if self.bar is not None:
             self.task = self.bar.add_task(stage, total=todo)
         elif todo < total:
-            self.say(f"{stage}: {total - todo} of {total} runs are already there")
+            self.say(f"{stage}: {total - todo} of {total} are already there")
 
     def done(self, text: str) -> None:
         """One job more."""
