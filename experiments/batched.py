@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from learned_opt.rules.base import UpdateRule
-from meta_train.curves import evaluation_batches
+from meta_train.bench.curves import evaluation_batches
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
 from tasks.task import Task

@@ -125,7 +125,7 @@ class NFNOpt(torch.optim.Optimizer):
             "paced", "nominal" and the learned rules.
         rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "paced" is
             "nominal", what the learned rules start from, at a rate that the first steps measure; it is the
-            default until a theta is better (docs/experiments.md, 18 to 20).
+            default until a theta is better (experiments, 18 to 20).
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
             out, weights and averages unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is

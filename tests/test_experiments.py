@@ -14,7 +14,7 @@ from learned_opt.rules import SHIPPED, nominal
 from learned_opt.rules.nominal import Nominal
 from learned_opt.rules.paced import Paced
 from meta_train.estimators import ES
-from meta_train.train import train
+from meta_train.loop import train
 from tasks.data import digits
 from tasks.mlp import classifier
 from tests.states import assert_same, every_model, make, noise_like

@@ -217,7 +217,7 @@ THEOREM = {
     "gpt": (lambda: transformer(activation="gelu"), tokens),
     "cnn": (cnn, lambda step: pictures(8, step)),
     # 64 x 64 and 8: with 2 pictures of 32 x 32 the last norms see two numbers each, which may all but coincide: any
-    # rounding grows 1e5 times per step then, under Adam too (docs/experiments.md, 13)
+    # rounding grows 1e5 times per step then, under Adam too (experiments, 13)
     "resnet18": (resnet18, lambda step: pictures(64, step)),
 }
 

@@ -9,8 +9,8 @@ from functools import partial
 
 from learned_opt import NFNOpt
 from meta_train.augmentation import UnitsMoved
-from meta_train.curves import run
-from meta_train.optimizers import OPTIMIZERS
+from meta_train.bench.curves import run
+from meta_train.bench.optimizers import OPTIMIZERS
 from meta_train.symmetries import symmetry_of
 from tasks.suites import VALID
 

@@ -35,7 +35,7 @@ from learned_opt.rules.nominal import (
     schedule,
     whitened_polar,
 )
-from meta_train.evaluate import suite_named
+from meta_train.bench.suites import suite_named
 from tasks.task import Task
 
 

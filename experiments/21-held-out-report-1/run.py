@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from meta_train.curves import run
-from meta_train.optimizers import adam
+from meta_train.bench.curves import run
+from meta_train.bench.optimizers import adam
 from tasks import suites
 
 

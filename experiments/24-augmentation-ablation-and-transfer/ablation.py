@@ -29,8 +29,8 @@ from learned_opt.rules import make_rule
 from meta_train import jsonl
 from meta_train.augmentation import augmented
 from meta_train.estimators import ES
+from meta_train.loop import train
 from meta_train.recipes import shipped
-from meta_train.train import train
 from tasks.suites import VALID
 
 CELLS = (  # rule, augmentation

@@ -19,8 +19,8 @@ import torch
 
 from learned_opt import NFNOpt
 from meta_train import jsonl
-from meta_train.curves import horizon_speed_up, iqm, iqm_interval, run
-from meta_train.evaluate import pool
+from meta_train.bench.curves import horizon_speed_up, iqm, iqm_interval, run
+from meta_train.bench.jobs import pool
 from meta_train.symmetries import symmetry_of
 from tasks.data import Noisy, photos
 from tasks.residual import mlp_classifier

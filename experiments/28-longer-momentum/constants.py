@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from batched import PLAIN, SEEDS, compare, final_losses
 
 from learned_opt.rules import make_rule
-from meta_train.evaluate import suite_named
+from meta_train.bench.suites import suite_named
 from tasks.task import Task
 
 

@@ -28,9 +28,9 @@ from learned_opt.rules.nominal import View, polar_directions, polar_size, pull, 
 from learned_opt.rules.paced import Paced
 from learned_opt.rules.whitening import Whitening
 from meta_train.estimators import ES
-from meta_train.outer import generator_of
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
+from tasks.seeds import generator_of
 from tasks.suites import TRAIN
 
 HEADS = ("gain", "slow", "adam", "shrink", "vgain", "vslow")
@@ -112,7 +112,7 @@ def layer_features(v: View, x: Tensor, clock: Tensor, total_steps: Tensor) -> Te
 
 def sample(rule: Corrected, family: str, call: int, estimator: ES) -> dict:
     """One call of the estimator on a fresh task."""
-    generator = generator_of(2, "grad", call, list(TRAIN).index(family))
+    generator = generator_of(2, "grad", (call, list(TRAIN).index(family)))
     task = TRAIN[family](generator)
     unroll = Unroll(task, rule, symmetry_of(task), (200, 400), end_weight=8.0, transform="log", floor=1e-4)
     theta = {n: p.detach() for n, p in rule.named_parameters()}

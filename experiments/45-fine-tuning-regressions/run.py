@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import bootstrap
 
-from meta_train.curves import iqm
-from meta_train.evaluate import REFERENCE, carry_out, final_curve, make_plan, search_horizon
+from meta_train.bench.curves import iqm
+from meta_train.bench.evaluate import carry_out, make_plan
+from meta_train.bench.outcomes import REFERENCE, final_curve, search_horizon
 
 
 def main() -> None:

@@ -3,14 +3,14 @@
     python experiments/50-first-users-and-adapters/run.py [--seeds 3] [--tasks 19] [--repeats 200]
 
 Task means are drawn once, from N(0, 1); a repeat adds noise of N(0, 1) per seed. The truth is the interquartile mean
-over very many seeds. Prints the share of repeats whose interval (:func:`meta_train.curves.iqm_interval`) holds it.
+over very many seeds. Prints the share of repeats whose interval (``iqm_interval``) holds it.
 """
 
 import argparse
 
 import numpy as np
 
-from meta_train.curves import iqm, iqm_interval
+from meta_train.bench.curves import iqm, iqm_interval
 
 
 def main() -> None:

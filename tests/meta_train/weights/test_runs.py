@@ -17,20 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from meta_train.errors import UnknownName, UsageError
 from meta_train.weights import __main__ as command
 from meta_train.weights import cnn
 from meta_train.weights.runs import (
     Cell,
     Grid,
-    GridError,
     Job,
     Run,
-    UnknownName,
-    append_run,
+    Store,
     cells,
     draw,
     markdown,
-    read_runs,
     run_grid,
     write_results,
     zoo_digest,
@@ -65,17 +63,17 @@ def test_finished_jobs_are_never_repeated(tmp_path, workers):
     assert [run.job for run in whole] == jobs()
     assert sorted(log.read_text().splitlines()) == sorted(job.key for job in jobs())
     assert [run.measures["tau"] for run in whole] == [count(job)["tau"] for job in jobs()]
-    assert all(math.isnan(run.measures["bad"]) for run in read_runs(path).values())
+    assert all(math.isnan(run.measures["bad"]) for run in Store(path).runs.values())
     other = [replace(job, settings={"epochs": 3}) for job in jobs(1)]  # other settings are other jobs
     run_grid(other, work, path, say=quiet)
-    assert len(read_runs(path)) == len(jobs()) + len(other)
+    assert len(Store(path).runs) == len(jobs()) + len(other)
 
 
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path
     from meta_train.weights.runs import Job, run_grid
-    from tests.test_weight_runs import jobs
+    from tests.meta_train.weights.test_runs import jobs
 
     def work(job):
         if job == jobs()[5]:
@@ -91,9 +89,9 @@ def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(path)]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, stdout=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
-    assert len(read_runs(path)) == 5
+    assert len(Store(path).runs) == 5
     path.write_bytes(path.read_bytes()[:-10])  # and the last line was cut off
-    assert len(read_runs(path)) == 4
+    assert len(Store(path).runs) == 4
     done = []
 
     def work(job):
@@ -103,14 +101,14 @@ def test_a_killed_grid_goes_on_where_it_stopped(tmp_path):
     runs = run_grid(jobs(), work, path, say=quiet)
     assert done == jobs()[4:]
     assert [run.measures["tau"] for run in runs] == [1.0] * 4 + [2.0] * 8
-    assert len(read_runs(path)) == 12
+    assert len(Store(path).runs) == 12
 
 
 SLOW = """
     import sys
     from pathlib import Path
     from meta_train.weights.runs import run_grid
-    from tests.test_weight_runs import jobs, sleep
+    from tests.meta_train.weights.test_runs import jobs, sleep
 
     if __name__ == "__main__":
         run_grid(jobs(), sleep, Path(sys.argv[1], "runs.jsonl"), workers=2)
@@ -151,19 +149,19 @@ def test_workers_end_with_their_parent(tmp_path, number):
 
 def test_a_grid_of_nothing_says_so_and_leaves_files(tmp_path, monkeypatch):
     for wrong in ({"seeds": 0}, {"workers": 0}):
-        with pytest.raises(GridError, match="is 0. It must be at least 1"):
+        with pytest.raises(UsageError, match="must be 1 or more, not 0"):
             Grid(tmp_path, **wrong)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(GridError, match="no GPU"):
+    with pytest.raises(UsageError, match="no GPU"):
         Grid(tmp_path, device="cuda")
-    with pytest.raises(GridError, match="nothing to run"):
+    with pytest.raises(UsageError, match="nothing to run"):
         run_grid([], count, tmp_path / "runs.jsonl", say=quiet)
     (tmp_path / "table.md").write_text("the old one")
     with pytest.raises(SystemExit, match="no runs to report"):
         command.main(["cnn", "--out", str(tmp_path), "--report-only"])
     assert (tmp_path / "table.md").read_text() == "the old one" and len(list(tmp_path.iterdir())) == 1
     for wrong in ("inr-classification --batch", "inr-editing --pixels", "cnn --batch", "transformer --count"):
-        with pytest.raises(SystemExit, match="error: --.* is 0"):
+        with pytest.raises(SystemExit, match="error: .* must be 1 or more, not 0"):
             command.main([*wrong.split(), "0", "--out", str(tmp_path)])
 
 
@@ -189,14 +187,14 @@ def test_the_table_holds_means_and_standard_errors(tmp_path):
     assert cell.error == pytest.approx(statistics.stdev(taus) / math.sqrt(3))
     text = markdown(found, {("two", "b"): 0.9}, digits=2, titles={"a": "A"})
     assert text.splitlines() == [
-        "| | A | b |",
-        "|---|---|---|",
-        "| one | 0.51 ± 0.01 | 0.51 ± 0.01 |",
+        "|     | A           | b                 |",
+        "|-----|-------------|-------------------|",
+        "| one | 0.51 ± 0.01 | 0.51 ± 0.01       |",
         "| two | 0.71 ± 0.01 | 0.71 ± 0.01 (0.9) |",
     ]
     assert cells(runs[:1], "tau")["one", "a"] == Cell(0.5, None, 1, 1.0)
     assert markdown(cells(runs[:1] + runs[3:4], "tau"), {}) == (
-        "| | a | b |\n|---|---|---|\n| one | 0.500 | - |\n| two | - | 0.700 |"
+        "|     | a     | b     |\n|-----|-------|-------|\n| one | 0.500 | -     |\n| two | -     | 0.700 |"
     )
     write_results(tmp_path, runs, "tau", title="T", published={("two", "b"): 0.9}, about={"x": 1})
     told = json.loads((tmp_path / "table.json").read_text())
@@ -211,8 +209,8 @@ def test_the_table_holds_means_and_standard_errors(tmp_path):
 def test_a_line_after_a_cut_one_is_its_own(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"job": {"meth')
-    append_run(path, Run(jobs()[0], {"tau": 1.0}, 0.0))
-    assert [run.measures for run in read_runs(path).values()] == [{"tau": 1.0}]
+    Store(path).add(jobs()[0], Run(jobs()[0], {"tau": 1.0}, 0.0))
+    assert [run.measures for run in Store(path).runs.values()] == [{"tau": 1.0}]
 
 
 def test_names_are_chosen_or_refused():
@@ -332,24 +330,26 @@ def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     command.main([*options, "--datasets", "relu", "relu-10000", "--seeds", "1"])
     assert (tmp_path / "out" / "relu.png").exists()
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| StatNN |" in table and "| Monomial |" in table and "0.922" in table
+    assert "| StatNN " in table and "| Monomial " in table and "0.922" in table
     capsys.readouterr()
     command.main([*options, "--datasets", "relu", "--seeds", "2"])
-    assert "4 jobs, 2 of them done before" in capsys.readouterr().out
+    assert "runs: 2 of 4 are already there" in capsys.readouterr().out
     lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
     expected = (tmp_path / "out" / "table.md").read_text()
     command.main([*options, "--report-only", "--datasets", "relu", "--seeds", "2"])
     assert (tmp_path / "out" / "table.md").read_text() == expected
     command.main([*options, "--report-only"])
     assert (tmp_path / "out" / "runs.jsonl").read_text().splitlines() == lines
-    assert "| | ReLU, original | ReLU, U[1, 10000] |" in (tmp_path / "out" / "table.md").read_text()
+    header = (tmp_path / "out" / "table.md").read_text().splitlines()[4]
+    assert [cell.strip() for cell in header.split("|")[2:4]] == ["ReLU, original", "ReLU, U[1, 10000]"]
     cnn.dataset_of.cache_clear()
     capsys.readouterr()
     chunk = tmp_path / "zoo" / "chunks" / "000000-000010.safetensors"
     zoo = Zoo.load(chunk)
     replace(zoo, targets=zoo.targets.flip(0)).save(chunk)
     command.main([*options, "--datasets", "relu", "--seeds", "1"])
-    assert "2 jobs, 0 of them done before" in capsys.readouterr().out  # another zoo, other jobs
+    said = capsys.readouterr().out
+    assert "[runs 2/2]" in said and "already there" not in said  # another zoo, other jobs
     cnn.dataset_of.cache_clear()
 
 

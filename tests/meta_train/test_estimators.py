@@ -8,7 +8,7 @@ from torch.func import functional_call
 from learned_opt.rules.base import UpdateRule
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
 from meta_train.unroll import Trace, Unroll
-from tests.test_unroll import LearnedSGD, Regression, make, naive_losses, seeded, theta_of
+from tests.meta_train.test_unroll import LearnedSGD, Regression, make, naive_losses, seeded, theta_of
 
 
 class Drive(UpdateRule):

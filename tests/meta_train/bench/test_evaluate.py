@@ -21,19 +21,21 @@ from torch import nn
 from torch.func import functional_call
 
 import learned_opt
-from meta_train import curves as cv
-from meta_train import evaluate as ev
-from meta_train import optimizers as op
-from meta_train import report as rp
 from meta_train.__main__ import main
-from meta_train.curves import CAP, Curve
-from meta_train.evaluate import evaluate
-from meta_train.optimizers import UnknownName
-from meta_train.store import Job, Plan, PlannedOptimizer, PlannedTask, Store
-from meta_train.suites import task_fingerprint
+from meta_train.bench import curves as cv
+from meta_train.bench import evaluate as ev
+from meta_train.bench import optimizers as op
+from meta_train.bench import report as rp
+from meta_train.bench.curves import CAP, Curve
+from meta_train.bench.evaluate import evaluate
+from meta_train.bench.outcomes import HORIZON_CAP, HORIZONS, Outcome
+from meta_train.bench.pictures import colours_of
+from meta_train.bench.store import Job, Plan, PlannedOptimizer, PlannedTask, Store
+from meta_train.bench.suites import task_fingerprint
+from meta_train.errors import UnknownName, UsageError
 from tasks.task import TaskError
 
-HERE = Path(__file__).parent
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 ME = f"{Path(__file__).stem}:SUITE"  # the suite of this file, by name, as workers find it
 
 
@@ -438,14 +440,14 @@ def test_tuning_picks_the_right_rate_on_a_quadratic(tmp_path):
 
 def test_a_task_is_identified_but_for_rounding():
     task = Quadratic()
-    found = ev.task_fingerprint(task)
+    found = task_fingerprint(task)
 
     def changed(change):
         other = Quadratic()
         start, held = other.init, other.held_out
         other.init = lambda g: {n: change(x) for n, x in start(g).items()}
         other.held_out = lambda: tuple(change(x) for x in held())
-        return ev.task_fingerprint(other)
+        return task_fingerprint(other)
 
     assert changed(lambda x: x * (1 + 1e-7)) == found
     assert changed(lambda x: x * 1.01) != found
@@ -500,18 +502,20 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
 
     assert (group("nfn:nominal")["lr"], group("nfn:nominal")["total_steps"]) == (1, 7)
     assert (group("nfn:nominal@lr=0.3")["lr"], group("nfn:nominal@lr=0.3")["total_steps"]) == (0.3, 7)
-    assert (group("nfn:nominal@untold@lr=3")["lr"], group("nfn:nominal@untold")["total_steps"]) == (3, None)
+    free = "nfn:nominal@without-total-steps"
+    assert (group(f"{free}@lr=3")["lr"], group(free)["total_steps"]) == (3, None)
     plan = ev.make_plan(
         "VALID", ["vit-digits"], ["low=nfn:nominal@lr=0.3", "nfn:nominal@lr=3"], 1, 1, (), None, 9, None
     )
     assert [o.name for o in plan.optimizers.values()] == ["adam", "nfn:nominal@lr=0.3", "nfn:nominal@lr=3"]
     assert list(plan.optimizers) == ["adam", "low", "nfn:nominal@lr=3"]
-    thetas = {op.optimizer_named(f"nfn:nominal{option}")[1] for option in ("", "@lr=3", "@lr=0.3", "@untold")}
+    names = (free, *(f"nfn:nominal{option}" for option in ("", "@lr=3", "@lr=0.3")))
+    thetas = {op.optimizer_named(name)[1] for name in names}
     assert len(thetas) == 4  # else one would take the other's runs for its own
     default = inspect.signature(learned_opt.NFNOpt).parameters["rule"].default
     assert op.optimizer_named("nfnopt@lr=2")[1] == op.optimizer_named("nfn:paced@lr=2")[1]
     assert f"nfn:{default}" == op.DEFAULT
-    for wrong in ("lr", "lr=fast", "told", "untold=1", "0.3"):
+    for wrong in ("lr", "lr=fast", "told", "without-total-steps=1", "0.3"):
         with pytest.raises(UnknownName, match="@lr=NUMBER"):
             op.optimizer_named(f"nfn:nominal@{wrong}")
 
@@ -519,8 +523,8 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
 # ------------------------------------------------------------------------------- whole evaluations
 
 
-def test_horizon_speed_up_of_an_untold_optimizer_is_read_off_its_curve(tmp_path):
-    spec = "free=nfn:nominal@untold"
+def test_horizon_speed_up_of_an_optimizer_without_total_steps_is_read_off_its_curve(tmp_path):
+    spec = "free=nfn:nominal@without-total-steps"
     found = measure(tmp_path, [spec], tasks=["regression"], seeds=1, horizon=["free/adam"], grids={"adam": (1e-4,)})
     (free,) = (o for o in found if o.optimizer == "free")
     (adam,) = (o for o in found if o.optimizer == "adam")
@@ -533,13 +537,15 @@ def test_horizon_speed_up_of_an_untold_optimizer_is_read_off_its_curve(tmp_path)
     assert runs.count(task.steps) == 2  # Adam's tuning run and one of the rule
 
 
-@pytest.mark.parametrize(("spec", "rate"), [("sgdm", 100.0), ("sgdm", 1e-2), ("nfn:nominal@untold@lr=1e9", None)])
+@pytest.mark.parametrize(
+    ("spec", "rate"), [("sgdm", 100.0), ("sgdm", 1e-2), ("nfn:nominal@without-total-steps@lr=1e9", None)]
+)
 def test_horizon_speed_up_over_an_optimizer_that_diverged(tmp_path, spec, rate):
     grids = {"adam": (1e6,), "sgdm": (rate,)}
     found = measure(tmp_path, [f"mine={spec}"], tasks=["regression"], seeds=1, horizon=["mine/adam"], grids=grids)
     (mine,) = (o for o in found if o.optimizer == "mine")
     assert mine.curve.diverged == (rate != 1e-2)
-    assert mine.horizon_speed_ups == {"adam": 0.0 if mine.curve.diverged else ev.HORIZON_CAP}
+    assert mine.horizon_speed_ups == {"adam": 0.0 if mine.curve.diverged else HORIZON_CAP}
     text = rp.report(tmp_path)
     assert ("| 10+ " in text) != mine.curve.diverged and "10.00" not in text
 
@@ -638,12 +644,12 @@ def test_horizon_speed_up(tmp_path, rate):
     def loss(r):
         return cv.run(Quadratic(), lambda m, steps: op.sgdm(m, rate, steps), 0, round(40 * r)).final_train
 
-    assert value == pytest.approx(cv.horizon_speed_up({r: loss(r) for r in ev.HORIZONS}, target))
+    assert value == pytest.approx(cv.horizon_speed_up({r: loss(r) for r in HORIZONS}, target))
     assert value > 1 if rate == 1e-1 else value < 1
     assert "horizon speed-up over adam" in rp.report(tmp_path)
     assert f"{len(Store(tmp_path / 'runs.jsonl').runs)} runs: 0.0 hours" in rp.report(tmp_path)
     rows = [line.split() for line in rp.report(tmp_path).splitlines()]
-    shown = "10+" if value == ev.HORIZON_CAP else f"{value:.2f}"
+    shown = "10+" if value == HORIZON_CAP else f"{value:.2f}"
     assert ["|", "sgdm", "|", shown, "|"] in [row[:5] for row in rows]
     assert (shown == "10+") == (rate == 1e-1)
     pair = measure(tmp_path, ["sgdm"], seeds=1, horizon=["sgdm/adam"], grids=grids)
@@ -659,9 +665,9 @@ def test_workers_give_what_one_process_gives(tmp_path):
 
 ORPHANS = """
 import multiprocessing, sys, time
-from meta_train.evaluate import _worker
+from meta_train.bench.jobs import begin_worker
 def work():
-    _worker()
+    begin_worker()
     print("begun", flush=True)
     time.sleep(100)
 if __name__ == "__main__":
@@ -674,7 +680,7 @@ if __name__ == "__main__":
 
 def test_a_killed_evaluation_takes_its_workers_along(tmp_path):
     (tmp_path / "parent.py").write_text(ORPHANS)
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
         [sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -722,11 +728,11 @@ def test_pictures_show_the_fastest_and_adam_each_in_a_colour_of_its_own():
     speed_ups = {f"o{i}": 9.0 - i for i in range(9)} | {"adam": 0.5, "o0@all": 8.5}
     optimizers = {n: PlannedOptimizer(n, "", None, shared="@" in n) for n in reversed(speed_ups)}
     plan = Plan("S", {"t": PlannedTask(10, 1.0, "f")}, optimizers, seeds=1, tuning_seeds=1)
-    found = [ev.Outcome(n, "t", 0, None, False, curve([1.0]), x, False, x, {}) for n, x in speed_ups.items()]
-    colours = rp._colours(plan, found)
+    found = [Outcome(n, "t", 0, None, False, curve([1.0]), x, False, x, {}) for n, x in speed_ups.items()]
+    colours = colours_of(plan, found)
     assert list(colours) == [*(f"o{i}" for i in range(7)), "adam"]
     assert len(set(colours.values())) == 8
-    assert list(rp._colours(plan, found[:3])) == ["o0", "o1", "o2"]
+    assert list(colours_of(plan, found[:3])) == ["o0", "o1", "o2"]
 
 
 def test_report_of_an_unfinished_evaluation_shows_what_is_there(tmp_path):
@@ -805,7 +811,7 @@ def test_unknown_names_list_the_valid_ones(tmp_path):
     with pytest.raises(UnknownName, match="VALID, HELD_OUT"):
         measure(tmp_path, suite="no.such.module:SUITE")
     for attribute in ("FAMILIES", "LIST", "measure"):
-        with pytest.raises(op.BadInput, match="must be a dict of functions without arguments"):
+        with pytest.raises(UsageError, match="must be a dict of functions without arguments"):
             measure(tmp_path, suite=ME.replace("SUITE", attribute))
     with pytest.raises(UnknownName, match="Valid labels: adam, sgdm"):
         measure(tmp_path, horizon=["muon"])
@@ -867,7 +873,7 @@ def test_fields_of_a_recipe_are_options_of_train(monkeypatch, tmp_path):
     from meta_train.recipes import RECIPES
 
     seen = []
-    monkeypatch.setattr("meta_train.train.train", lambda recipe, out, resume, **_: seen.append((recipe, out, resume)))
+    monkeypatch.setattr("meta_train.loop.train", lambda recipe, out, resume, **_: seen.append((recipe, out, resume)))
     main(["train", "tiny", "--outer-steps", "7", "--resume", "never", "--out", str(tmp_path)])
     recipe, out, resume = seen[0]
     assert (recipe.outer_steps, out, resume) == (7, tmp_path, "never")
@@ -885,7 +891,7 @@ def test_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path)
 def test_ctrl_c_leaves_a_valid_file_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "meta_train", "evaluate", "--suite", ME, "--workers", "2"]
     command += ["--optimizers", "sgdm", "--steps", "2000", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("[tuning 2/"):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meta_train.optimizers import MakeOptimizer, load_weights
+from meta_train.bench.optimizers import MakeOptimizer, load_weights
 from tasks.task import check_losses
 
 POINTS = 50  # evaluation points of a run of the task's own length
@@ -74,7 +74,7 @@ def run(task: Any, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Curv
         task: see ``tasks.task.Task``.
         make_optimizer: ``(model, steps=steps) -> (optimizer, scheduler or None)``.
         seed: of the initial weights and the data.
-        steps: how many steps to take; also the horizon that the optimizer is told.
+        steps: how many steps to take; also the optimizer's ``total_steps``.
 
     Raises:
         TaskError: a measured loss is below zero.
@@ -195,7 +195,7 @@ def reaches(loss: float, target: float) -> bool:
 
 
 def horizon_speed_up(losses: Mapping[float, float], target: float) -> float:
-    """``1 / r`` for the multiple r of a task's steps at which an optimizer that is told it ends at ``target``.
+    """``1 / r`` for the multiple r of a task's steps that, as its ``total_steps``, take an optimizer to ``target``.
 
     Args:
         losses: final train loss by the multiple of the steps. Between the shortest run that reaches the target and

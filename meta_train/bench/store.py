@@ -1,13 +1,14 @@
-"""What an evaluation is to do and what is done: the plan, its jobs, and ``runs.jsonl``."""
+"""What an evaluation of optimizers is to do and what is done: the plan, its jobs, and ``runs.jsonl``."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from meta_train import jsonl
-from meta_train.curves import Curve
-from meta_train.optimizers import BadInput
+from meta_train.bench import jobs
+from meta_train.bench.curves import Curve
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PlannedOptimizer:
     theta: str
     grid: tuple[float, ...] | None
     shared: bool = False
-    told: bool = True  # if not the number of steps, every beginning of its run is a shorter run
+    with_total_steps: bool = True  # without, every beginning of its run is a shorter run
 
 
 @dataclass(frozen=True)
@@ -76,42 +77,41 @@ class Job:
         return (self.suite, self.task, self.fingerprint, name, self.theta, self.lr, self.seed, self.steps)
 
 
-Runs = dict[tuple, Curve]
+Runs = dict[Hashable, Curve]
 
 
-@dataclass
-class Store:
-    """``runs.jsonl``: one line a plan or a finished run, only ever appended to.
+class Store(jobs.Store[Job, Curve]):
+    """``runs.jsonl`` of an evaluation: one line a plan or a finished run."""
 
-    Raises:
-        BadInput: a line is of something else.
-    """
+    holds = "of an evaluation"
 
-    path: Path
-    runs: Runs = field(default_factory=dict)
-    plan: Plan | None = None
+    def __init__(self, path: Path) -> None:
+        self.plan: Plan | None = None
+        super().__init__(path)
 
-    def __post_init__(self) -> None:
-        for record in jsonl.read(self.path):  # a run whose line a crash cut off is done again
-            try:
-                self._take(record)
-            except (AttributeError, KeyError, TypeError) as error:
-                raise BadInput(f"{self.path} is not of an evaluation ({error!r}). Name another folder.") from None
-
-    def _take(self, record: dict[str, Any]) -> None:
+    def take(self, record: dict[str, Any]) -> None:
+        """A plan or a run."""
         if "plan" in record:
             self.plan = Plan.from_dict(record["plan"])
         else:
             self.runs[Job(**record["job"]).key] = _curve_from(record["curve"])
 
     def add_plan(self, plan: Plan) -> None:
+        """From now on this is the plan."""
         self.plan = plan
         jsonl.append(self.path, {"plan": asdict(plan)})
 
-    def add(self, job: Job, curve: Curve) -> None:
-        self.runs[job.key] = curve
-        values = {**asdict(curve), "train": _finite(curve.train)}
-        jsonl.append(self.path, {"job": asdict(job), "curve": {**values, "held_out": _finite(curve.held_out)}})
+    def record(self, job: Job, result: Curve) -> dict[str, Any]:
+        """Losses with six digits, infinite ones as null."""
+        losses = {"train": _finite(result.train), "held_out": _finite(result.held_out)}
+        return {"job": asdict(job), "curve": {**asdict(result), **losses}}
+
+    def describe(self, job: Job, result: Curve) -> str:
+        """Task, optimizer, rate, seed, steps and final loss."""
+        rate = "" if job.lr is None else f" lr {job.lr:g}"
+        loss = "diverged" if result.diverged else f"train loss {result.final_train:.4g}"
+        what = f"{job.task} {job.optimizer}{rate} seed {job.seed} {job.steps} steps"
+        return f"{what}: {loss} ({result.seconds:.1f} s)"
 
 
 def _finite(losses: list[float]) -> list[float | None]:

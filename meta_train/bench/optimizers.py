@@ -7,11 +7,10 @@ extra ``benchmark``.
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,19 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from learned_opt.checkpoint import digest
 from learned_opt.symmetry.infer import infer_symmetry
+from meta_train.bench.jobs import short_hash
+from meta_train.errors import UnknownName
 from tasks.transformer import Transformer
 
 Made = tuple[torch.optim.Optimizer, LRScheduler | None]
 MakeOptimizer = Callable[..., Made]
-
-
-class BadInput(ValueError):
-    """What is asked for cannot be done; the message says why, and what to do."""
-
-
-class UnknownName(BadInput):
-    """A name that stands for nothing; the message lists the valid ones, or says what to do."""
 
 
 # ---------------------------------------------------------------------------------------- factories
@@ -124,13 +118,13 @@ def learned(
     rule: Any,
     symmetry: Any = "infer",
     factor: float = 1.0,
-    told: bool = True,
+    with_total_steps: bool = True,
 ):
-    """NFNOpt with a rule at ``factor`` times its rate, told the symmetry and, if ``told``, the number of steps."""
+    """NFNOpt with a rule at ``factor`` times its rate, given the symmetry and, if ``with_total_steps``, the steps."""
     from learned_opt import NFNOpt
 
-    horizon = steps if told else None
-    return NFNOpt(model.named_parameters(), symmetry=symmetry, lr=factor, total_steps=horizon, rule=rule), None
+    total_steps = steps if with_total_steps else None
+    return NFNOpt(model.named_parameters(), symmetry=symmetry, lr=factor, total_steps=total_steps, rule=rule), None
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -138,12 +132,12 @@ def learned(
 
 class Entry(NamedTuple):
     """How to make an optimizer, the learning rates to choose from (None: nothing to tune), the package that it needs,
-    and whether it is told the number of steps where it could use it."""
+    and whether it is given ``total_steps`` where it could use them."""
 
     factory: MakeOptimizer
     grid: tuple[float, ...] | None
     needs: str | None = None
-    told: bool = True
+    with_total_steps: bool = True
 
 
 def half_decades(low: float, high: float) -> tuple[float, ...]:
@@ -181,7 +175,7 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
     """The entry of a name, and for NFNOpt the hash of what it does ("" for the others).
 
     ``nfnopt`` is NFNOpt as it is, ``nfn:RULE`` with that rule: a name in ``learned_opt.rules.RULES`` or a checkpoint.
-    At the end of both ``@lr=0.3`` multiplies its rate, ``@untold`` does not tell it the number of steps.
+    At the end of both ``@lr=0.3`` multiplies its rate, ``@without-total-steps`` leaves those out.
     """
     if name in OPTIMIZERS:
         entry = OPTIMIZERS[name]
@@ -213,19 +207,20 @@ def optimizer_named(name: str) -> tuple[Entry, str]:
     except ValueError as error:  # a damaged file, or one for another version of the rule
         raise UnknownName(f"optimizer {name!r}: {error}") from error
     theta = "@".join([rule_fingerprint(module), *sorted(options)])
-    return Entry(partial(learned, rule=module, **settings), None, told=settings.get("told", True)), theta
+    with_total_steps = settings.get("with_total_steps", True)
+    return Entry(partial(learned, rule=module, **settings), None, with_total_steps=with_total_steps), theta
 
 
 def _option(text: str) -> tuple[str, float | bool]:
-    if text == "untold":
-        return "told", False
+    if text == "without-total-steps":
+        return "with_total_steps", False
     if text.startswith("lr="):
         with contextlib.suppress(ValueError):
             factor = float(text.removeprefix("lr="))
             if 0 < factor < math.inf:
                 return "factor", factor
     raise UnknownName(
-        f"unknown option @{text} of NFNOpt: use @lr=NUMBER, positive and finite, or @untold to hide the horizon."
+        f"unknown option @{text} of NFNOpt: use @lr=NUMBER, positive and finite, or @without-total-steps."
     )
 
 
@@ -248,7 +243,8 @@ def rule_fingerprint(rule: nn.Module) -> str:
         for model, inputs, steps, count, down in runs
         for name, p, start in _trained(model, inputs, rule, steps, count, down)
     ]
-    return digest(moved, dict(rule.state_dict()))
+    theta = dict(rule.state_dict())
+    return short_hash(*moved, *([digest(theta)] if theta else []))
 
 
 def _fingerprint_networks() -> list[tuple[nn.Module, Tensor]]:
@@ -286,16 +282,6 @@ def _trained(
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
     return list(model.named_parameters())
-
-
-def digest(text: Iterable[Any], tensors: Mapping[str, Tensor]) -> str:
-    """Hash of what is printed of some things, and of tensors by name."""
-    digest = hashlib.sha256("\n".join(map(str, text)).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()

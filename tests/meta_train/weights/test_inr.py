@@ -221,17 +221,18 @@ def test_classification_from_nothing_to_table(folder, tmp_path, capsys):
     before = (tmp_path / "runs.jsonl").read_text()
     inr.classification(grid, settings, zoo=zoo, count=60, data=data)
     assert (tmp_path / "runs.jsonl").read_text() == before
-    assert "8 of them done before" in capsys.readouterr().out
+    assert "runs: 8 of " in capsys.readouterr().out
     assert "All train on 45 networks" in (tmp_path / "table.md").read_text()
     other = Zoo.load(zoo / "zoo.safetensors")
     replace(other, targets=other.targets.flip(0)).save(tmp_path / "other" / "zoo.safetensors")
     grid = Grid(tmp_path, seeds=1, methods=("MLP",))
     inr.classification(grid, settings, zoo=tmp_path / "other", count=60, data=data)
-    assert "1 jobs, 0 of them done before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[runs 1/1]" in said and "already there" not in said
 
 
 def test_notes_are_those_of_the_stored_tables():
-    stored = Path(__file__).parents[1] / "experiments" / "results" / "weights" / "inr" / "classification" / "table.md"
+    stored = Path(__file__).parents[3] / "experiments" / "results" / "weights" / "inr" / "classification" / "table.md"
     assert inr.NOTE.format(train=7_500) in stored.read_text()
 
 

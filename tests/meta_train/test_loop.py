@@ -19,14 +19,13 @@ from learned_opt.rules import RULES, SHIPPED
 from meta_train import checkpoint
 from meta_train.__main__ import _defined, main
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
-from meta_train.outer import Run, chosen, estimate, families_of_workers, horizon_at, lr_at, outer_step, score
+from meta_train.loop import Run, _fingerprints, estimate, outer_step, score, train
 from meta_train.processes import Processes
-from meta_train.progress import Interruption
-from meta_train.recipes import RECIPES, Recipe, RecipeError
+from meta_train.progress import GracefulShutdown
+from meta_train.recipes import RECIPES, Recipe, RecipeError, chosen, families_of_workers, horizon_at, lr_at
 from meta_train.throughput import throughput
-from meta_train.train import _fingerprints, train
 from tasks.task import TaskError
-from tests.test_unroll import LearnedSGD, Regression
+from tests.meta_train.test_unroll import LearnedSGD, Regression
 
 
 class Slow(LearnedSGD):
@@ -155,9 +154,9 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import meta_train.train as module
+import meta_train.loop as module
 from learned_opt.rules import RULES, SHIPPED
-from tests.test_train import RECIPE, run
+from tests.meta_train.test_loop import RECIPE, run
 number, function = int(sys.argv[2]), getattr(module, sys.argv[3])
 def deadly(*args):
     state = args[5] if sys.argv[3] == "estimate" else args[1].step
@@ -172,7 +171,7 @@ run(RECIPE, Path(sys.argv[1]))
 TOGETHER = """
 import sys
 from pathlib import Path
-from tests.test_train import PAIR, run
+from tests.meta_train.test_loop import PAIR, run
 run(PAIR, Path(sys.argv[1]))
 """
 PAIR = replace(RECIPE, families={"wide": 1.0, "easy": 1.0}, workers=4, tasks_per_step=3)
@@ -180,7 +179,7 @@ PAIR = replace(RECIPE, families={"wide": 1.0, "easy": 1.0}, workers=4, tasks_per
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     (tmp_path / "script.py").write_text(TOGETHER)
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(tmp_path / "script.py"), str(tmp_path / "two")],
@@ -206,7 +205,7 @@ def test_work_is_dealt_once_and_evenly():
 
 def killed(out, number, where):
     """Run until a signal arrives in outer step 3."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, str(out), str(int(number)), where],
         cwd=root,
@@ -241,12 +240,12 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
-    interruption = Interruption()
-    interruption._handle(signal.SIGINT, None)  # not inside work that may end: only noted
-    assert interruption.signal == signal.SIGINT
+    shutdown = GracefulShutdown()
+    shutdown._handle(signal.SIGINT, None)  # not inside work that may end: only noted
+    assert shutdown.signal == signal.SIGINT
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    interruption._handle(signal.SIGINT, None)
+    shutdown._handle(signal.SIGINT, None)
     assert ended == [130]
 
 
@@ -480,7 +479,7 @@ def test_start_from_a_theta(tmp_path):
 
 
 def test_the_documented_recipe_fine_tunes_the_shipped_theta(tmp_path):
-    document = (Path(__file__).parent.parent / "docs" / "meta_training.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[2] / "docs" / "meta_training.md").read_text(encoding="utf-8")
     mine = tmp_path / "my_recipe.py"
     mine.write_text(document.split("```python\n")[1].split("```")[0])
     quick = ["--outer-steps", "1", "--horizon", "3", "4", "--checkpoint-every", "1"]

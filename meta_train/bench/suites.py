@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from meta_train.optimizers import BadInput, UnknownName, digest
+from meta_train.bench.jobs import short_hash
+from meta_train.errors import UnknownName, UsageError
 
 
 def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[], Any]]:
@@ -24,7 +25,7 @@ def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[],
         except (ModuleNotFoundError, AttributeError) as error:
             raise UnknownName(f"no suite {name!r}: {error}. Valid: VALID, HELD_OUT.") from None
         if not (isinstance(found, Mapping) and all(map(_makes, found.values()))):
-            raise BadInput(f"{name} is no suite: it must be a dict of functions without arguments, each of a task.")
+            raise UsageError(f"{name} is no suite: it must be a dict of functions without arguments, each of a task.")
         return found
     from tasks import suites
 
@@ -32,7 +33,7 @@ def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[],
         try:
             return suites.held_out(data)
         except FileNotFoundError as error:
-            raise BadInput(str(error)) from None
+            raise UsageError(str(error)) from None
     if name == "VALID":
         return suites.VALID
     raise UnknownName(f"unknown suite {name!r}. Valid suites: VALID, HELD_OUT, or package.module:DICT.")
@@ -75,7 +76,7 @@ def task_fingerprint(task: Any) -> str:
     seen = [f"{name} {tuple(x.shape)} {x.dtype} {_glimpse(x)}" for name, x in sorted(tensors.items())]
     with torch.no_grad():
         loss = float(task.loss(weights, batches["train"]))
-    return digest((task.model, task.steps, f"{task.ceiling:.6g}", f"{loss:.2e}", *seen), {})
+    return short_hash(task.model, task.steps, f"{task.ceiling:.6g}", f"{loss:.2e}", *seen)
 
 
 def _glimpse(x: torch.Tensor) -> str:

@@ -9,9 +9,10 @@ from torch import nn
 
 from learned_opt.nfn.transformer_invariants import transformer_invariants
 from learned_opt.nfn.transformer_space import TransformerFeatures, zoo_spec
+from meta_train.errors import UsageError
 from meta_train.weights import efficiency, transformer
 from meta_train.weights.__main__ import main
-from meta_train.weights.runs import Grid, GridError, Job, Run
+from meta_train.weights.runs import Grid, Job, Run
 from tasks.zoo import augment
 from tasks.zoo import transformer as zoos
 from tasks.zoo.zoo import Zoo, ZooError
@@ -103,14 +104,14 @@ def test_the_experiment_from_a_zoo_to_a_table(tmp_path, capsys, monkeypatch):
     assert found["forest-statistics"]["mean"] > 0.7  # the deviation is easy to see
     assert (tmp_path / "out" / "picture.png").stat().st_size > 1000
     main(["transformer", "--out", str(tmp_path / "out"), *options])
-    assert "10 of them done before" in capsys.readouterr().out
-    assert "| | digits |" in (tmp_path / "out" / "table.md").read_text()
+    assert "runs: 10 of " in capsys.readouterr().out
+    assert "| digits " in (tmp_path / "out" / "table.md").read_text()
     zoo = toy_zoo(80)
     replace(zoo, targets=zoo.targets.flip(0)).save(tmp_path / "zoo" / "zoo.safetensors")
     transformer.prepared.cache_clear()
     options[options.index("--methods") :] = ["--methods", "StatNN", "--datasets", "mnist"]
     main(["transformer", "--out", str(tmp_path / "out"), *options])
-    assert "2 jobs, 0 of them done before" in capsys.readouterr().out  # of another zoo
+    assert "[runs 2/2]" in capsys.readouterr().out  # of another zoo
 
 
 def test_titles_are_of_the_zoos_data():
@@ -169,7 +170,7 @@ def test_the_efficiency_table(tmp_path, monkeypatch):
 
 def test_efficiency_is_of_the_processor(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(GridError, match="processor"):
+    with pytest.raises(UsageError, match="processor"):
         efficiency.efficiency(Grid(tmp_path, seeds=1, datasets=("cnn",), methods=("StatNN",), device="cuda"))
 
 
