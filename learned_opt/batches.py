@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learned_opt.axes import Axis, Block, Leaf, Sum, alternatives, leaves_of, map_leaves
 from learned_opt.layout import ByIdentity, Pack, block_units, unit_tables
 from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry.axes import Axis, Block, Leaf, Sum, alternatives, leaves_of, map_leaves
 
 THIN = 4  # rows or columns up to which a matrix counts as vectors
 BOUND = 544  # units up to which an axis has a matrix of second moments

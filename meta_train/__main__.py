@@ -21,12 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _main(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, RuntimeError) as error:
-        from learned_opt.rules.checkpoint import CheckpointError
-        from meta_train.optimizers import BadInput
-        from meta_train.recipes import RecipeError
+        from learned_opt.checkpoint import CheckpointError
+        from meta_train.errors import UsageError
         from tasks.task import TaskError
 
-        if not isinstance(error, (BadInput, RecipeError, CheckpointError, TaskError)):
+        if not isinstance(error, (UsageError, CheckpointError, TaskError)):
             raise
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -104,7 +103,7 @@ def evaluate(
     Args:
         optimizers: what to compare, separated by spaces or commas. nfnopt is NFNOpt, nfn:RULE NFNOpt with
             another rule, by name (nominal ...) or .safetensors file; with @lr=3 at three times its rate,
-            with @untold without being told the steps. LABEL=NAME sets the label in tables; NAME@all chooses
+            with @without-total-steps without these. LABEL=NAME sets the label in tables; NAME@all chooses
             one learning rate for all tasks instead of one per task.
         suite: VALID, HELD_OUT, or package.module:DICT.
         tasks: names of tasks of the suite, separated by spaces or commas; all if not given.
@@ -138,7 +137,8 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
     Args:
         folder: the --out of an evaluation, of a training, or of both.
     """
-    from meta_train.report import draw_training, report
+    from meta_train.bench.report import report
+    from meta_train.progress import draw_training
 
     if (folder / "log.jsonl").exists():
         drawn = draw_training(folder)
@@ -171,7 +171,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> N
         workers: processes, each with one thread.
         steps: steps of every run of the race.
     """
-    from meta_train.evaluate import at_least_one
+    from meta_train.errors import at_least_one
 
     at_least_one(workers=workers, steps=steps)
     print("1. Meta-training a fresh optimizer for about a minute (only to show the loop).", flush=True)
@@ -258,7 +258,7 @@ def _train_with_fields(found: Any) -> Callable:
 
 
 def _train(name: str, recipe: Any, out: Path | None, resume: Literal["auto", "never"]) -> None:
-    from meta_train.train import train
+    from meta_train.loop import train
 
     out = Path("runs") / Path(name).stem if out is None else out
     _folder(out)
@@ -266,7 +266,7 @@ def _train(name: str, recipe: Any, out: Path | None, resume: Literal["auto", "ne
 
 
 def _evaluate(optimizers: Sequence[str], out: Path, **options: Any) -> None:
-    from meta_train.evaluate import evaluate
+    from meta_train.bench.evaluate import evaluate
 
     _folder(out)
     try:

@@ -2,12 +2,13 @@
 
 import hashlib
 import io
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from learned_opt.rules.checkpoint import CheckpointError, write_atomically
+from learned_opt.checkpoint import CheckpointError, write_atomically
 
 MAGIC = b"learned-opt meta-training 1\n"
 KEPT = 2
@@ -75,3 +76,17 @@ def load_latest(folder: Path, say: Any = print) -> tuple[Path, dict[str, Any]] |
 def list_all(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     return sorted(folder.glob("step-*.ckpt"))
+
+
+def git_commit() -> str | None:
+    """HEAD of the checkout that this code is in, marked if files differ; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + (" with changes" if dirty.returncode else "")

@@ -1,4 +1,4 @@
-"""What a long run tells and how it is told to stop: log, TensorBoard, progress bar, signals."""
+"""What a long run tells and how it is stopped: log, TensorBoard, progress bar, signals."""
 
 import contextlib
 import json
@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from meta_train import jsonl
+from meta_train.bench.output import COLOURS, new_figure, write_figure
 from meta_train.processes import under_torchrun
 
 
@@ -23,7 +26,7 @@ class Stopped(BaseException):
     """Raised by the signal handler inside work that may be given up."""
 
 
-class Interruption(contextlib.AbstractContextManager["Interruption"]):
+class GracefulShutdown(contextlib.AbstractContextManager["GracefulShutdown"]):
     """SIGINT and SIGTERM become ``signal``; a second one exits at once, but not under ``torchrun``, which kills."""
 
     def __init__(self) -> None:
@@ -31,7 +34,7 @@ class Interruption(contextlib.AbstractContextManager["Interruption"]):
         self._may_raise = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "GracefulShutdown":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
             for s in (signal.SIGINT, signal.SIGTERM):
                 self._before[s] = signal.signal(s, self._handle)
@@ -177,3 +180,34 @@ def _peak_memory() -> float:
     """Highest resident memory of the process so far, MB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def draw_training(folder: Path) -> bool:
+    """Draw ``training.png`` from ``log.jsonl``: meta-loss by outer step, families, running mean, validation.
+
+    False if the log has no outer step with a finite loss yet.
+    """
+    lines = [line for line in jsonl.read(folder / "log.jsonl") if "step" in line]
+    steps = [line for line in lines if line.get("loss") is not None]
+    if not steps:
+        return False
+    figure = new_figure(7.5, 4.2)
+    axis = figure.subplots()
+    families = sorted({k for line in steps for k in line if k.startswith("loss/")})
+    for k, family in enumerate(families):
+        there = [line for line in steps if line.get(family) is not None]
+        colour, name = COLOURS[k % len(COLOURS)], family.removeprefix("loss/")
+        mark = ".x"[k // len(COLOURS) % 2]
+        axis.plot([x["step"] for x in there], [x[family] for x in there], mark, color=colour, label=name)
+    losses, width = np.array([line["loss"] for line in steps]), max(1, len(steps) // 10)
+    mean = np.convolve(losses, np.ones(width) / width, "valid")
+    axis.plot([x["step"] for x in steps][width - 1 :], mean, color="black", label=f"mean of {width} steps")
+    checks = [line for line in lines if line.get("validation") is not None]
+    if checks:
+        axis.plot([x["step"] for x in checks], [x["validation"] for x in checks], "k--", label="validation")
+    axis.set_xlabel("outer step")
+    axis.set_ylabel("meta-loss")
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside right upper")
+    write_figure(figure, folder / "training.png")
+    return True

@@ -4,12 +4,21 @@ Variants are made with ``dataclasses.replace``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from learned_opt.checkpoint import CheckpointError, load_weights
+from learned_opt.rules import SHIPPED
+from learned_opt.rules.base import UpdateRule
 from meta_train.augmentation import AUGMENTATIONS
+from meta_train.errors import UsageError
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
+from tasks.schedule import half_cosine
+from tasks.seeds import generator_of
 
 SHIPPED_THETA = "shipped"
 """As ``start`` of a recipe: the theta in the package."""
@@ -18,7 +27,7 @@ SHIPPED_THETA = "shipped"
 RATES = ("lr", "warmup", "final_lr", "weight_decay", "validate_every", "curriculum")  # 0 or more, and finite
 
 
-class RecipeError(ValueError):
+class RecipeError(UsageError):
     """A recipe cannot be followed; the message says what to change."""
 
 
@@ -149,6 +158,79 @@ class Recipe:
         return cls(**plain)
 
 
+# ------------------------------------------------------------------------ what a recipe says of rule and outer steps
+def known(kind: str, names: Iterable[str], table: Mapping[str, Any]) -> None:
+    """Raises RecipeError unless all names are in the table."""
+    unknown = [n for n in names if n not in table]
+    if unknown:
+        raise RecipeError(f"unknown {kind} {', '.join(unknown)}. Choose from {', '.join(table)}.")
+
+
+def fresh_rule(recipe: Recipe, rules: Mapping[str, Callable[[], UpdateRule]]) -> UpdateRule:
+    """The rule with freshly drawn theta, or with that of ``recipe.start``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        rule = rules[recipe.rule]()
+    if recipe.start is not None:
+        shipped = recipe.start == SHIPPED_THETA
+        name, theta, _ = load_weights(SHIPPED / f"{recipe.rule}.safetensors" if shipped else recipe.start)
+        if name != recipe.rule:
+            raise CheckpointError(recipe.start, f"it is of rule {name!r}, not {recipe.rule!r}.")
+        try:
+            rule.load_state_dict(theta)
+        except RuntimeError as error:
+            raise CheckpointError(recipe.start, f"it does not fit the rule ({error}).") from error
+    return rule.requires_grad_(False)
+
+
+def trained(recipe: Recipe, rule: UpdateRule) -> dict[str, Tensor]:
+    """The part of theta that the recipe trains; the rule keeps the rest."""
+    return {
+        n: p.detach()
+        for n, p in rule.named_parameters()
+        if not recipe.trained or {n, n.split(".")[0]} & set(recipe.trained)
+    }
+
+
+def families_of_workers(recipe: Recipe) -> list[str]:
+    """The family of each worker by the shares: always the one most behind is next."""
+    total = sum(recipe.families.values())
+    given = dict.fromkeys(recipe.families, 0)
+    order = []
+    for n in range(recipe.workers):
+        behind = max(given, key=lambda f: recipe.families[f] / total * (n + 1) - given[f])
+        given[behind] += 1
+        order.append(behind)
+    return order
+
+
+def horizon_at(recipe: Recipe, step: int) -> tuple[int, int]:
+    """Lowest and highest horizon at an outer step: the curriculum."""
+    low, high = recipe.horizon
+    grown = min(1.0, (step + 1) / max(1.0, recipe.curriculum * recipe.outer_steps))
+    return low, round(low * (high / low) ** grown)
+
+
+def lr_at(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then cosine to ``final_lr`` of the peak."""
+    warm = max(1.0, recipe.warmup * recipe.outer_steps)
+    if step + 1 < warm:
+        return recipe.lr * (step + 1) / warm
+    progress = (step + 1 - warm) / max(1.0, recipe.outer_steps - warm)
+    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * half_cosine(min(1.0, progress)))
+
+
+def chosen(recipe: Recipe, step: int) -> list[int]:
+    """The workers of an outer step: all in a random order, then all again in another."""
+    first, picked = step * recipe.tasks_per_step, []
+    for k in range(first, first + recipe.tasks_per_step):
+        generator = generator_of(recipe.seed, "order", (k // recipe.workers,))
+        order = torch.randperm(recipe.workers, generator=generator)
+        picked.append(int(order[k % recipe.workers]))
+    return sorted(set(picked))  # one that ends a round and begins the next is used once
+
+
+# --------------------------------------------------------------------------------------------- the recipes
 def tbptt() -> Recipe:
     """Truncated backpropagation, first order: low variance, blind beyond the truncation."""
     return Recipe(
@@ -204,7 +286,7 @@ def shipped() -> Recipe:
         tasks_per_step=2,
         resample=1,
         outer_steps=60,
-        lr=0.005,  # theta goes a third as far as at 0.015 (docs/experiments.md, 44)
+        lr=0.005,  # theta goes a third as far as at 0.015 (experiments, 44)
         ema=0.9,
         checkpoint_every=5,
     )
@@ -214,7 +296,7 @@ def finetune(*families: str) -> Recipe:
     """From the shipped theta to one kind of task, in few outer steps.
 
     Many particles of one small network cost little more than a few, and say more of the gradient. The size of the
-    perturbations is that of regressions (docs/experiments.md, 45); residual MLPs wanted a third of it (46).
+    perturbations is that of regressions (experiments, 45); residual MLPs wanted a third of it (46).
 
     Args:
         families: names of the task families; all equally often.

@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tasks.suites
 from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
-from meta_train.outer import Worker, estimate
-from meta_train.recipes import Recipe
-from meta_train.train import fresh_rule, known, trained
+from meta_train.loop import Worker, estimate
+from meta_train.recipes import Recipe, fresh_rule, known, trained
 from tasks.task import TaskFamily
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
-from meta_train.curves import run
-from meta_train.evaluate import task_fingerprint
-from meta_train.optimizers import learned
+from meta_train.bench.curves import run
+from meta_train.bench.optimizers import learned
+from meta_train.bench.suites import task_fingerprint
 from meta_train.symmetries import symmetry_of
 from tasks import suites
 

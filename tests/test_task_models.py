@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 from torch.testing import assert_close
 
-from meta_train import curves, optimizers
+from meta_train.bench import curves, optimizers
 from meta_train.symmetries import symmetry_of
 from tasks import data, documents, fields, generative, graph, policy, recurrent, residual, sequence, suites, transformer
 from tasks.mlp import Gated

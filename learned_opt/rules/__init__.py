@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from learned_opt.checkpoint import CheckpointError, load_weights, save_weights
 from learned_opt.rules.base import State, UpdateRule, Weights
-from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from learned_opt.rules.whitened_polar import WhitenedPolar
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
@@ -21,9 +21,9 @@ __all__ = [
     "State",
     "UpdateRule",
     "Weights",
-    "load_theta",
+    "load_weights",
     "make_rule",
-    "save_theta",
+    "save_weights",
 ]
 
 
@@ -31,7 +31,7 @@ def make_rule(rule: str | Path | UpdateRule) -> UpdateRule:
     """A rule with its learned weights: by name, from a file, or as it is.
 
     Args:
-        rule: a name in :data:`RULES`, the path of a ``.safetensors`` file (see :func:`save_theta`), or a rule.
+        rule: a name in :data:`RULES`, the path of a ``.safetensors`` file (see :func:`save_weights`), or a rule.
 
     Raises:
         ValueError: neither a known name nor a ``.safetensors`` path.
@@ -49,7 +49,7 @@ def make_rule(rule: str | Path | UpdateRule) -> UpdateRule:
 
 
 def _with_theta(path: Path) -> UpdateRule:
-    name, theta, _ = load_theta(path)
+    name, theta, _ = load_weights(path)
     if name not in RULES:
         raise CheckpointError(path, f"it holds theta of rule {name!r}; known rules: {', '.join(RULES)}.")
     rule = RULES[name]()

@@ -18,9 +18,8 @@ of these are covariant functions of the state when they are taken, so holding th
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +37,8 @@ from learned_opt.batches import (
 from learned_opt.frame import potentials
 from learned_opt.rules import auto_lr, whitening
 from learned_opt.rules.auto_lr import Measured, Number
-from learned_opt.rules.clock import EVERY_MOMENTS, Clock, when
 from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.rules.clock import EVERY_MOMENTS, Clock, when
 from learned_opt.rules.newton_schulz import newton_schulz
 from learned_opt.rules.numerics import root, rsqrt
 from learned_opt.symmetry import Symmetry

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from learned_opt.rules.checkpoint import CheckpointError
+from learned_opt.checkpoint import CheckpointError
 from learned_opt.symmetry import SymmetryError
-from meta_train.weights.runs import GridError
+from meta_train.errors import UsageError
 from tasks.zoo.zoo import ZooError
 
 PROG = "python -m meta_train.weights"
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command: Callable[..., Any] = getattr(importlib.import_module(module), name)
     try:
         tyro.cli(command, prog=f"{PROG} {args[0]}", args=args[1:])
-    except (GridError, ZooError, CheckpointError, SymmetryError, FileNotFoundError) as error:
+    except (UsageError, ZooError, CheckpointError, SymmetryError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on after the last finished run.") from None

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from learned_opt import Symmetry, infer_symmetry
 from learned_opt.nfn import Chain, Fit, WeightSpacePredictor
+from meta_train.errors import at_least_one
 from meta_train.weights.runs import (
     Grid,
     Job,
     Measures,
     Published,
     Run,
+    Store,
     cells,
     draw,
-    positive,
-    read_runs,
     run_grid,
     write_results,
     zoo_digest,
@@ -95,7 +95,7 @@ class Settings:
     largest: float = 100.0  # those that trained are below 25
 
     def __post_init__(self) -> None:
-        positive(passes=self.passes, batch=self.batch, count=self.count)
+        at_least_one(passes=self.passes, batch=self.batch, count=self.count)
 
 
 DEFAULTS = Settings()
@@ -254,7 +254,7 @@ def generalisation(
         for m in methods
     ]
     if report_only:
-        report(grid.out, stored(read_runs(grid.out / "runs.jsonl").values(), jobs), settings)
+        report(grid.out, stored(Store(grid.out / "runs.jsonl").runs.values(), jobs), settings)
         return
     activations = list(dict.fromkeys(DATASETS[d][0] for d in datasets))
     for activation in activations:  # a wrong folder is told of before another zoo is generated

@@ -18,10 +18,12 @@ import tyro
 from torch import Tensor, nn
 
 from learned_opt import infer_symmetry
+from learned_opt.checkpoint import write_atomically
 from learned_opt.nfn import Chain, EquivariantNFN, InvariantNFN, TransformerFeatures, TransformerNFN, inr_classifier
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
-from learned_opt.rules.checkpoint import write_atomically
-from meta_train.weights.runs import Grid, GridError, Job, Measures, Run, cells, draw, run_grid
+from meta_train.bench.output import table as markdown_table
+from meta_train.errors import UsageError
+from meta_train.weights.runs import Grid, Job, Measures, Run, cells, draw, run_grid
 from tasks.zoo import cnn, inr, transformer
 
 BATCH, WARM_UP, LEAST_SECONDS = 32, 2, 2.0
@@ -182,18 +184,17 @@ another, shared machine, so that only the ratios of times compare. The official 
 def table(runs: Sequence[Run]) -> str:
     """Markdown, one row per model."""
     found = {m: cells(runs, m) for m in ("parameters", "ms", "kept_mb")}
-    lines = ["| | parameters | time, ms | kept, MB |", "|---|---|---|---|"]
+    rows = []
     for method, task in found["ms"]:
         official = MODELS[task][method].official
-        told = [
+        ours = [
             f"{found['parameters'][method, task].mean:,.0f}",
             found["ms"][method, task].text(1),
             f"{found['kept_mb'][method, task].mean:.2f}",
         ]
         theirs = [f" ({x:,})" if x is not None else "" for x in official]
-        cells_ = " | ".join(a + b for a, b in zip(told, theirs, strict=True))
-        lines.append(f"| {task}: {method} | {cells_} |")
-    return "\n".join(lines)
+        rows.append([f"{task}: {method}", *(a + b for a, b in zip(ours, theirs, strict=True))])
+    return markdown_table(["", "parameters", "time, ms", "kept, MB"], rows)
 
 
 def write(out: Path, runs: Sequence[Run]) -> str:
@@ -221,10 +222,10 @@ def efficiency(grid: Annotated[Grid, tyro.conf.arg(name="")]) -> None:
         grid: where to write, how many rounds (seeds), which models (methods) of which tasks (datasets).
 
     Raises:
-        GridError: the device is not the processor, whose time it is.
+        UsageError: the device is not the processor, whose time it is.
     """
     if grid.device != "cpu":
-        raise GridError(f"--device {grid.device}: what is measured is time of the processor. Leave it out.")
+        raise UsageError(f"--device {grid.device}: what is measured is time of the processor. Leave it out.")
     names = list(dict.fromkeys(m for models in MODELS.values() for m in models))
     methods, tasks = grid.choose(names, list(MODELS))
     jobs = [Job(m, t, s) for s in range(grid.seeds) for t in tasks for m in MODELS[t] if m in methods]

@@ -5,7 +5,6 @@ networks of our own, each fitted from initial weights of its own. Two inputs are
 messages through the sines (:mod:`learned_opt.nfn.sine`) with the papers' layers on their features.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from learned_opt.checkpoint import write_atomically
 from learned_opt.nfn import (
     Chain,
     Features,
@@ -33,8 +33,10 @@ from learned_opt.nfn import (
     WeightSpacePredictor,
     pointwise,
 )
-from learned_opt.nfn.builders import make_editor, make_predictor
-from learned_opt.rules.checkpoint import write_atomically
+from learned_opt.nfn.fit.builders import make_editor, make_predictor
+from meta_train.bench.jobs import short_hash
+from meta_train.bench.output import new_figure, write_figure
+from meta_train.errors import at_least_one
 from meta_train.weights.runs import (
     Grid,
     Job,
@@ -43,7 +45,6 @@ from meta_train.weights.runs import (
     Run,
     cells,
     draw,
-    positive,
     run_grid,
     write_results,
     zoo_digest,
@@ -157,7 +158,7 @@ class Classification:
     batch: int = 64
 
     def __post_init__(self) -> None:
-        positive(passes=self.passes, batch=self.batch)
+        at_least_one(passes=self.passes, batch=self.batch)
 
 
 def classifier(chain: Chain, method: Method, seed: int, inputs: str) -> WeightSpacePredictor:
@@ -309,7 +310,7 @@ class Editing:
     pixels: int = 196
 
     def __post_init__(self) -> None:
-        positive(passes=self.passes, batch=self.batch, pixels=self.pixels)
+        at_least_one(passes=self.passes, batch=self.batch, pixels=self.pixels)
 
 
 def editor_layers(chain: Chain, kind: str, n: int, width: int) -> nn.Module | None:
@@ -398,7 +399,7 @@ EXAMPLES = 8
 
 def example_path(out: Path, job: Job) -> Path:
     """Where the edited images of a job are kept for the picture: another zoo or other settings have other files."""
-    name = f"{job.dataset}-{job.method.replace(' + ', '-')}-{hashlib.sha256(job.key.encode()).hexdigest()[:12]}"
+    name = f"{job.dataset}-{job.method.replace(' + ', '-')}-{short_hash(job.key)}"
     return out / "examples" / f"{name}.safetensors"
 
 
@@ -413,14 +414,8 @@ def draw_examples(out: Path, dataset: str, runs: Sequence[Run]) -> None:
             rows |= {**kept, job.method: edited} if not rows else {job.method: edited}
     if not rows:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        len(rows), EXAMPLES, figsize=(EXAMPLES, 0.95 * len(rows)), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(EXAMPLES, 0.95 * len(rows))
+    axes = figure.subplots(len(rows), EXAMPLES, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axis in line:
@@ -428,10 +423,7 @@ def draw_examples(out: Path, dataset: str, runs: Sequence[Run]) -> None:
             axis.spines[:].set_visible(False)
         for axis, picture in zip(line, pictures, strict=False):
             axis.imshow(picture[0], cmap="gray", vmin=-1, vmax=1)
-    temporary = out / f".{dataset}.tmp.png"
-    figure.savefig(temporary, dpi=100)
-    pyplot.close(figure)
-    temporary.replace(out / f"{dataset}.png")
+    write_figure(figure, out / f"{dataset}.png")
 
 
 EDITING = Editing()

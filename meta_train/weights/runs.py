@@ -4,10 +4,8 @@ Every finished job is one line of ``runs.jsonl``. A job that is there is never d
 on where it stopped, and a larger one pays only for what is new.
 """
 
-import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,9 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from learned_opt.rules.checkpoint import digest, write_atomically
-from meta_train import jsonl
-from meta_train.evaluate import pool
+from learned_opt.checkpoint import digest, write_atomically
+from meta_train.bench import jobs
+from meta_train.bench.jobs import do_missing, job_progress, pool, short_hash
+from meta_train.bench.output import COLOURS, new_figure, table, write_figure
+from meta_train.errors import UnknownName, UsageError, at_least_one
 from tasks.zoo.zoo import Zoo
 
 Measures = dict[str, float]
@@ -47,9 +47,9 @@ class Grid:
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
-        positive(seeds=self.seeds, workers=self.workers)
+        at_least_one(seeds=self.seeds, workers=self.workers)
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise GridError("--device cuda: this machine has no GPU that PyTorch can use. Leave it out.")
+            raise UsageError("--device cuda: this machine has no GPU that PyTorch can use. Leave it out.")
 
     def choose(self, methods: Sequence[str], datasets: Sequence[str]) -> tuple[list[str], list[str]]:
         """The chosen methods and datasets, of those there are, in the order of these.
@@ -58,21 +58,6 @@ class Grid:
             UnknownName: one that is not there.
         """
         return _chosen("method", self.methods, methods), _chosen("dataset", self.datasets, datasets)
-
-
-class GridError(ValueError):
-    """Options that leave nothing to run, or cannot be run here; the message says which."""
-
-
-class UnknownName(GridError):
-    """A name that stands for nothing; the message lists the valid ones."""
-
-
-def positive(**options: int) -> None:
-    """Raise GridError for an option below 1."""
-    for name, value in options.items():
-        if value < 1:
-            raise GridError(f"--{name} is {value}. It must be at least 1.")
 
 
 def _chosen(what: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -113,23 +98,29 @@ def zoo_digest(zoo: Zoo) -> str:
     tensors = {f"weights.{name}": x for name, x in zoo.weights.items()}
     tensors |= {f"split.{name}": x for name, x in zoo.splits.items()} | {"targets": zoo.targets}
     columns = json.dumps({name: list(column) for name, column in zoo.columns.items()}, sort_keys=True)
-    return hashlib.sha256(f"{digest(tensors)} {columns}".encode()).hexdigest()[:12]
+    return short_hash(f"{digest(tensors)} {columns}")
 
 
-def read_runs(path: Path) -> dict[str, Run]:
-    """The finished jobs of a ``runs.jsonl``, by key; a line that a crash cut off is passed over."""
-    runs: dict[str, Run] = {}
-    for record in jsonl.read(path):
+class Store(jobs.Store[Job, Run]):
+    """``runs.jsonl`` of a grid: one line a finished run; measures that are not finite are null."""
+
+    holds = "of a grid of weight-space runs"
+
+    def take(self, record: dict[str, Any]) -> None:
+        """A run."""
         measures = {n: math.nan if x is None else x for n, x in record["measures"].items()}
         run = Run(Job(**record["job"]), measures, record["seconds"])
-        runs[run.job.key] = run
-    return runs
+        self.runs[run.job.key] = run
 
+    def record(self, job: Job, result: Run) -> dict[str, Any]:
+        """Its line."""
+        measures = {n: x if math.isfinite(x) else None for n, x in result.measures.items()}
+        return {"job": asdict(job), "measures": measures, "seconds": round(result.seconds, 2)}
 
-def append_run(path: Path, run: Run) -> None:
-    """Add one line, after the end of a line that a crash cut off."""
-    measures = {n: x if math.isfinite(x) else None for n, x in run.measures.items()}
-    jsonl.append(path, {"job": asdict(run.job), "measures": measures, "seconds": round(run.seconds, 2)})
+    def describe(self, job: Job, result: Run) -> str:
+        """Method, dataset, seed and measures."""
+        measured = "  ".join(f"{n} {x:.4g}" for n, x in result.measures.items())
+        return f"{job.method}  {job.dataset}  seed {job.seed}  {measured}  ({result.seconds:.1f} s)"
 
 
 def run_grid(
@@ -138,7 +129,7 @@ def run_grid(
     path: Path,
     *,
     workers: int = 1,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> list[Run]:
     """Do all jobs that are not in ``path`` yet.
 
@@ -147,27 +138,21 @@ def run_grid(
         work: does one; with several workers a function of a module, or ``functools.partial`` of one.
         path: the ``runs.jsonl``.
         workers: processes with one thread each, which end with this one; 1 works in this process.
-        say: hears of every finished job.
+        say: gets one line a finished job; None for a progress bar, or lines when there is no TTY.
 
     Returns:
         The runs of ``jobs``, in order.
 
     Raises:
-        GridError: there are no jobs.
+        UsageError: there are no jobs.
     """
     if not jobs:
-        raise GridError("there is nothing to run: no method that is chosen has a dataset that is left.")
-    done = read_runs(path)
-    missing = list({job.key: job for job in jobs if job.key not in done}.values())
-    say(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them done before")
-    with pool(max(1, min(workers, len(missing)))) as execute:
-        for i, run in enumerate(execute(partial(_do, work), missing), 1):
-            append_run(path, run)
-            done[run.job.key] = run
-            told = "  ".join(f"{n} {x:.4g}" for n, x in run.measures.items())
-            job = run.job
-            say(f"{i}/{len(missing)}  {job.method}  {job.dataset}  seed {job.seed}  {told}  ({run.seconds:.1f} s)")
-    return [done[job.key] for job in jobs]
+        raise UsageError("there is nothing to run: no method that is chosen has a dataset that is left.")
+    store = Store(path)
+    left = len({job.key for job in jobs} - store.runs.keys())
+    with pool(max(1, min(workers, left))) as execute, job_progress(say) as progress:
+        do_missing("runs", jobs, partial(_do, work), store, execute, progress)
+    return [store.runs[job.key] for job in jobs]
 
 
 def _do(work: Callable[[Job], Measures], job: Job) -> Run:
@@ -224,14 +209,12 @@ def markdown(
     """One row per method, one column per dataset (by its title); published numbers in brackets."""
     methods, datasets = _order(found)
     heads = [(titles or {}).get(d, d) for d in datasets]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(datasets) + 1) + "|"]
+    rows = []
     for m in methods:
-        row = []
-        for d in datasets:
-            told = found[m, d].text(digits) if (m, d) in found else "-"
-            row.append(told + (f" ({published[m, d]})" if (m, d) in published else ""))
-        lines.append(f"| {m} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        cells_ = [found[m, d].text(digits) if (m, d) in found else "-" for d in datasets]
+        theirs = [f" ({published[m, d]})" if (m, d) in published else "" for d in datasets]
+        rows.append([m, *(a + b for a, b in zip(cells_, theirs, strict=True))])
+    return table(["", *heads], rows)
 
 
 def write_results(
@@ -262,10 +245,10 @@ def write_results(
         name: of the files.
 
     Raises:
-        GridError: there are no runs; files that are there stay.
+        UsageError: there are no runs; files that are there stay.
     """
     if not runs:
-        raise GridError(f"there are no runs to report in {out} with these options.")
+        raise UsageError(f"there are no runs to report in {out} with these options.")
     published = published or {}
     found = cells(runs, measure)
     text = (
@@ -297,34 +280,26 @@ def draw(
 
     Error bars are standard errors; published numbers are hollow marks in the method's colour.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     published = published or {}
     methods, datasets = _order(found)
-    figure, axes = pyplot.subplots(figsize=(max(6.5, 1.3 * len(datasets) + 3), 3.6), layout="constrained")
+    figure = new_figure(max(6.5, 1.3 * len(datasets) + 3), 3.6)
+    axes = figure.subplots()
     width = 0.8 / len(methods)
     for k, m in enumerate(methods):
         shift = 0.0 if lines else (k - (len(methods) - 1) / 2) * width
         at = [(i + shift, found[m, d]) for i, d in enumerate(datasets) if (m, d) in found]
         x, y, error = [a for a, _ in at], [c.mean for _, c in at], [c.error or 0.0 for _, c in at]
         if lines:
-            axes.errorbar(x, y, error, marker="o", capsize=2, label=m, color=f"C{k}")
+            axes.errorbar(x, y, error, marker="o", capsize=2, label=m, color=COLOURS[k % len(COLOURS)])
         else:
-            axes.bar(x, y, width, yerr=error, capsize=2, label=m, color=f"C{k}")
+            axes.bar(x, y, width, yerr=error, capsize=2, label=m, color=COLOURS[k % len(COLOURS)])
         theirs = [(i + shift, published[m, d]) for i, d in enumerate(datasets) if (m, d) in published]
         marks = [(a, float(v)) for a, v in theirs if not isinstance(v, str)]
         if marks:
-            axes.plot(*zip(*marks, strict=True), "o", markerfacecolor="none", markeredgecolor=f"C{k}")
+            axes.plot(*zip(*marks, strict=True), "o", markerfacecolor="none", markeredgecolor=COLOURS[k % len(COLOURS)])
     axes.set_xticks(range(len(datasets)), [(titles or {}).get(d, d).replace(", ", "\n", 1) for d in datasets])
     axes.set_ylabel(label)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(fontsize="small", loc="outside right upper")  # outside: it would cover bars
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    write_figure(figure, path, dpi=120)

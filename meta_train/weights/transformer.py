@@ -25,10 +25,11 @@ import tyro
 from torch import Tensor, nn
 
 from learned_opt.nfn import Fit, TransformerNFN, WeightSpacePredictor, statistics
+from learned_opt.nfn.fit.scores import Loss
 from learned_opt.nfn.models import head
-from learned_opt.nfn.scores import Loss
 from learned_opt.nfn.transformer_invariants import transformer_invariants
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
+from meta_train.errors import at_least_one
 from meta_train.weights.runs import (
     Grid,
     Job,
@@ -37,7 +38,6 @@ from meta_train.weights.runs import (
     Run,
     cells,
     draw,
-    positive,
     run_grid,
     write_results,
     zoo_digest,
@@ -197,7 +197,7 @@ class Settings:
     count: int = 300
 
     def __post_init__(self) -> None:
-        positive(passes=self.passes, batch=self.batch, count=self.count)
+        at_least_one(passes=self.passes, batch=self.batch, count=self.count)
 
 
 DEFAULTS = Settings()

@@ -22,11 +22,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from tasks.seeds import generator_of
 from tasks.zoo import training
 from tasks.zoo.chunks import generate
 from tasks.zoo.sources import Examples, image_examples
 from tasks.zoo.training import Weights
-from tasks.zoo.zoo import Zoo, ZooError, generator_of, number, read_table, to_columns, write_atomically
+from tasks.zoo.zoo import Zoo, ZooError, number, read_table, to_columns, write_atomically
 
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh}

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
+from tasks.schedule import half_cosine
+from tasks.seeds import generator_of
 from tasks.zoo.chunks import generate
 from tasks.zoo.sources import images
 from tasks.zoo.training import Weights
-from tasks.zoo.zoo import Zoo, ZooError, generator_of, write_atomically
+from tasks.zoo.zoo import Zoo, ZooError, write_atomically
 
 OMEGA, HIDDEN = 30.0, 32
 FOLDER = re.compile(r"^randinit_smaller_(\d+)s$")  # not the copies, randinit_smaller_aug1_3s
@@ -104,7 +106,7 @@ def fit(settings: Settings, x: Tensor, y: Tensor, rows: range, group: int = 16) 
         points, values = coordinates(x.shape[-1]), goal.flatten(2).mT
         for step in range(settings.steps):
             for parameters in optimizer.param_groups:
-                parameters["lr"] = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
+                parameters["lr"] = settings.learning_rate * half_cosine(step, settings.steps)
             loss = (forward(weights, points) - values).square().mean((1, 2)).sum()
             optimizer.zero_grad()
             loss.backward()

@@ -1,6 +1,5 @@
 """Many networks trained at once: weights with a leading axis of networks, and each network's own optimizer."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,13 +107,6 @@ def check_checkpoints(steps: int, checkpoints: Sequence[int]) -> None:
             f"checkpoints {', '.join(map(str, checkpoints))} do not end at the last of {steps} steps. "
             f"Give --checkpoints whose last is {steps}."
         )
-
-
-def warm_up_and_cosine(progress: float, warm_up: float = 0.1) -> float:
-    """A linear rise over the first tenth of the training, then half a cosine to zero."""
-    if progress < warm_up:
-        return (progress + 0.1 * warm_up) / (1.1 * warm_up)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
 
 
 def finite(weights: Mapping[str, Tensor]) -> Tensor:

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tasks.schedule import warm_up_and_cosine
+from tasks.seeds import generator_of
 from tasks.zoo import training
 from tasks.zoo.chunks import generate
 from tasks.zoo.inr import read_state_dict
 from tasks.zoo.sources import Examples, Texts, ag_news, image_examples
 from tasks.zoo.training import Weights
-from tasks.zoo.zoo import Zoo, ZooError, generator_of, number, read_table, to_columns, write_atomically
+from tasks.zoo.zoo import Zoo, ZooError, number, read_table, to_columns, write_atomically
 
 WIDTH, HEADS, HIDDEN, BLOCKS, PATCH = 32, 2, 64, 2, 4
 Task = Literal["mnist", "ag_news"]
@@ -252,7 +254,7 @@ def _train_group(settings: Settings, examples: Examples, networks: Sequence[int]
 
     start = {key: torch.stack([w[key] for w in starts]) for key in starts[0]}
     optimizers = training.Optimizers.of(rows)
-    schedule = training.warm_up_and_cosine
+    schedule = warm_up_and_cosine
     kept = training.train(loss, start, optimizers, settings.steps, settings.checkpoints, schedule)
     sane = training.finite(kept[max(kept)]).nonzero().flatten()
     parts = []

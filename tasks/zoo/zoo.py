@@ -1,7 +1,6 @@
 """A dataset of trained networks of one architecture, in memory and as one safetensors file."""
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Generator, Tensor
+from torch import Tensor
 
 FORMAT = "zoo 1"
 
@@ -201,12 +200,6 @@ def write_atomically(path: str | Path) -> Iterator[Any]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def generator_of(*key: Any) -> Generator:
-    """A generator for this purpose alone: its seed is a hash of the key."""
-    seed = hashlib.sha256(repr(key).encode()).digest()[:8]
-    return Generator().manual_seed(int.from_bytes(seed) >> 1)
 
 
 def to_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -1,0 +1,88 @@
+"""Suites of tasks by name, and what identifies a task."""
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from meta_train.bench.jobs import short_hash
+from meta_train.errors import UnknownName, UsageError
+
+
+def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[], Any]]:
+    """``VALID`` or ``HELD_OUT`` of ``tasks.suites``, or any ``package.module:DICT`` of functions that make tasks.
+
+    ``HELD_OUT`` has more tasks if the folder ``data`` holds the data for them.
+    """
+    module, _, attribute = name.rpartition(":")
+    if module:
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise UnknownName(f"no suite {name!r}: {error}. Valid: VALID, HELD_OUT.") from None
+        if not (isinstance(found, Mapping) and all(map(_makes, found.values()))):
+            raise UsageError(f"{name} is no suite: it must be a dict of functions without arguments, each of a task.")
+        return found
+    from tasks import suites
+
+    if name == "HELD_OUT":
+        try:
+            return suites.held_out(data)
+        except FileNotFoundError as error:
+            raise UsageError(str(error)) from None
+    if name == "VALID":
+        return suites.VALID
+    raise UnknownName(f"unknown suite {name!r}. Valid suites: VALID, HELD_OUT, or package.module:DICT.")
+
+
+def _makes(value: Any) -> bool:
+    """Whether it can be called without arguments, unlike the families of a recipe."""
+    try:
+        inspect.signature(value).bind()
+    except TypeError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def task_named(suite: str, name: str, data: str | None = None, steps: int | None = None) -> Any:
+    """Build a task of a suite; ``steps`` replaces its own horizon."""
+    table = suite_named(suite, data)
+    if name not in table:
+        raise UnknownName(f"unknown task {name!r} in {suite}. Valid tasks: {', '.join(table)}.")
+    task = table[name]()
+    if steps is not None:
+        task = copy.copy(task)
+        task.steps = steps
+    return task
+
+
+def task_fingerprint(task: Any) -> str:
+    """Hash of the model, its initial weights, the data, their loss and the horizon of a task.
+
+    The loss tells one code from another. Of it three digits and of each tensor four rounded numbers, so that another
+    processor, which rounds logarithms and sines another way, takes this one's runs for what they are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = task.init(generator)
+    tensors = dict(weights)
+    batches = {"batch": task.batch(generator), "train": task.train_eval(), "held": task.held_out()}
+    for name, batch in batches.items():
+        tensors |= {f"{name}.{k}": tensor for k, tensor in enumerate(batch)}
+    seen = [f"{name} {tuple(x.shape)} {x.dtype} {_glimpse(x)}" for name, x in sorted(tensors.items())]
+    with torch.no_grad():
+        loss = float(task.loss(weights, batches["train"]))
+    return short_hash(task.model, task.steps, f"{task.ceiling:.6g}", f"{loss:.2e}", *seen)
+
+
+def _glimpse(x: torch.Tensor) -> str:
+    """The norm, and over it the sum and two weighted sums, which tell one order of the entries from another."""
+    x = x.detach().double().flatten()
+    norm = torch.linalg.vector_norm(x)
+    at = torch.arange(1, len(x) + 1, dtype=torch.float64)
+    sums = [(x * wave).sum() / norm for wave in (torch.ones_like(at), torch.cos(at), torch.sin(at.square()))]
+    return " ".join([f"{norm:.4e}", *(f"{s:.3f}" for s in sums)]) if norm > 0 else "0"
