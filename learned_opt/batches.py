@@ -64,7 +64,7 @@ class Scaling:
     join: Callable[[list[Tensor]], Tensor] | None
 
     def __call__(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """``(r, c)``, whose product is the scale: ``[N P, R / P, 1]`` and ``[N P, 1, K]``, or ``[N, R, K]`` and ones."""
+        """``(r, c)``, whose product is the scale: ``[N P, R / P, 1]``, ``[N P, 1, K]``; or ``[N, R, K]`` and ones."""
         found = [
             (_exp_sum(log_scale, rows).unsqueeze(2), _exp_sum(log_scale, cols).unsqueeze(1))
             for rows, cols in self.parts
@@ -133,6 +133,10 @@ class TensorBatch:
         """Axes of the tensors that have second moments."""
         kernel = self.order[len(self.rows) : len(self.order) - len(self.reads)]
         return tuple(i for i in self.order if i in moment_axes(self.shape) and i not in kernel)
+
+    def is_row(self, axis: int) -> bool:
+        """Whether an axis of the tensors is one of the rows."""
+        return self.order.index(axis) < len(self.rows)
 
     @cached_property
     def is_plain(self) -> bool:

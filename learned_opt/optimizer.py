@@ -39,6 +39,7 @@ from learned_opt.state_dict import (
     describe,
     identity,
     pop_identity,
+    saved_network,
     saved_rule,
     saved_state,
     saved_symmetry,
@@ -308,6 +309,11 @@ class NFNOpt(torch.optim.Optimizer):
         self._buffers[device] = fresh
         return fresh
 
+    def _networks(self) -> dict[torch.device, dict[str, Tensor]]:
+        """Numbers of the whole network, of every device that has some."""
+        own = {d: b.state["network"] for d, b in self._buffers.items() if "network" in b.state}
+        return {**self._network, **own}
+
     def _create_state(self, entries: list[NamedParam]) -> None:
         """Slots of tensors that have none; a step puts them into shared buffers."""
         new = {e.name: e.param.detach() for e in entries if not self.state.get(e.param)}
@@ -361,7 +367,7 @@ class NFNOpt(torch.optim.Optimizer):
         saved = super().state_dict()
         for group in saved["param_groups"]:  # plain numbers: torch.load(weights_only=True) takes no NumPy scalars
             group |= {k: v.item() for k, v in group.items() if isinstance(v, np.generic)}
-        saved["param_groups"][0] |= identity(self.rule, self._placed())
+        saved["param_groups"][0] |= identity(self.rule, self._placed(), list(self._networks().values()))
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -382,13 +388,17 @@ class NFNOpt(torch.optim.Optimizer):
             loading["rule"] = saved_rule(found, self.rule)
             loading["known"] = saved_symmetry(found, self._known, self._given, named_params(self.param_groups))
             loading["state"] = saved_state(saved, self.param_groups, self.rule)
+            loading["network"] = saved_network(found)
             return saved
 
         def restore(_: torch.optim.Optimizer) -> None:
             self.rule, self._known = loading["rule"], loading["known"]
             for p, slots in loading["state"]:
                 self.state[p] = slots  # torch has cast them to the dtype of the parameter
-            self._bound, self._steps = None, max((int(s.get("clock", 0)) for _, s in loading["state"]), default=0)
+            devices = dict.fromkeys(e.param.device for e in named_params(self.param_groups))
+            self._network = dict(zip(devices, loading["network"], strict=False))
+            self._bound, self._buffers = None, {}
+            self._steps = max((int(n["clock"]) for n in loading["network"]), default=0)
             if self._known != "infer":
                 self._stop_recording()
 
@@ -403,11 +413,13 @@ class NFNOpt(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "nan_policy", "skipped_steps", "_apply", "_given", "_steps", "_outlasted")
-        return super().__getstate__() | {k: getattr(self, k) for k in own} | {"_known": self._placed()}
+        kept = {k: getattr(self, k) for k in own} | {"_known": self._placed(), "_network": self._networks()}
+        return super().__getstate__() | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound, self._names, self._complete = None, WeakIdKeyDictionary(), True
+        self._buffers = {}
         if "_recorder" not in self.__dict__:  # a copy; torch also calls this to load a state dict
             self._recorder = ForwardRecorder(self) if self._known == "infer" else None
         for group in self.param_groups:  # options that an older state dict lacks

@@ -17,7 +17,8 @@ from learned_opt.symmetry import Symmetry, independent
 from learned_opt.text import listed
 
 # keys of the first parameter group of a state dict
-RULE, SHA, WEIGHTS, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"
+RULE, SHA, WEIGHTS, SYMMETRY, NETWORK = "rule", "weights_sha256", "weights", "symmetry", "network"
+Network = list[dict[str, Tensor]]  # numbers of the whole network, of every device
 
 Mode = Literal["infer", "independent"]
 
@@ -35,23 +36,26 @@ def describe(rule: UpdateRule) -> str:
 
 
 # --------------------------------------------------------------------------------- rule and symmetry
-def identity(rule: UpdateRule, symmetry: ParamMap | Mode) -> dict[str, Any]:
-    """What a run is resumed with: the rule's name, its learned weights, and the symmetry as text.
+def identity(rule: UpdateRule, symmetry: ParamMap | Mode, network: Network) -> dict[str, Any]:
+    """What a run is resumed with: the rule's name, its learned weights, the symmetry and the network's numbers as text.
 
-    The text is "infer" (not inferred yet), "independent", or JSON: the symmetry, and the names by position.
+    The symmetry is "infer" (not inferred yet), "independent", or JSON: itself, and the names by position. The numbers
+    are JSON too: how many they are depends on the symmetry, and torch's distributed checkpointing must know the shapes
+    of tensors before.
     """
     weights = {n: t.detach().clone() for n, t in rule.state_dict().items()}
     text: str = symmetry if isinstance(symmetry, str) else ""
     if isinstance(symmetry, ParamMap):
         text = json.dumps(symmetry.symmetry.to_dict() | {"names": {str(k): n for k, n in symmetry.names.items()}})
-    return {RULE: describe(rule), SHA: digest(weights), WEIGHTS: weights, SYMMETRY: text}
+    numbers = json.dumps([{k: x.tolist() for k, x in numbers.items()} for numbers in network])
+    return {RULE: describe(rule), SHA: digest(weights), WEIGHTS: weights, SYMMETRY: text, NETWORK: numbers}
 
 
 def pop_identity(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Take what :func:`identity` wrote out of the parameter groups."""
     found: dict[str, Any] = {}
     for group in groups:
-        found |= {k: group.pop(k) for k in (RULE, SHA, WEIGHTS, SYMMETRY) if k in group}
+        found |= {k: group.pop(k) for k in (RULE, SHA, WEIGHTS, SYMMETRY, NETWORK) if k in group}
     return found
 
 
@@ -175,6 +179,10 @@ def _unfit(p: Tensor, slots: Mapping[str, Any], rule: UpdateRule) -> list[str]:
 
 
 def _as_slot(value: Any, param: Tensor) -> Tensor:
-    value = torch.as_tensor(value)
-    dtype = accumulator_dtype(param) if value.is_floating_point() or not value.ndim else value.dtype
-    return value.to(param.device, dtype)
+    return torch.as_tensor(value).to(param.device)
+
+
+def saved_network(saved: Mapping[str, Any]) -> Network:
+    """The numbers that :func:`identity` wrote, float64."""
+    numbers = json.loads(saved.get(NETWORK, "[]"))
+    return [{k: torch.tensor(x, dtype=torch.float64) for k, x in each.items()} for each in numbers]

@@ -292,7 +292,7 @@ class Unroll:
     def _fresh(self, runs: int, copies: int, generator: torch.Generator) -> tuple[Weights, State]:
         with torch.no_grad():
             weights = [self.task.init(generator) for _ in range(runs)]
-            states = [self.rule.init(w) for w in weights]
+            states = [self.rule.init(w, self.symmetry) for w in weights]
             return _stack(weights, copies), _stack(states, copies)
 
     def _reset(

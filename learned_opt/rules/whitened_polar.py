@@ -226,8 +226,8 @@ def update_moments(b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clo
     whitened = whitened_axes(b)
     for i in b.axes:
         slot, of = ("moment", whitening.second_moment) if i in whitened else ("diag", whitening.mean_square)
-        old = own[f"{slot}{i}"]
-        own[f"{slot}{i}"] = when(clock.moments, lambda: lerp(old, of(b, g, i), weight, in_place), old)
+        old, new = own[f"{slot}{i}"], lerp(own[f"{slot}{i}"], of(b, g, i), weight, in_place)
+        own[f"{slot}{i}"] = when(clock.moments, lambda new=new: new, old)
         if i in whitened:
             due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
             root_ = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"], due)
@@ -284,7 +284,7 @@ def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Te
 
 def along(b: TensorBatch, x: Tensor, axis: int, vector: Tensor) -> Tensor:
     """``[N, R, K]`` times ``[N, d]`` along an axis of the tensors; biases have the rows of their matrices."""
-    if b.is_plain and b.order.index(axis) < len(b.rows):
+    if b.is_plain and b.is_row(axis):
         return x * vector[:, :, None]
     if b.is_plain:
         vector = vector.repeat(1, b.kernel)
@@ -335,7 +335,7 @@ def bias_correction(step: Tensor) -> Tensor:
 
 
 def flat_direction(b: FlatBatch, own: Slots, square: Tensor, step: Tensor, rms: Tensor, loudest: Tensor) -> Tensor:
-    """Adam's direction of every entry, ``[Z]``; zero for a vector whose gradient is rounding noise beside the others'."""
+    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding noise beside the others'."""
     fan_in = [s[0] if len(s) < 2 else math.prod(s[1:]) for s in b.shapes]
     usual = (rms * rms.new_tensor([c**0.5 / USUAL for c in fan_in])).clamp(SMALLEST, 1.0)
     thin = torch.tensor(b.thin, device=rms.device)
@@ -356,7 +356,7 @@ def factored_direction(b: TensorBatch, own: Slots, square: Tensor, step: Tensor)
 
 
 def decayed(u: Tensor, w: Tensor, asked: float | None, rate: Tensor, builtin: Tensor | None) -> Tensor:
-    """An update, less a share of the weights: what is asked for (times the rate), or the rule's own where nothing is."""
+    """An update, less a share of the weights: what is asked for (times the rate); the rule's own where nothing is."""
     if asked is None:
         return u if builtin is None else torch.addcmul(u, w, builtin, value=-1)
     return u - rate * asked * w if asked else u

@@ -25,14 +25,14 @@ POWER = -0.125
 def unfolded(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
     """``[N, R, K]`` without biases, unfolded along an axis of the tensors: ``[N, d, the rest]``."""
     x = x[..., : batch.C]
-    if batch.is_plain and batch.shape[axis] == batch.R:
+    if batch.is_plain and batch.is_row(axis):
         return x
     return batch.tensors(x).movedim(axis + 1, 1).flatten(2)
 
 
 def second_moment(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
     """``G G^T / n`` along an axis: ``[N, d, d]``."""
-    if batch.is_plain and batch.kernel == 1 and batch.shape[axis] == batch.C:
+    if batch.is_plain and batch.kernel == 1 and not batch.is_row(axis):
         x = x[..., : batch.C]
         return torch.bmm(x.mT, x) / batch.R
     x = unfolded(batch, x, axis)
@@ -52,7 +52,7 @@ def multiplied(batch: TensorBatch, x: Tensor, roots: dict[int, Tensor]) -> Tenso
             moved = batch.tensors(x).movedim(axis + 1, 1)
             product = torch.bmm(root, moved.reshape(*moved.shape[:2], -1)).reshape(moved.shape)
             x = batch.matrices(product.movedim(1, axis + 1))
-        elif batch.order.index(axis) < len(batch.rows):
+        elif batch.is_row(axis):
             x = torch.bmm(root, x)
         elif batch.kernel == 1 and not batch.biases:
             x = torch.bmm(x, root)
