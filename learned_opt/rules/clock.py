@@ -1,7 +1,7 @@
 """When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from learned_opt.rules.auto_lr import Number
 
 EVERY_MOMENTS, EVERY_FRAME, EVERY_ROOTS = 5, 10, 10  # steps; in the first three always
+EVERY_SLOPE, SLOPES_LATER = 5, 51  # the slope is read every few steps, at every one of the first
 LATER = 1.2  # after ROOTS_LATER steps, roots are taken anew when the run is this much longer
 ROOTS_LATER = 50
 
@@ -31,6 +32,8 @@ class Clock:
             except RuntimeError:  # in a batch there is no single value
                 ages = None
         self.t, self.step, self.ages = t, step, ages
+        self.now: Number = float(max(ages)) if ages is not None else t  # the network's step
+        self.age: Number = float(min(ages)) if ages is not None and len(ages) == 1 else step  # of every tensor
 
     def _due(self, every: int) -> Due:
         if self.ages is not None:
@@ -58,6 +61,23 @@ class Clock:
         )
         return (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
 
+    @property
+    def slope(self) -> Due:
+        """The slope along the last step: at every step first, then every few."""
+        return self._slope(0)
+
+    @property
+    def before_slope(self) -> Due:
+        """Whether the next step reads this one's update."""
+        return self._slope(1)
+
+    def _slope(self, ahead: int) -> Due:
+        if self.ages is not None:
+            t = max(self.ages) + ahead
+            return t <= SLOPES_LATER or t % EVERY_SLOPE == 0
+        t = self.t + ahead
+        return (t <= SLOPES_LATER) | (t % EVERY_SLOPE == 0)
+
     def between(self, low: Number, high: Number) -> Due:
         """Whether the network's step is above ``low`` and at most ``high``."""
         if self.ages is not None and not isinstance(low, Tensor):
@@ -72,8 +92,8 @@ def _roots_are_due(t: int) -> bool:
     return stage[0] > stage[1]
 
 
-def when(due: Due, new: Callable[[], Tensor], old: Tensor) -> Tensor:
-    """``new()`` where it is due, else ``old``; not computed where that is known beforehand."""
+def when(due: Due, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` where it is due, else ``old``."""
     if isinstance(due, bool):
-        return new() if due else old
-    return torch.where(due, new(), old)
+        return new if due else old
+    return torch.where(due, new, old)
