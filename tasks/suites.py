@@ -20,6 +20,7 @@ from tasks import (
     recurrent,
     residual,
     sequence,
+    stream_tasks,
     transformer,
 )
 from tasks.data import Noisy, digits, handwriting, photos, text
@@ -35,6 +36,10 @@ TRAIN: dict[str, TaskFamily] = {
     "residual-mlp": residual.sample_mlp,
     "resnet": residual.sample_resnet,
     "rnn": recurrent.sample,
+    "stream-mlp": stream_tasks.sample_classifier,
+    "stream-regression": stream_tasks.sample_regressor,
+    "stream-cnn": stream_tasks.sample_cnn,
+    "stream-transformer": stream_tasks.sample_transformer,
 }
 
 
@@ -141,6 +146,8 @@ VALID: dict[str, Callable[[], Task]] = {
     "cnn-photos-tanh": _cnn_photos_tanh,
     "char": _char,
     "vit-digits": _vit_digits,
+    "stream-cnn-shapes": stream_tasks.cnn_shapes,
+    "stream-transformer-chain": stream_tasks.transformer_chain,
 }
 """Adam from the initial weights of seed 1 (loss on `train_eval`), one thread of a CPU:
 
@@ -156,6 +163,22 @@ VALID: dict[str, Callable[[], Task]] = {
     char                  42177   4.0 ms    800     4.57    2.029    1.906
     vit-digits            27810   2.7 ms    800     2.30    1.288    0.969
 """
+
+
+STREAMING: dict[str, Callable[[], Task]] = {
+    "stream-mlp-teacher": stream_tasks.mlp_teacher,
+    "stream-mlp-spectrum": stream_tasks.mlp_spectrum,
+    "stream-regression": stream_tasks.regression,
+    "stream-regression-noisy": stream_tasks.regression_noisy,
+    "stream-cnn-shapes": stream_tasks.cnn_shapes,
+    "stream-transformer-chain": stream_tasks.transformer_chain,
+}
+
+STREAMING_LATER: dict[str, Callable[[], Task]] = {
+    "stream-residual-mislabelled": stream_tasks.residual_mislabelled,
+    "stream-vit-gratings": stream_tasks.vit_gratings,
+    "stream-lstm-waves": stream_tasks.lstm_waves,
+}
 
 
 # ------------------------------------------------------------------------------------- held out
