@@ -175,17 +175,17 @@ STREAMING: dict[str, Callable[[], Task]] = {
     "stream-cnn-shapes": stream_tasks.cnn_shapes,
     "stream-transformer-chain": stream_tasks.transformer_chain,
 }
-"""Data that never repeat. As above, of Adam:
+"""Data that never repeat. Adam as above, on a machine busy with other work:
 
     task                         params  fwd+bwd  steps  ceiling  lr 1e-3  lr 3e-3
     stream-mlp-teacher            26122   0.4 ms    200     2.30    1.415    1.415
     stream-mlp-spectrum           25010   1.4 ms   1000     2.30    0.586    0.552
     stream-regression             10246   0.7 ms    600     1.01    0.081    0.045
     stream-regression-noisy       13256   0.7 ms    300     1.21    0.390    0.369
-    stream-cnn-shapes             11070   5.9 ms    600     2.30    1.006    0.659
+    stream-cnn-shapes              8186   5.4 ms    400     2.30    1.738    1.523
     stream-transformer-chain      29468   5.8 ms    800     3.00    1.466    1.325
 
-Drawing a batch takes 5 to 16 % of the time of a gradient.
+Drawing a batch takes 10 to 16 % of the time of a gradient.
 """
 
 STREAMING_LATER: dict[str, Callable[[], Task]] = {
