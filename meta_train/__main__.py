@@ -1,4 +1,4 @@
-"""The command line: ``python -m meta_train {train,evaluate,report,throughput,demo}``.
+"""The command line: ``python -m meta_train {train,evaluate,report,bench,throughput,demo}``.
 
 Heavy imports are inside the commands, so that ``--help`` is quick.
 """
@@ -46,6 +46,7 @@ def _main(argv: list[str]) -> None:
         "train": train,
         "evaluate": evaluate,
         "report": report,
+        "bench": bench,
         "throughput": throughput,
         "demo": demo,
     }
@@ -147,6 +148,33 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
             return
     print(report(folder))
     print("written: " + ", ".join(str(folder / n) for n in ("report.md", "curves.png", "speedups.png", "profile.png")))
+
+
+def bench(
+    what: Literal["step"],
+    /,
+    only: tuple[str, ...] = (),
+    optimizers: tuple[str, ...] = ("adamw", "muon", "soap", "nfnopt"),
+    steps: int = 50,
+    large: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Measure what a step of an optimizer costs: time, operations, memory, beside AdamW, Muon and SOAP.
+
+    On three networks (mlp-small, mlp, gpt), three single tensors (matrix-1024, matrix-4096, embedding) and, on
+    demand, gpt-2 (124 million weights) and matrix-8192. All optimizers make their steps in turns, on one thread.
+
+    Args:
+        what: step.
+        only: names of networks and tensors; all but the large ones if not given.
+        optimizers: what to measure, by names as in evaluate.
+        steps: how many are timed, a multiple of 50; of the large ones a fifth.
+        large: also gpt-2 and matrix-8192.
+        out: JSON file of all that was measured.
+    """
+    from meta_train.bench.step import bench_step
+
+    bench_step(_split(only), _split(optimizers), steps, large, out)
 
 
 def throughput(recipe: str, /) -> None:
