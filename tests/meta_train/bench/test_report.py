@@ -44,7 +44,7 @@ def test_pictures_show_the_fastest_and_adam_each_in_a_colour_of_its_own():
 def test_report_of_an_unfinished_evaluation_shows_what_is_there(tmp_path):
     measure(tmp_path)
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]))
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-2]))
     assert "Incomplete: " in rp.report(tmp_path)
 
 
