@@ -147,7 +147,8 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
         if not (folder / "runs.jsonl").exists():
             return
     print(report(folder))
-    print("written: " + ", ".join(str(folder / n) for n in ("report.md", "curves.png", "speedups.png", "profile.png")))
+    written = ("report.md", "curves.png", "speedups.png", "profile.png", "seconds.png")
+    print("written: " + ", ".join(str(folder / name) for name in written if (folder / name).exists()))
 
 
 def bench(

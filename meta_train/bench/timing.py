@@ -188,8 +188,8 @@ class TimingStore(jobs.Store[TimingJob, Timings]):
     def take(self, record: dict[str, Any]) -> None:
         """Seconds of all contenders of a job."""
         if "timing" in record:
-            told = record["timing"]
-            job = TimingJob(**{**told, "contenders": tuple(Contender(**c) for c in told["contenders"])})
+            stored = record["timing"]
+            job = TimingJob(**{**stored, "contenders": tuple(Contender(**c) for c in stored["contenders"])})
             seconds = [None if s is None else StepSeconds(**s) for s in record["seconds"]]
             pairs = zip(job.contenders, seconds, strict=True)
             self.runs[job.key] = {c.identity: s for c, s in pairs if s is not None}
@@ -201,8 +201,8 @@ class TimingStore(jobs.Store[TimingJob, Timings]):
 
     def describe(self, job: TimingJob, result: Timings) -> str:
         """Task, and milliseconds of the steps."""
-        told = (f"{c.optimizer} {1e3 * result[c.identity].whole:.3g}" for c in job.contenders if c.identity in result)
-        return f"{job.task}, ms: {', '.join(told)}"
+        steps = (f"{c.optimizer} {1e3 * result[c.identity].whole:.3g}" for c in job.contenders if c.identity in result)
+        return f"{job.task}, ms: {', '.join(steps)}"
 
     def of(self, job: TimingJob) -> Timings | None:
         """The last seconds of all contenders of a job, measured together with others or not; None if there are none."""
