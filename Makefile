@@ -50,7 +50,7 @@ types: $(test_ready)
 clean:
 	@if [ -e "$(VENV)/pyvenv.cfg" ] || [ -e "$(unfinished)" ]; then rm -rf "$(VENV)" "$(unfinished)"; fi
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
-	find learned_opt tasks meta_train tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find learned_opt tasks meta_train tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(demo_ready): extras = meta
 $(test_ready): extras = dev,vision

@@ -1,9 +1,15 @@
 """A learned optimizer on equivariant neural functional networks: ``optimizer = NFNOpt(model.parameters())``."""
 
-from learned_opt.inference import InferenceError, infer_symmetry
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from learned_opt.checkpoint import CheckpointError, load_weights, save_weights
 from learned_opt.optimizer import NFNOpt
-from learned_opt.rules import RULES, CheckpointError, UpdateRule, load_theta, make_rule, save_theta
+from learned_opt.rules import RULES, UpdateRule, make_rule
 from learned_opt.symmetry import Symmetry, SymmetryError, independent
+
+if TYPE_CHECKING:
+    from learned_opt.symmetry.infer import InferenceError, infer_symmetry
 
 __all__ = [
     "RULES",
@@ -15,7 +21,14 @@ __all__ = [
     "UpdateRule",
     "independent",
     "infer_symmetry",
-    "load_theta",
+    "load_weights",
     "make_rule",
-    "save_theta",
+    "save_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs ``torch.export`` when it is first asked for."""
+    if name in ("InferenceError", "infer_symmetry"):
+        return getattr(importlib.import_module("learned_opt.symmetry.infer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

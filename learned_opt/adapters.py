@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.binding import Binding
 from learned_opt.optimizer import NFNOpt, apply_rule, stepped
+from learned_opt.params import ParamMap
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.symmetry import Symmetry, independent
 
@@ -62,7 +62,7 @@ def functional(
         group = rule.param_groups[0]
         lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
         maximize = group["maximize"]
-        symmetry = symmetry or (rule._known.symmetry if isinstance(rule._known, Binding) else None)
+        symmetry = symmetry or (rule._known.symmetry if isinstance(rule._known, ParamMap) else None)
         rule = rule.rule
     # by names and shapes; kept, because rules cache what they derive from a symmetry
     known: dict[Any, Symmetry] = {}

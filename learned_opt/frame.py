@@ -11,7 +11,7 @@ and ``out`` are the norms of the unit's written and read weights in the current 
 of its label; all are invariant, so every sweep keeps ``c`` covariant. Without the means the sweeps descend a convex
 function over the scaling orbit (Stock et al. 2019, Equi-normalization of Neural Networks), but a unit whose only read
 weight passes zero would get a potential, and thereby steps of its written weights, without bound: those of ReLU
-networks with one output grew to 1e10 (docs/experiments.md, 35).
+networks with one output grew to 1e10 (experiments, 35).
 A read tensor's squares are weighted by fan_in / fan_out, so that fan-in-scaled initial weights are balanced as they
 are and a standard network is optimised as without a frame.
 
@@ -21,7 +21,7 @@ A unit whose written weights are all zero (a zero-initialised gain and bias) kee
 its scale only together with the scales of what that writes, which the walk needs first. Such a unit is constant.
 
 A label keeps potential 1 where some of its tensors are not given: frozen ones that the optimizer does not have. The
-others would tell another scale (adapters beside frozen weights begin at zero, and grow: docs/experiments.md, 50).
+others would tell another scale (adapters beside frozen weights begin at zero, and grow: experiments, 50).
 """
 
 import math
@@ -33,9 +33,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.axes import leaves_of
 from learned_opt.layout import ByIdentity, Layout, Units, layout_of
-from learned_opt.symmetry import Spec, Symmetry, is_statistic
+from learned_opt.symmetry import Spec, Symmetry
+from learned_opt.symmetry.axes import leaves_of
+from learned_opt.symmetry.labels import is_statistic
 
 SWEEPS = 3  # from the walk's start, labels that share a tensor one after the other
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Axis, Block, Leaf, assembled, lay, leaves_of, map_leaves, pieces_of
-from learned_opt.symmetry import Symmetry, base_dim
+from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry.axes import Axis, Block, Leaf, assembled, lay, leaves_of, map_leaves, pieces_of
+from learned_opt.symmetry.labels import base_dim
 
 
 @dataclass(frozen=True, eq=False)

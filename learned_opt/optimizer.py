@@ -17,13 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from learned_opt.binding import Binding, Entry, beside, by_themselves, decided, entries_of, followed, listed, matched
-from learned_opt.capture import Call, Watch, modules_behind
 from learned_opt.compiled import Compiled
-from learned_opt.options import check_options, check_same_horizon
+from learned_opt.params import (
+    NamedParam,
+    ParamMap,
+    check_options,
+    check_same_horizon,
+    independent_map,
+    infer_or_warn,
+    match,
+    named_params,
+)
+from learned_opt.recorder import Call, ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import State, UpdateRule, Weights
-from learned_opt.saved import (
+from learned_opt.state_dict import (
     Mode,
     accumulator_dtype,
     describe,
@@ -34,6 +42,7 @@ from learned_opt.saved import (
     saved_symmetry,
 )
 from learned_opt.symmetry import Symmetry, SymmetryError
+from learned_opt.text import listed
 
 NanPolicy = Literal["skip", "raise", "propagate"]
 LARGEST = 1e15  # largest gradient entry that a rule sees; float32 squares overflow at 2e19
@@ -116,7 +125,7 @@ class NFNOpt(torch.optim.Optimizer):
             "paced", "nominal" and the learned rules.
         rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "paced" is
             "nominal", what the learned rules start from, at a rate that the first steps measure; it is the
-            default until a theta is better (docs/experiments.md, 18 to 20).
+            default until a theta is better (experiments, 18 to 20).
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
             out, weights and averages unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is
@@ -160,10 +169,10 @@ class NFNOpt(torch.optim.Optimizer):
         self._apply = Compiled(apply_rule) if compile else apply_rule
         self.skipped_steps: Counter[str] = Counter()
         self._given: Symmetry | Mode = symmetry
-        self._known: Binding | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
-        self._bound: tuple[Any, Binding] | None = None  # for the tensors that the first item identifies
+        self._known: ParamMap | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
+        self._bound: tuple[Any, ParamMap] | None = None  # for the tensors that the first item identifies
         self._names = WeakIdKeyDictionary()  # of all tensors that were ever bound
-        self._watch: Watch | None = None
+        self._recorder: ForwardRecorder | None = None
         self._outlasted: float | None = None  # the horizon that a run was said to be beyond
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
@@ -178,10 +187,10 @@ class NFNOpt(torch.optim.Optimizer):
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, options)
         self._complete = True
         if self._known == "infer":
-            self._watch = Watch(self, modules)
+            self._recorder = ForwardRecorder(self, modules)
         else:
             self._bind()
-        entries = entries_of(self.param_groups)
+        entries = named_params(self.param_groups)
         if entries and not isinstance(rule, UpdateRule):  # ours alone: keep it where the weights are
             self.rule.to(entries[0].param.device)
 
@@ -210,8 +219,8 @@ class NFNOpt(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if not self._complete:
             return
-        if self._watch is not None:
-            self._watch.expect(modules)
+        if self._recorder is not None:
+            self._recorder.expect(modules)
             return
         try:
             self._bind()
@@ -219,34 +228,34 @@ class NFNOpt(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _bind(self) -> tuple[list[Entry], Symmetry]:
+    def _bind(self) -> tuple[list[NamedParam], Symmetry]:
         """The tensors under the symmetry's names, and the symmetry: checked when they changed, inferred at first."""
-        entries = entries_of(self.param_groups)
+        entries = named_params(self.param_groups)
         signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
         if self._bound is None or self._bound[0] != signature:
             self._bound = (signature, self._match(entries))
             self._names.update({e.param: e.name for e in self._bound[1].rename(entries)})
-        binding = self._bound[1]
-        return binding.rename(entries), binding.symmetry
+        param_map = self._bound[1]
+        return param_map.rename(entries), param_map.symmetry
 
-    def _match(self, entries: list[Entry]) -> Binding:
+    def _match(self, entries: list[NamedParam]) -> ParamMap:
         if self._known == "infer":
-            self._known = decided(self._unwatch(), entries) or "independent"
+            self._known = infer_or_warn(self._stop_recording(), entries) or "independent"
         if isinstance(self._given, Symmetry):
-            self._known = matched(entries, self._given)
-        elif isinstance(self._known, Binding):
-            self._known = beside(followed(self._known, self._names, entries), entries).validate(entries)
-        return self._known if isinstance(self._known, Binding) else by_themselves(entries)
+            self._known = match(entries, self._given)
+        elif isinstance(self._known, ParamMap):
+            self._known = self._known.rebind(self._names, entries).extend(entries).validate(entries)
+        return self._known if isinstance(self._known, ParamMap) else independent_map(entries)
 
-    def _placed(self) -> Binding | Mode:
+    def _placed(self) -> ParamMap | Mode:
         """What is known, with the names where the groups have their tensors now."""
-        if isinstance(self._known, Binding):
+        if isinstance(self._known, ParamMap):
             self._bind()
         return self._known
 
-    def _unwatch(self) -> list[Call]:
-        calls = [] if self._watch is None else self._watch.release()
-        self._watch = None
+    def _stop_recording(self) -> list[Call]:
+        calls = [] if self._recorder is None else self._recorder.release()
+        self._recorder = None
         return calls
 
     # -- the step
@@ -268,7 +277,7 @@ class NFNOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        entries = entries_of(self.param_groups)
+        entries = named_params(self.param_groups)
         with _plain_modes({e.param.device for e in entries}):
             for entry in entries:
                 _refuse_unsupported(entry)
@@ -297,7 +306,7 @@ class NFNOpt(torch.optim.Optimizer):
                 stacklevel=4,
             )
 
-    def _step(self, entries: list[Entry], trained: list[Entry], symmetry: Symmetry) -> None:
+    def _step(self, entries: list[NamedParam], trained: list[NamedParam], symmetry: Symmetry) -> None:
         """Update ``trained``; the other tensors of ``entries`` are context, and those with a state age along."""
         params = {e.name: e.param.detach() for e in entries if not e.param.is_complex()}
         factors = {e.name: -e.shrink if e.group["maximize"] else e.shrink for e in trained}
@@ -321,13 +330,13 @@ class NFNOpt(torch.optim.Optimizer):
         for entry in known:
             self.state[entry.param] = state[entry.name]
 
-    def _create_state(self, entries: list[Entry]) -> None:
+    def _create_state(self, entries: list[NamedParam]) -> None:
         new = {e.name: e.param for e in entries if not self.state.get(e.param)}
         if new:
             for name, state in self.rule.init({n: p.detach() for n, p in new.items()}).items():
                 self.state[new[name]] = state
 
-    def _usable(self, entries: list[Entry]) -> list[Entry]:
+    def _usable(self, entries: list[NamedParam]) -> list[NamedParam]:
         """The entries to update, by what their gradients hold (one synchronisation per device)."""
         if not entries or (self.nan_policy == "propagate" and not self._at_rest()):
             return entries
@@ -353,7 +362,7 @@ class NFNOpt(torch.optim.Optimizer):
         good = [(e, x) for e, x in zip(entries, largest, strict=True) if math.isfinite(x)]
         return [e._replace(shrink=LARGEST / x) if x > LARGEST else e for e, x in good]
 
-    def _is_probe(self, entries: list[Entry]) -> bool:
+    def _is_probe(self, entries: list[NamedParam]) -> bool:
         """Whether a step is none: nothing to do, or torch's distributed checkpointing that asks for state."""
         grads = [e.grad for e in entries if e.trained and e.param.numel()]
         return not grads or (self._at_rest() and not any(_largest_magnitudes(grads)))
@@ -390,7 +399,7 @@ class NFNOpt(torch.optim.Optimizer):
             saved = {**saved, "param_groups": [dict(g) for g in saved["param_groups"]]}
             found = pop_identity(saved["param_groups"])
             loading["rule"] = saved_rule(found, self.rule)
-            loading["known"] = saved_symmetry(found, self._known, self._given, entries_of(self.param_groups))
+            loading["known"] = saved_symmetry(found, self._known, self._given, named_params(self.param_groups))
             loading["state"] = saved_state(saved, self.param_groups, self.rule)
             return saved
 
@@ -400,7 +409,7 @@ class NFNOpt(torch.optim.Optimizer):
                 self.state[p] = slots  # torch has cast them to the dtype of the parameter
             self._bound, self._steps = None, max((int(s.get("clock", 0)) for _, s in loading["state"]), default=0)
             if self._known != "infer":
-                self._unwatch()
+                self._stop_recording()
 
         # after the caller's hooks that may adapt the state dict, before those that see it loaded
         before = self.register_load_state_dict_pre_hook(check)
@@ -418,17 +427,17 @@ class NFNOpt(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound, self._names, self._complete = None, WeakIdKeyDictionary(), True
-        if "_watch" not in self.__dict__:  # a copy; torch also calls this to load a state dict
-            self._watch = Watch(self) if self._known == "infer" else None
+        if "_recorder" not in self.__dict__:  # a copy; torch also calls this to load a state dict
+            self._recorder = ForwardRecorder(self) if self._known == "infer" else None
         for group in self.param_groups:  # options that an older state dict lacks
             for option in ("lr", "weight_decay", "total_steps", "maximize"):
                 group.setdefault(option, self.defaults[option])
 
     def __repr__(self) -> str:
-        entries = entries_of(self.param_groups)
+        entries = named_params(self.param_groups)
         count = sum(e.param.numel() for e in entries)
         symmetry = {"infer": "symmetry to be inferred at the first step", "independent": "independent axes"}
-        if isinstance(self._known, Binding):
+        if isinstance(self._known, ParamMap):
             known = self._known.symmetry
             groups = sum(not label.fixed for label in known.labels.values())
             text = f"symmetry of {len(known.specs)} tensors in {groups} groups"
@@ -453,7 +462,7 @@ def _plain_modes(devices: Iterable[torch.device]) -> Iterator[None]:
         yield
 
 
-def _refuse_unsupported(entry: Entry) -> None:
+def _refuse_unsupported(entry: NamedParam) -> None:
     if not entry.trained:
         return
     if entry.param.is_complex():

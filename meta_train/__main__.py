@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _main(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, RuntimeError) as error:
-        from learned_opt.rules.checkpoint import CheckpointError
+        from learned_opt.checkpoint import CheckpointError
         from meta_train.errors import UsageError
         from tasks.task import TaskError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from learned_opt.rules.checkpoint import CheckpointError, write_atomically
+from learned_opt.checkpoint import CheckpointError, write_atomically
 
 MAGIC = b"learned-opt meta-training 1\n"
 KEPT = 2

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import tasks.suites
+from learned_opt.checkpoint import save_weights
 from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.checkpoint import save_theta
 from meta_train import checkpoint, jsonl
 from meta_train.augmentation import augmented
 from meta_train.bench.suites import task_fingerprint
@@ -160,7 +160,7 @@ def train(
         if group.rank == 0:
             best = run.best if recipe.validate_every else {}
             theta = {**dict(rule.named_parameters()), **(best["theta"] if best else run.average)}
-            save_theta(path, recipe.rule, theta, _provenance(recipe, run, best, out, group.count))
+            save_weights(path, recipe.rule, theta, _provenance(recipe, run, best, out, group.count))
             draw_training(out)
         report.say(f"{run.step} outer steps in {run.counters['seconds']:.0f} s: {path}")
     return path

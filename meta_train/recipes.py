@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from learned_opt.checkpoint import CheckpointError, load_weights
 from learned_opt.rules import SHIPPED
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.checkpoint import CheckpointError, load_theta
 from meta_train.augmentation import AUGMENTATIONS
 from meta_train.errors import UsageError
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
@@ -173,7 +173,7 @@ def fresh_rule(recipe: Recipe, rules: Mapping[str, Callable[[], UpdateRule]]) ->
         rule = rules[recipe.rule]()
     if recipe.start is not None:
         shipped = recipe.start == SHIPPED_THETA
-        name, theta, _ = load_theta(SHIPPED / f"{recipe.rule}.safetensors" if shipped else recipe.start)
+        name, theta, _ = load_weights(SHIPPED / f"{recipe.rule}.safetensors" if shipped else recipe.start)
         if name != recipe.rule:
             raise CheckpointError(recipe.start, f"it is of rule {name!r}, not {recipe.rule!r}.")
         try:
@@ -286,7 +286,7 @@ def shipped() -> Recipe:
         tasks_per_step=2,
         resample=1,
         outer_steps=60,
-        lr=0.005,  # theta goes a third as far as at 0.015 (docs/experiments.md, 44)
+        lr=0.005,  # theta goes a third as far as at 0.015 (experiments, 44)
         ema=0.9,
         checkpoint_every=5,
     )
@@ -296,7 +296,7 @@ def finetune(*families: str) -> Recipe:
     """From the shipped theta to one kind of task, in few outer steps.
 
     Many particles of one small network cost little more than a few, and say more of the gradient. The size of the
-    perturbations is that of regressions (docs/experiments.md, 45); residual MLPs wanted a third of it (46).
+    perturbations is that of regressions (experiments, 45); residual MLPs wanted a third of it (46).
 
     Args:
         families: names of the task families; all equally often.

@@ -6,8 +6,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from learned_opt.inference import InferenceError, infer_symmetry
 from learned_opt.symmetry import Symmetry, independent
+from learned_opt.symmetry.infer import InferenceError, infer_symmetry
 from tasks.task import Task
 
 EXAMPLES = 2  # of a batch; one would leave open which axis is the batch's

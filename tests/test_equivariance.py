@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from learned_opt.axes import Leaf
 from learned_opt.optimizer import NFNOpt
 from learned_opt.rules import RULES
 from learned_opt.rules import make_rule as shipped_rule
 from learned_opt.symmetry import Element, Scale, Spec, Symmetry
+from learned_opt.symmetry.axes import Leaf
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer

@@ -1,15 +1,16 @@
-"""The scripts of docs/experiments: each starts from the rule as it is, and what it changes counts."""
+"""The scripts of experiments: each starts from the rule as it is, and what it changes counts."""
 
 import dataclasses
-import importlib
 import math
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
+from learned_opt.checkpoint import load_weights
 from learned_opt.rules import SHIPPED, nominal
-from learned_opt.rules.checkpoint import load_theta
 from learned_opt.rules.nominal import Nominal
 from learned_opt.rules.paced import Paced
 from meta_train.estimators import ES
@@ -19,10 +20,23 @@ from tasks.mlp import classifier
 from tests.states import assert_same, every_model, make, noise_like
 
 
+@pytest.fixture
+def script_at(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # scripts add the folder of what they share
+
+    def load(place):
+        file = Path(__file__).parents[1] / "experiments" / place
+        spec = spec_from_file_location(file.stem, file)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
 @every_model
-def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
-    script = importlib.import_module("nominal")
+def test_the_variants_of_the_experiment_start_from_the_rule(kind, script_at):
+    script = script_at("18-polar-step-variants/run.py")
     symmetry, params, grads, state = make(kind)
     rules = Nominal(), script.Variant(script.Options())
     ours, theirs = (rule(params, grads, state, symmetry, total_steps=50)[0] for rule in rules)
@@ -38,9 +52,8 @@ def test_the_variants_of_the_experiment_start_from_the_rule(kind, monkeypatch):
         ("transformer", {"vector", "first", "early"}),
     ],
 )
-def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
-    script = importlib.import_module("nominal")
+def test_every_option_of_the_experiment_changes_the_step(kind, lacks, script_at):
+    script = script_at("18-polar-step-variants/run.py")
     symmetry, params, _, _ = make(kind)
     params = {n: 0.3 * p for n, p in params.items()}  # small weights, for the option of that name
 
@@ -67,9 +80,8 @@ def test_every_option_of_the_experiment_changes_the_step(kind, lacks, monkeypatc
 
 
 @every_model
-def test_the_corrections_of_the_experiment_start_from_the_rule_and_all_count(kind, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
-    script = importlib.import_module("first_order")
+def test_the_corrections_of_the_experiment_start_from_the_rule_and_all_count(kind, script_at):
+    script = script_at("32-first-order-corrections/run.py")
     symmetry, params, _, _ = make(kind)
     total = torch.tensor(50.0, dtype=torch.float64)
 
@@ -88,9 +100,8 @@ def test_the_corrections_of_the_experiment_start_from_the_rule_and_all_count(kin
         assert any(not torch.allclose(u, as_it_is[n], rtol=1e-4) for n, u in third_update(corrected).items()), names[i]
 
 
-def test_constants_are_others_in_the_runs_of_their_experiment_alone(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
-    script = importlib.import_module("constants")
+def test_constants_are_others_in_the_runs_of_their_experiment_alone(script_at, monkeypatch, tmp_path, capsys):
+    script = script_at("28-longer-momentum/constants.py")
     monkeypatch.setattr(script, "SEEDS", 2)
     task = classifier("small", digits(), [8], "relu", batch_size=8, steps=6)
 
@@ -112,13 +123,12 @@ def test_constants_are_others_in_the_runs_of_their_experiment_alone(monkeypatch,
     assert first.splitlines()[1].startswith(f"other | {change:+.3f} |")
 
 
-def test_the_recipe_trains_on_its_own_family_and_is_judged_on_networks_it_does_not_draw(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "experiments"))
-    script = importlib.import_module("residual_recipe")
+def test_the_recipe_trains_on_its_own_family_and_is_judged_on_networks_it_does_not_draw(script_at, tmp_path):
+    script = script_at("46-limits-of-meta-training/residual_recipe.py")
     short = {"horizon": (2, 2), "outer_steps": 1, "estimator": ES(particles=2, sigma=0.05)}
     recipe = dataclasses.replace(script.recipe(), **short)
-    _, theta, _ = load_theta(train(recipe, tmp_path, families=script.families, validation=script.validation))
-    _, start, _ = load_theta(SHIPPED / "nfn.safetensors")
+    _, theta, _ = load_weights(train(recipe, tmp_path, families=script.families, validation=script.validation))
+    _, start, _ = load_weights(SHIPPED / "nfn.safetensors")
     assert any((theta[n] != start[n]).any() for n in start)
     drawn = {script.families["residual"](torch.Generator().manual_seed(s)).name for s in range(20)}
     assert drawn == {"res-12", "res-16", "res-32"} and list(script.validation) == ["res-24"]

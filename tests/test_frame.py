@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from learned_opt import NFNOpt
-from learned_opt.axes import Leaf
 from learned_opt.frame import SWEEPS, potentials, scales
 from learned_opt.layout import layout_of
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry, independent
+from learned_opt.symmetry.axes import Leaf
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer

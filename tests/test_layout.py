@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt.axes import Leaf, Prod, Sum
 from learned_opt.layout import layout_of
-from learned_opt.nfn.embedding import Embedding, broadcast
+from learned_opt.rules.embedding import Embedding, broadcast
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry, independent
+from learned_opt.symmetry.axes import Leaf, Prod, Sum
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer

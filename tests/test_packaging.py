@@ -47,6 +47,16 @@ def test_the_optimizer_imports_no_optional_package():
     assert brought_along("learned_opt", OPTIONAL | {"tasks", "meta_train"}) == set()
 
 
+def test_what_few_need_is_imported_when_it_is_asked_for():
+    """Neither the layers on weight spaces nor the inference of symmetries, which needs torch.export."""
+    loaded = "sorted(m for m in sys.modules if m.startswith(('learned_opt.nfn', 'learned_opt.symmetry.infer')))"
+    before, after = run(
+        f"import sys, learned_opt\nprint({loaded})\nlearned_opt.infer_symmetry, learned_opt.InferenceError\n"
+        f"print({loaded})"
+    ).splitlines()
+    assert before == "[]" and "'learned_opt.symmetry.infer'" in after and "learned_opt.nfn" not in after
+
+
 def test_tasks_do_not_know_the_optimizer():
     assert brought_along("tasks", {"learned_opt", "meta_train"}) == set()
 

@@ -1,21 +1,24 @@
 """Neural functional networks: equivariant layers on the weights of other networks, and the papers' models."""
 
 from learned_opt.nfn.baselines import FlatWeights, GraphPool, StatNN, statistics
-from learned_opt.nfn.builders import network_outputs
 from learned_opt.nfn.chain import Chain, ChainLayer, Features
-from learned_opt.nfn.editor import WeightSpaceEditor
 from learned_opt.nfn.encodings import ChannelDropout, FourierFeatures, IOSinusoidal, LearnedScale
 from learned_opt.nfn.features import features_of, map_features, split_channels, stack, unstack
+from learned_opt.nfn.fit import (
+    Fit,
+    WeightSpaceEditor,
+    WeightSpacePredictor,
+    kendall_tau,
+    network_outputs,
+    r2,
+)
 from learned_opt.nfn.general import Framed, GeneralLinear, GeneralPool, frame_of
 from learned_opt.nfn.magep import MAGEPInvariant, MAGEPLinear
 from learned_opt.nfn.models import EquivariantNFN, InvariantNFN, inr_classifier
 from learned_opt.nfn.monomial import GradientGate, MonomialLinear, MonomialSignLinear
 from learned_opt.nfn.permutation import HNPLinear, NPLinear
 from learned_opt.nfn.pools import HNPPool, Magnitude, MonomialPool, NPPool, Pointwise, UnitPool, pointwise
-from learned_opt.nfn.predictor import WeightSpacePredictor
-from learned_opt.nfn.scores import kendall_tau, r2
 from learned_opt.nfn.sine import SineCanonical, SineEditor, SineFeatures, SineMessages, SineNFN
-from learned_opt.nfn.training import Fit
 from learned_opt.nfn.transformer import TransformerInvariant, TransformerLinear, TransformerNFN, TransformerReLU
 from learned_opt.nfn.transformer_space import TransformerFeatures, TransformerSpec, task_spec, zoo_spec
 

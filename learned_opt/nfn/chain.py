@@ -16,8 +16,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from learned_opt.axes import Axis, Leaf, Prod
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError
+from learned_opt.symmetry.axes import Axis, Leaf, Prod
 
 Features = dict[str, Tensor]
 ScaleKind = Literal["positive", "sign"]

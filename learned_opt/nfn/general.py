@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learned_opt.axes import Leaf, alternatives, assembled, choices, pieces_of
 from learned_opt.frame import potentials, scales
 from learned_opt.layout import layout_of
-from learned_opt.nfn.partitions import Dim, Dims, PartitionLinear, Scaling
-from learned_opt.symmetry import Symmetry, SymmetryError, base_dim
+from learned_opt.nfn.equivariant_basis import Dim, Dims, PartitionLinear, Scaling
+from learned_opt.symmetry import Symmetry, SymmetryError
+from learned_opt.symmetry.axes import Leaf, alternatives, assembled, choices, pieces_of
+from learned_opt.symmetry.labels import base_dim
 
 Features = dict[str, Tensor]
 Respect = Literal["none", "sign", "exact"]
@@ -257,10 +258,10 @@ class GeneralLinear(nn.Module):
     Two flavours. By default every block (a tensor, or one of ``q|k|v``) is mapped to itself entry by entry and sends
     its means to hubs (one for the network, one per label, one for blocks with the same labels throughout), which
     answer all blocks that have the label: linear in the number of blocks, as in
-    :mod:`learned_opt.nfn.embedding`. Fixed axes of up to ``fold`` positions (kernels) are channels, as in the NP and
+    :mod:`learned_opt.rules.embedding`. Fixed axes of up to ``fold`` positions (kernels) are channels, as in the NP and
     HNP layers; longer ones share their weights but for a factor per position and channel in the means and in the
     answers. With ``exact=True``, all equivariant linear maps between all pairs of blocks
-    (:mod:`learned_opt.nfn.partitions`): quadratically many, weights depend on every fixed index.
+    (:mod:`learned_opt.nfn.equivariant_basis`): quadratically many, weights depend on every fixed index.
 
     Linear layers that respect scales exist only between blocks of one character, which is little (the Monomial
     layer). For the positive scales of a ReLU network wrap a permutation layer, or a whole stack, in

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Chain, Features
 from learned_opt.nfn.features import split_channels, stack
-from learned_opt.nfn.mix import Mix, xavier_
 from learned_opt.nfn.monomial import Slot, read_rows, write_rows
+from learned_opt.nfn.row_linear import RowLinear, xavier_
 from learned_opt.symmetry import SymmetryError
 
 
@@ -133,15 +133,15 @@ class _Stream(nn.Module):
         by_input = [d * n_in] * 3
         for s in range(1, end + 1):
             if s == 1:
-                weight = Mix(e * n_in, [*by_input, d, *(x * n_in for x in extra)])
-                bias = Mix(e, [*by_input, d, *extra])
+                weight = RowLinear(e * n_in, [*by_input, d, *(x * n_in for x in extra)])
+                bias = RowLinear(e, [*by_input, d, *extra])
             elif s < end:
-                weight, bias = Mix(e, [d] * 3 + extra), Mix(e, [*by_input, d, d, *extra])
+                weight, bias = RowLinear(e, [d] * 3 + extra), RowLinear(e, [*by_input, d, d, *extra])
             else:
-                weight = Mix(e * n_out, [d * n_out] * 3 + [x * n_out for x in extra])
-                bias = Mix(e * n_out, _invariant_rows(chain, d) + [x * n_out for x in extra], constant=True)
-            for mix in (weight, bias):
-                xavier_(mix)
+                weight = RowLinear(e * n_out, [d * n_out] * 3 + [x * n_out for x in extra])
+                bias = RowLinear(e * n_out, _invariant_rows(chain, d) + [x * n_out for x in extra], constant=True)
+            for linear in (weight, bias):
+                xavier_(linear)
             self.maps[f"weight{s}"], self.maps[f"bias{s}"] = weight, bias
 
     def forward(self, rows: dict[Slot, Tensor], lifted: dict[Slot, Tensor] | None = None) -> Features:
@@ -194,7 +194,7 @@ class MAGEPLinear(nn.Module):
         self.partners = nn.ModuleList()
         if gradients:
             for n, m in ((in_channels, gradients), (gradients, in_channels)):
-                partner = Mix(n, [m])
+                partner = RowLinear(n, [m])
                 xavier_(partner)
                 self.partners.append(partner)
 
@@ -240,7 +240,7 @@ class MAGEPInvariant(nn.Module):
         _need_plain(chain)
         self.chain, self.in_channels, self.outputs = chain, in_channels, 1
         self.psi = nn.Parameter(_psi(chain, in_channels))
-        self.mix = Mix(out_channels, _invariant_rows(chain, in_channels), constant=True)
+        self.mix = RowLinear(out_channels, _invariant_rows(chain, in_channels), constant=True)
         xavier_(self.mix)
         assert self.mix.constant is not None
         nn.init.uniform_(self.mix.constant)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Chain, Features
 from learned_opt.nfn.features import split_channels, stack
-from learned_opt.nfn.mix import Mix, xavier_
+from learned_opt.nfn.row_linear import RowLinear, xavier_
 from learned_opt.symmetry import SymmetryError
 
 Slot = tuple[Literal["weight", "bias"], int]
@@ -89,7 +89,7 @@ Source = tuple[int, Slot]  # (stream, parameter)
 
 
 class _SlotMaps(nn.Module):
-    """One :class:`Mix` per parameter, from the parameters that a table names, in one or two streams."""
+    """One :class:`RowLinear` per parameter, from the parameters that a table names, in one or two streams."""
 
     def __init__(
         self,
@@ -105,14 +105,14 @@ class _SlotMaps(nn.Module):
         for slot, sources in table.items():
             in_rows = [channels[stream] * row_count(chain, s) for stream, s in sources]
             invariant = slot == ("bias", chain.depth - 1)
-            mix = Mix(out_channels * row_count(to, slot), in_rows, constant=invariant)
-            xavier_(mix)
-            self.maps[f"{slot[0]}{slot[1]}"] = mix
+            linear = RowLinear(out_channels * row_count(to, slot), in_rows, constant=invariant)
+            xavier_(linear)
+            self.maps[f"{slot[0]}{slot[1]}"] = linear
 
     def forward(self, *streams: Mapping[Slot, Tensor]) -> Features:
         rows = {}
-        for slot, mix in zip(self.table, self.maps.values(), strict=True):
-            rows[slot] = mix(*(streams[stream][s] for stream, s in self.table[slot]))
+        for slot, linear in zip(self.table, self.maps.values(), strict=True):
+            rows[slot] = linear(*(streams[stream][s] for stream, s in self.table[slot]))
         return write_rows(self.target, rows)
 
 
@@ -215,9 +215,13 @@ class GradientGate(nn.Module):
         self.total = channels + gradients
         self.factors = nn.ModuleDict()
         for i in range(len(chain.names)):
-            maps = [Mix(products, [channels]), Mix(products, [gradients]), Mix(self.total, [products])]
-            for mix in maps:
-                xavier_(mix)
+            maps = [
+                RowLinear(products, [channels]),
+                RowLinear(products, [gradients]),
+                RowLinear(self.total, [products]),
+            ]
+            for linear in maps:
+                xavier_(linear)
             self.factors[str(i)] = nn.ModuleList(maps)
 
     def forward(self, features: Features) -> Features:

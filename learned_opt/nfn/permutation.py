@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Chain, Features
-from learned_opt.nfn.mix import Mix, uniform_
+from learned_opt.nfn.row_linear import RowLinear, uniform_
 
 
 def _over_rows(weight: Tensor) -> Tensor:
@@ -27,10 +27,10 @@ class _Layer(nn.Module):
 
     def __init__(self, out_rows: int, bias_rows: int, own: int, written: int, read: int, network: int) -> None:
         super().__init__()
-        self.own = Mix(out_rows, [own], constant=True)
-        self.network = Mix(out_rows, [network], constant=True)
-        self.read = Mix(out_rows, [read], constant=True)
-        self.written = Mix(out_rows, [written], constant=True)
+        self.own = RowLinear(out_rows, [own], constant=True)
+        self.network = RowLinear(out_rows, [network], constant=True)
+        self.read = RowLinear(out_rows, [read], constant=True)
+        self.written = RowLinear(out_rows, [written], constant=True)
         uniform_(self.own, self.network, self.read, self.written)
         self.bias = _Unit(bias_rows, written, network) if bias_rows else None
 
@@ -46,8 +46,8 @@ class _Unit(nn.Module):
 
     def __init__(self, out_rows: int, unit: int, network: int) -> None:
         super().__init__()
-        self.unit = Mix(out_rows, [unit], constant=True)
-        self.network = Mix(out_rows, [network], constant=True)
+        self.unit = RowLinear(out_rows, [unit], constant=True)
+        self.network = RowLinear(out_rows, [network], constant=True)
         uniform_(self.unit, self.network)
 
     def forward(self, unit: Tensor, network: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class HNPLinear(nn.Module):
             written = n * (f[i] + b[i] + f[i + 1] + (last if i == end - 1 else 0))
             self.hidden.append(_Layer(m * f[i], m * b[i], n * f[i], written, read, network))
         self.last = _Unit(m * last, n * (last + f[end - 1] + (first if end == 1 else 0)), network)
-        self.last_bias = Mix(m * chain.n_out, [network], constant=True) if b[-1] else None
+        self.last_bias = RowLinear(m * chain.n_out, [network], constant=True) if b[-1] else None
         if self.last_bias is not None:
             uniform_(self.last_bias)
 

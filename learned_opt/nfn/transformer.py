@@ -8,8 +8,8 @@ tensors on which only permutations act, like the feed-forward weights. So
     (W_Q, W_K, W_V, W_O)' = theta (W_Q, W_K, W_V, W_O)                      head by head
     (W_A, b_A, W_B, b_B)' = every equivariant linear map of (QK, VO, W_A, b_A, W_B, b_B, 1)
 
-and both lines are :class:`~learned_opt.nfn.partitions.PartitionLinear`. With ``stream="block"`` these are the paper's
-terms one for one, and its numbers of parameters. Blocks are not mixed before the prediction head.
+and both lines are :class:`~learned_opt.nfn.equivariant_basis.PartitionLinear`. With ``stream="block"`` these are the
+paper's terms one for one, and its numbers of parameters. Blocks are not mixed before the prediction head.
 """
 
 import math
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learned_opt.nfn.partitions import Dim, Dims, PartitionLinear
+from learned_opt.nfn.equivariant_basis import Dim, Dims, PartitionLinear
 from learned_opt.nfn.transformer_space import CLASSIFIER, PROJECTIONS, TransformerFeatures, TransformerSpec
 
 Outside = Literal["mlp", "invariant", "none"]

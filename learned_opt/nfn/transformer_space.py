@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learned_opt.nfn.partitions import Dim, Dims
+from learned_opt.nfn.equivariant_basis import Dim, Dims
 from learned_opt.symmetry import SymmetryError
 
 Stream = Literal["block", "shared", "fixed"]

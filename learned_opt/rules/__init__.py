@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from learned_opt.checkpoint import CheckpointError, load_weights
 from learned_opt.rules.base import State, UpdateRule, Weights
-from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from learned_opt.rules.classic import SGD, Adam, Muon
 from learned_opt.rules.nfn import NFN
 from learned_opt.rules.nominal import DecayingPolar, Nominal
@@ -29,13 +29,10 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
 
 __all__ = [
     "RULES",
-    "CheckpointError",
     "State",
     "UpdateRule",
     "Weights",
-    "load_theta",
     "make_rule",
-    "save_theta",
 ]
 
 
@@ -43,7 +40,8 @@ def make_rule(rule: str | Path | UpdateRule) -> UpdateRule:
     """A rule with its theta: by name (with the theta that the package ships for it), from a file, or as it is.
 
     Args:
-        rule: a name in :data:`RULES`, the path of a ``.safetensors`` theta (see :func:`save_theta`), or a rule.
+        rule: a name in :data:`RULES`, the path of a ``.safetensors`` theta (see
+            :func:`learned_opt.checkpoint.save_weights`), or a rule.
 
     Raises:
         ValueError: neither a known name nor a ``.safetensors`` path.
@@ -61,7 +59,7 @@ def make_rule(rule: str | Path | UpdateRule) -> UpdateRule:
 
 
 def _with_theta(path: Path) -> UpdateRule:
-    name, theta, _ = load_theta(path)
+    name, theta, _ = load_weights(path)
     if name not in RULES:
         raise CheckpointError(path, f"it holds theta of rule {name!r}; known rules: {', '.join(RULES)}.")
     rule = RULES[name]()

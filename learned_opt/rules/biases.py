@@ -4,7 +4,7 @@
 its bias take one step, along the polar factor of ``[n, s n_b]``, of whose last column the bias moves s times as far.
 Steps of its own (twice Adam's direction, as those of all other vectors) go where those of the matrix go already, as
 far as inputs have a mean, and have the size of a sign where there is signal, the size of a fifth where there is noise:
-too large in regressions and too small in classification (docs/experiments.md, 47).
+too large in regressions and too small in classification (experiments, 47).
 
 A bias whose Adam direction is smaller than chance makes it (RMS 0.23) has gradients that alternate, and a step of one
 size would go on shaking it: there the step is shorter by as much.
@@ -20,9 +20,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.axes import Block
 from learned_opt.layout import Layout, Stack
 from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry.axes import Block
 
 THIN = 4  # rows or columns up to which a matrix takes the Adam direction
 SIZE = 3.0  # s

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from learned_opt import features
 from learned_opt.features import N_EVEN, N_ODD, N_STATISTICS
 from learned_opt.layout import Layout, Stack
-from learned_opt.nfn.embedding import Embedding, broadcast
+from learned_opt.rules.embedding import Embedding, broadcast
 from learned_opt.rules.nominal import Nominal, View, pull, steps
 from learned_opt.rules.whitening import Whitening
 

@@ -13,13 +13,13 @@ steps ``2 r sqrt(C)`` times as large; gains, embeddings and other vectors twice 
 all, decaying.
 A gradient more than four times as large as the last hundred were on average, as a matrix or vector in the frame,
 counts as four times as large: steps have one size whatever the gradient's, so one that is wild would be followed
-until the momentum has forgotten it (docs/experiments.md, 35).
+until the momentum has forgotten it (experiments, 35).
 The pull to zero is a decoupled weight decay (of weights up to the usual size) that takes the same share of them
 whatever the width and the length of the run. A constant part of the step takes one that grows like T^(1/2) C^(1/4):
 too much in wide networks and long runs (39 and 40).
 The power of the fan-in lies between steps of one RMS (power 0) and steps in proportion to fan-in-scaled weights
 (power 1/2), that of v between Muon's direction (power 0) and that of Adam (power 1/2). Both were chosen on VALID, the
-exceptions, the whitening and the biases on other tasks (docs/experiments.md, 18, 23, 26, 28, 36, 47 and 48).
+exceptions, the whitening and the biases on other tasks (experiments, 18, 23, 26, 28, 36, 47 and 48).
 All of it commutes with permutations and signs, and in the frame also with positive scale. The learned rule starts from
 this one and is judged by what it adds.
 """

@@ -9,11 +9,11 @@ arXiv:1703.04782, of the logarithm of the rate, normalised). With ``d`` the last
 
 from ``rho = -1``, for an eighth of the run, 10 to 50 steps; the rate is multiplied by ``e^rho``. So rho is an average
 of the evidence for longer steps, in [-1, 1], and begins as a warm-up. Later slopes say little about the rate: steps
-then end on rising ground at any rate (measured, docs/experiments.md, 20).
+then end on rising ground at any rate (measured, experiments, 20).
 
 How steeply the ground rises tells something else: a cosine of 0 to 0.05 where the gradient is mostly noise, of 0.2 to
 0.4 where it is mostly an oscillation across a valley. There a longer memory averages the oscillation out, elsewhere it
-only lags (docs/experiments.md, 26 and 28). So after the first 50 steps the momentum's decay rate is
+only lags (experiments, 26 and 28). So after the first 50 steps the momentum's decay rate is
 
     0.9 + 0.07 min(1, max(0, - mean c / 0.28)).
 
@@ -28,7 +28,7 @@ its length on, multiplies the rate of the rest of the run by
 
     (1/2)^q,    q = min(1, max(0, 2 - 5 |a - 1|)).
 
-So it is halved within 0.2 of 1, and as measured outside of 0.4 (docs/experiments.md, 49): in MLPs that come to fit
+So it is halved within 0.2 of 1, and as measured outside of 0.4 (experiments, 49): in MLPs that come to fit
 every example, for which the slopes of the beginning, all of which still descend, ask too much.
 
 The bias correction of Adam's direction stays that of 0.9: right by then, but a vector that joins later may begin with

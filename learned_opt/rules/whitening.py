@@ -12,7 +12,7 @@ roots are functions of matrices, so they commute with permutations and signs of 
 see positive scales. A matrix's bias steps in the units of its outputs too. Axes that no label permutes are left alone,
 above all the network's inputs: their covariance is that of the data, and to whiten it cost an MLP on photographs more
 than whitening its hidden units gained. Where classification ends near zero loss, whitening hidden units neither gains
-nor costs (docs/experiments.md, 36 and 43).
+nor costs (experiments, 36 and 43).
 
 Matrices of at most four rows or columns move along Adam's direction, as whitened units cost regressions (23, 41). Not
 so at the beginning of a run: there they move along ``A^(-3/4) n``, at the size of Adam's direction, to which they then
@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.axes import leaves_of
 from learned_opt.features import to_rms
 from learned_opt.layout import Layout, concatenated
 from learned_opt.rules.base import State
 from learned_opt.rules.biases import is_wide, weights_of
+from learned_opt.symmetry.axes import leaves_of
 
 AVERAGE = 0.98  # decay rate of the second moments
 FLOOR = 1e-4  # added to second moments of mean 1

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from learned_opt.inference import infer_symmetry
-from learned_opt.rules.checkpoint import digest
+from learned_opt.checkpoint import digest
+from learned_opt.symmetry.infer import infer_symmetry
 from meta_train.bench.jobs import short_hash
 from meta_train.errors import UnknownName
 from tasks.transformer import Transformer

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from learned_opt.rules.checkpoint import write_atomically
+from learned_opt.checkpoint import write_atomically
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow (too light).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")

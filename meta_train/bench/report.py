@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from learned_opt.rules.checkpoint import write_atomically
+from learned_opt.checkpoint import write_atomically
 from meta_train.bench.curves import CAP, iqm, iqm_interval
 from meta_train.bench.outcomes import HORIZON_CAP, REFERENCE, Outcome, by_task, of_label, outcomes, ranked
 from meta_train.bench.output import table

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_opt import infer_symmetry
-from learned_opt.rules.checkpoint import write_atomically
+from learned_opt.checkpoint import write_atomically
 from meta_train.bench.optimizers import MakeOptimizer, muon, optimizer_named
 from meta_train.bench.timing import PERIOD, Lap, in_turns
 from meta_train.errors import UnknownName, UsageError, at_least_one

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from learned_opt.rules.checkpoint import CheckpointError
+from learned_opt.checkpoint import CheckpointError
 from learned_opt.symmetry import SymmetryError
 from meta_train.errors import UsageError
 from tasks.zoo.zoo import ZooError

@@ -18,9 +18,9 @@ import tyro
 from torch import Tensor, nn
 
 from learned_opt import infer_symmetry
+from learned_opt.checkpoint import write_atomically
 from learned_opt.nfn import Chain, EquivariantNFN, InvariantNFN, TransformerFeatures, TransformerNFN, inr_classifier
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
-from learned_opt.rules.checkpoint import write_atomically
 from meta_train.bench.output import table as markdown_table
 from meta_train.errors import UsageError
 from meta_train.weights.runs import Grid, Job, Measures, Run, cells, draw, run_grid

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from learned_opt.checkpoint import write_atomically
 from learned_opt.nfn import (
     Chain,
     Features,
@@ -32,8 +33,7 @@ from learned_opt.nfn import (
     WeightSpacePredictor,
     pointwise,
 )
-from learned_opt.nfn.builders import make_editor, make_predictor
-from learned_opt.rules.checkpoint import write_atomically
+from learned_opt.nfn.fit.builders import make_editor, make_predictor
 from meta_train.bench.jobs import short_hash
 from meta_train.bench.output import new_figure, write_figure
 from meta_train.errors import at_least_one

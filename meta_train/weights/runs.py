@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from learned_opt.rules.checkpoint import digest, write_atomically
+from learned_opt.checkpoint import digest, write_atomically
 from meta_train.bench import jobs
 from meta_train.bench.jobs import do_missing, job_progress, pool, short_hash
 from meta_train.bench.output import COLOURS, new_figure, table, write_figure

@@ -25,8 +25,8 @@ import tyro
 from torch import Tensor, nn
 
 from learned_opt.nfn import Fit, TransformerNFN, WeightSpacePredictor, statistics
+from learned_opt.nfn.fit.scores import Loss
 from learned_opt.nfn.models import head
-from learned_opt.nfn.scores import Loss
 from learned_opt.nfn.transformer_invariants import transformer_invariants
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
 from meta_train.errors import at_least_one

@@ -1,5 +1,6 @@
 """The command lines: what cannot be done is one line that says so, before anything is written."""
 
+import gzip
 import shlex
 import subprocess
 import sys
@@ -112,3 +113,13 @@ def test_a_line_after_one_that_was_cut_off_is_whole(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         jsonl.append(path, {"d": float("nan")})
     assert jsonl.read(path) == [{"a": 1}, {"c": 3}]
+
+
+def test_a_compressed_file_is_read_before_what_was_appended_since(tmp_path):
+    path, compressed = tmp_path / "lines.jsonl", tmp_path / "lines.jsonl.gz"
+    compressed.write_bytes(gzip.compress(b'{"a": 1}\n{"b": 2}\n'))
+    assert jsonl.read(path) == jsonl.read(compressed) == [{"a": 1}, {"b": 2}]
+    before = compressed.read_bytes()
+    jsonl.append(path, {"c": 3})
+    assert jsonl.read(path) == [{"a": 1}, {"b": 2}, {"c": 3}]
+    assert compressed.read_bytes() == before and path.read_text() == '{"c":3}\n'

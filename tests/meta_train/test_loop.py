@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from learned_opt.checkpoint import CheckpointError, load_weights, save_weights
 from learned_opt.rules import RULES
-from learned_opt.rules.checkpoint import CheckpointError, load_theta, save_theta
 from meta_train import checkpoint
 from meta_train.__main__ import main
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
@@ -113,8 +113,8 @@ def log_of(out):
 
 def same_run(a, b):
     theta_a, theta_b = (
-        load_theta(a / "theta.safetensors")[1],
-        load_theta(b / "theta.safetensors")[1],
+        load_weights(a / "theta.safetensors")[1],
+        load_weights(b / "theta.safetensors")[1],
     )
     same = all(theta_a[n].numpy().tobytes() == theta_b[n].numpy().tobytes() for n in theta_a)
     last = [checkpoint.load(checkpoint.list_all(out)[-1])["run"] for out in (a, b)]
@@ -139,7 +139,7 @@ def test_meta_training_lowers_the_loss(kind, tmp_path):
         validate_every=10,
     )
     path = run(recipe, tmp_path)
-    name, theta, provenance = load_theta(path)
+    name, theta, provenance = load_weights(path)
     assert name == "slow" and theta["log_rate"] > Slow().log_rate + 0.3
     scores = [x["loss"] for x in provenance["validation"]]
     assert min(scores) < scores[0] - 0.1, "better than where it started"
@@ -192,7 +192,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert done.returncode == 0, done.stderr
     run(PAIR, tmp_path / "one")
     assert same_run(tmp_path / "one", tmp_path / "two")
-    assert load_theta(tmp_path / "two" / "theta.safetensors")[2]["processes"] == 2
+    assert load_weights(tmp_path / "two" / "theta.safetensors")[2]["processes"] == 2
     run(replace(PAIR, outer_steps=8), tmp_path / "two")  # and one goes on where two stopped
     assert log_of(tmp_path / "two")[-1]["step"] == 8
 
@@ -288,7 +288,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     run(replace(recipe, lr=0.5), tmp_path, resume="never")
     assert min(x["lr"] for x in log_of(tmp_path)) > 0.01, "the old log is gone"
     longer = run(replace(recipe, lr=0.5, outer_steps=4), tmp_path)
-    assert load_theta(longer)[2]["outer_steps"] == 4
+    assert load_weights(longer)[2]["outer_steps"] == 4
 
 
 def test_starting_anew_deletes_the_old_result_but_not_what_it_starts_from(tmp_path):
@@ -328,7 +328,7 @@ def test_other_validation_tasks_choose_anew_and_none_choose_nothing(tmp_path):
     tables = TABLES | {"validation": TABLES["validation"] | {"other": lambda: Wide(torch.Generator().manual_seed(3))}}
 
     def chosen_by(**changes):
-        return load_theta(train(replace(RECIPE, **changes), tmp_path, **tables))[2]["chosen"]
+        return load_weights(train(replace(RECIPE, **changes), tmp_path, **tables))[2]["chosen"]
 
     old = chosen_by(validation=("valid",))
     state = checkpoint.load(checkpoint.list_all(tmp_path)[-1])
@@ -369,12 +369,12 @@ def test_diverging_runs_are_counted_and_theta_stays_finite(tmp_path):
     for name, estimator in {"pes": RECIPE.estimator, "tbptt": TBPTT(6, 5, outlier=3.0)}.items():
         path = run(replace(recipe, estimator=estimator), tmp_path / name)
         assert sum(x["diverged"] for x in log_of(tmp_path / name)) > 0
-        assert all(t.isfinite().all() for t in load_theta(path)[1].values())
+        assert all(t.isfinite().all() for t in load_weights(path)[1].values())
 
 
 def test_families_without_a_gradient_move_nothing(tmp_path):
     recipe = replace(RECIPE, families={"barren": 1.0}, validate_every=0, weight_decay=0.0)
-    theta = load_theta(run(replace(recipe, estimator=TBPTT(4, 5)), tmp_path))[1]
+    theta = load_weights(run(replace(recipe, estimator=TBPTT(4, 5)), tmp_path))[1]
     torch.testing.assert_close(theta, dict(Slow().state_dict()))
     assert {x["diverged"] for x in log_of(tmp_path)} == {1.0}
 
@@ -421,7 +421,7 @@ def test_memory_does_not_grow():
 
 
 def test_the_learned_rule_on_the_real_tasks(tmp_path):
-    name, theta, provenance = load_theta(train(RECIPES["tiny"](), tmp_path))
+    name, theta, provenance = load_weights(train(RECIPES["tiny"](), tmp_path))
     start = RULES[name]().state_dict()
     assert theta.keys() == start.keys()
     assert any(not torch.equal(theta[n], start[n]) for n in theta)
@@ -430,15 +430,15 @@ def test_the_learned_rule_on_the_real_tasks(tmp_path):
 
 def test_time_limit_ends_with_a_result(tmp_path):
     path = run(replace(RECIPE, minutes=0.0, validate_every=0), tmp_path)
-    assert load_theta(path)[2]["outer_steps"] == 0
+    assert load_weights(path)[2]["outer_steps"] == 0
 
 
 def test_start_from_a_theta(tmp_path):
     theta = {"log_rate": torch.tensor(-1.0), "momentum": torch.tensor([0.2])}
-    save_theta(tmp_path / "a.safetensors", "slow", theta, {})
+    save_weights(tmp_path / "a.safetensors", "slow", theta, {})
     recipe = replace(RECIPE, start=str(tmp_path / "a.safetensors"), minutes=0.0, validate_every=0)
-    assert torch.equal(load_theta(run(recipe, tmp_path / "b"))[1]["momentum"], theta["momentum"])
-    save_theta(tmp_path / "a.safetensors", "other", theta, {})
+    assert torch.equal(load_weights(run(recipe, tmp_path / "b"))[1]["momentum"], theta["momentum"])
+    save_weights(tmp_path / "a.safetensors", "other", theta, {})
     with pytest.raises(CheckpointError, match="of rule 'other'"):
         run(recipe, tmp_path / "c")
 
@@ -453,8 +453,8 @@ def test_throughput_counts_the_products():
 def test_theta_files_are_validated(tmp_path):
     path = tmp_path / "theta.safetensors"
     theta = {"w": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.5)}
-    save_theta(path, "slow", theta, {"seed": 3})
-    name, loaded, provenance = load_theta(path)
+    save_weights(path, "slow", theta, {"seed": 3})
+    name, loaded, provenance = load_weights(path)
     assert name == "slow" and provenance == {"seed": 3}
     torch.testing.assert_close(loaded, theta)
     with safe_open(path, framework="pt") as file:
@@ -469,9 +469,9 @@ def test_theta_files_are_validated(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=reason) as caught:
-            load_theta(path)
+            load_weights(path)
         assert caught.value.path == path and reason in caught.value.reason
     with pytest.raises(CheckpointError, match="no such file"):
-        load_theta(tmp_path / "none.safetensors")
+        load_weights(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="non-finite values in w"):
-        save_theta(path, "slow", {"w": torch.tensor([torch.inf])}, {})
+        save_weights(path, "slow", {"w": torch.tensor([torch.inf])}, {})

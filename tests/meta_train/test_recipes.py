@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from learned_opt.checkpoint import load_weights
 from learned_opt.rules import SHIPPED
-from learned_opt.rules.checkpoint import load_theta
 from meta_train import checkpoint
 from meta_train.__main__ import _defined, main
 from meta_train.recipes import RECIPES, Recipe, chosen, families_of_workers, horizon_at, lr_at
@@ -69,8 +69,8 @@ def test_the_documented_recipe_fine_tunes_the_shipped_theta(tmp_path):
             "4",
         ]
     )
-    name, _, provenance = load_theta(tmp_path / "out" / "theta.safetensors")
-    shipped = load_theta(SHIPPED / f"{name}.safetensors")[1]
+    name, _, provenance = load_weights(tmp_path / "out" / "theta.safetensors")
+    shipped = load_weights(SHIPPED / f"{name}.safetensors")[1]
     # after the outer step, which validation may not choose
     theta = checkpoint.load(checkpoint.list_all(tmp_path / "out")[-1])["run"]["theta"]
     moved = {n.split(".")[0] for n in theta if not torch.equal(theta[n], shipped[n])}

@@ -134,15 +134,15 @@ def test_a_rule_is_identified_by_its_later_steps_too(monkeypatch, name, value):
 
 
 def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
-    from learned_opt.rules import make_rule, save_theta
+    from learned_opt import make_rule, save_weights
 
     rule = make_rule("nfn")
     assert op.rule_fingerprint(rule) == op.rule_fingerprint(make_rule("nfn"))
     assert op.rule_fingerprint(rule) != op.rule_fingerprint(make_rule("nominal"))
-    save_theta(tmp_path / "s@me.safetensors", "nfn", rule.state_dict(), {})
+    save_weights(tmp_path / "s@me.safetensors", "nfn", rule.state_dict(), {})
     with torch.no_grad():
         next(rule.parameters()).add_(0.1)
-    save_theta(tmp_path / "other.safetensors", "nfn", rule.state_dict(), {})
+    save_weights(tmp_path / "other.safetensors", "nfn", rule.state_dict(), {})
     _, same = op.optimizer_named(f"nfn:{tmp_path / 's@me.safetensors'}")
     _, other = op.optimizer_named(f"nfn:{tmp_path / 'other.safetensors'}")
     assert same == op.optimizer_named("nfn:nfn")[1] != other

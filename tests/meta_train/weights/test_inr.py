@@ -232,7 +232,7 @@ def test_classification_from_nothing_to_table(folder, tmp_path, capsys):
 
 
 def test_notes_are_those_of_the_stored_tables():
-    stored = Path(__file__).parents[3] / "docs" / "weights" / "inr" / "classification" / "table.md"
+    stored = Path(__file__).parents[3] / "experiments" / "results" / "weights" / "inr" / "classification" / "table.md"
     assert inr.NOTE.format(train=7_500) in stored.read_text()
 
 

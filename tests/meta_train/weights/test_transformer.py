@@ -16,7 +16,7 @@ from meta_train.weights.runs import Grid, Job, Run
 from tasks.zoo import augment
 from tasks.zoo import transformer as zoos
 from tasks.zoo.zoo import Zoo, ZooError
-from tests.test_nfn_transformer import ZooNet
+from tests.nfn.test_transformer_nfn import ZooNet
 
 
 def toy_zoo(count: int) -> Zoo:

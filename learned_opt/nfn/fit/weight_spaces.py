@@ -1,0 +1,161 @@
+"""Where fitting takes its networks from: many state_dicts as one table of tensors, checked against a weight space."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.nfn.chain import Chain, ChainLayer, Features
+from learned_opt.nfn.equivariant_basis import Dim, Dims
+from learned_opt.nfn.general import check_features
+from learned_opt.nfn.transformer_space import BlockNames, TransformerFeatures, TransformerSpec
+from learned_opt.symmetry import Symmetry, SymmetryError
+
+Space = Chain | TransformerSpec | Symmetry
+States = Sequence[Mapping[str, Tensor]] | Sequence[nn.Module] | Mapping[str, Tensor]
+Data = Any  # Tensor, dict of tensors, or TransformerFeatures: rows are networks
+
+
+def stacked(states: States) -> dict[str, Tensor]:
+    """The weights of many networks of one architecture: ``{name: [networks, *shape]}``, floating point.
+
+    Args:
+        states: state_dicts, or modules (their parameters and buffers), or tensors that are stacked already.
+
+    Raises:
+        SymmetryError: an entry has another architecture than the first: says which, which parameter, what shape.
+        ValueError: no networks, or stacks of unequal length.
+    """
+    if isinstance(states, Mapping):
+        table = dict(states)
+        lengths = {n: len(x) for n, x in table.items()}
+        if not table or len(set(lengths.values())) != 1:
+            raise ValueError(f"stacked weights need one row per network in every tensor; their lengths are {lengths}")
+    else:
+        table = _stack([_tensors(s) for s in states])
+    return {n: x.detach() for n, x in table.items() if x.is_floating_point()}
+
+
+def _tensors(state: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
+    if isinstance(state, nn.Module):
+        return {**dict(state.named_parameters()), **dict(state.named_buffers())}
+    return dict(state)
+
+
+def _stack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if not states:
+        raise ValueError("there are no networks to fit on")
+    first = {n: tuple(x.shape) for n, x in states[0].items()}
+    for i, state in enumerate(states):
+        other = {n: tuple(x.shape) for n, x in state.items()}
+        if other != first:
+            name = min(n for n in first.keys() | other.keys() if first.get(n) != other.get(n))
+            raise SymmetryError(
+                f"network {i} has another architecture than network 0: {name} is {other.get(name, 'missing')}, "
+                f"not {first.get(name, 'missing')}. Fit one architecture at a time."
+            )
+    return {n: torch.stack([state[n].detach() for state in states]) for n in first}
+
+
+def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the space describes; others are left out if they are alike in all networks (frozen tables).
+
+    Raises:
+        SymmetryError: a tensor is missing or has another shape, or the space knows nothing of one that varies.
+        ValueError: values that are not finite.
+    """
+    if space is None:
+        return _finite({n: x for n, x in table.items() if _varies(x) or bool(x.isfinite().all())})  # no masks
+    one = {n: x[:1].unsqueeze(1) for n, x in table.items()}
+    if isinstance(space, TransformerSpec):
+        known = set(space.unpack(space.pack(one)))
+    else:
+        known = set(space.specs if isinstance(space, Symmetry) else space.names)
+    if more := sorted(n for n, x in table.items() if n not in known and _varies(x)):
+        raise SymmetryError(f"the weight space knows nothing of {', '.join(more[:5])}. {_advice(more, known, table)}")
+    if isinstance(space, Symmetry):
+        check_features(space, {n: x for n, x in one.items() if n in known})
+    elif isinstance(space, Chain):
+        space.validate(one)
+    return _finite({n: x for n, x in table.items() if n in known})
+
+
+def _varies(x: Tensor) -> bool:
+    return bool((x != x[:1]).any())
+
+
+def _finite(table: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, x in table.items():
+        wrong = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{name} has values that are not finite in {len(wrong)} of {len(x)} networks, the first is network "
+                f"{wrong[0]}. Leave these networks out."
+            )
+    return table
+
+
+def _advice(more: Sequence[str], known: Set[str], table: Mapping[str, Tensor]) -> str:
+    same = {n: next((k for k in sorted(known & table.keys()) if torch.equal(table[n], table[k])), None) for n in more}
+    if all(same.values()):
+        tied = ", ".join(f"{n} is {k} under another name" for n, k in same.items())
+        return f"These are tied parameters ({tied}): leave the second names out, or pass the modules themselves."
+    return "Make it from one of these state_dicts, or leave these tensors out."
+
+
+def features(table: Mapping[str, Tensor], dtype: torch.dtype) -> Features:
+    """``{name: [networks, *shape]}`` -> features with one channel."""
+    return {n: x.to(dtype).unsqueeze(1) for n, x in table.items()}
+
+
+# ------------------------------------------------------------------------------------ rows of prepared data
+def map_data(function: Callable[[Tensor], Tensor], data: Data) -> Data:
+    """Apply a function to every tensor of prepared data."""
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, TransformerFeatures):
+        return replace(data, blocks=map_data(function, data.blocks), rest=map_data(function, data.rest))
+    return {n: map_data(function, x) for n, x in data.items()}
+
+
+def join_data(parts: Sequence[Data]) -> Data:
+    """Concatenate prepared data of the same kind along their rows."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, TransformerFeatures):
+        return replace(first, blocks=join_data([p.blocks for p in parts]), rest=join_data([p.rest for p in parts]))
+    return {n: join_data([p[n] for p in parts]) for n in first}
+
+
+# ------------------------------------------------------------------------------------ spaces as plain data
+def space_to_data(space: Space | None) -> Any:
+    """Plain data (JSON) that :func:`space_from_data` reads."""
+    if space is None:
+        return None
+    if isinstance(space, Symmetry):
+        return {"symmetry": space.to_dict()}
+    return {"chain" if isinstance(space, Chain) else "transformer": asdict(space)}
+
+
+def space_from_data(data: Any) -> Space | None:
+    """Inverse of :func:`space_to_data`."""
+    if data is None:
+        return None
+    ((kind, value),) = data.items()
+    if kind == "symmetry":
+        return Symmetry.from_dict(value)
+    if kind == "chain":
+        layers = tuple(ChainLayer(**{**x, "kernel": tuple(x["kernel"])}) for x in value["layers"])
+        return Chain(layers, value["scale"])
+    names = tuple(BlockNames(**{**x, "qkv": tuple(x["qkv"])}) for x in value["names"])
+    outside = {key: {n: _dims(d) for n, d in value[key].items()} for key in ("embedding", "classifier")}
+    return TransformerSpec(**{**value, "names": names, **outside})
+
+
+def _dims(data: Sequence[Mapping[str, Any]]) -> Dims:
+    return tuple(Dim(**{**x, "base": tuple(x["base"]), "scale": tuple(map(tuple, x["scale"]))}) for x in data)

@@ -1,0 +1,179 @@
+"""What the state dict of :class:`NFNOpt` says, checked before anything of it is used."""
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from learned_opt.checkpoint import digest
+from learned_opt.params import NamedParam, ParamMap, match, plain_name
+from learned_opt.rules.base import UpdateRule
+from learned_opt.symmetry import Symmetry
+from learned_opt.text import listed
+
+# keys of the first parameter group of a state dict
+RULE, SHA, WEIGHTS, SYMMETRY = "rule", "theta_sha256", "theta", "symmetry"
+
+Mode = Literal["infer", "independent"]
+
+
+def accumulator_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 tensors, float32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def describe(rule: UpdateRule) -> str:
+    """The rule's class and its plain settings, such as ``Adam(betas=(0.9, 0.999), eps=1e-08)``."""
+    plain = (bool, int, float, str, tuple, torch.dtype)
+    settings = {k: v for k, v in vars(rule).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
+    return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+
+# --------------------------------------------------------------------------------- rule and symmetry
+def identity(rule: UpdateRule, symmetry: ParamMap | Mode) -> dict[str, Any]:
+    """What a run is resumed with: the rule's name, its learned weights, and the symmetry as text.
+
+    The text is "infer" (not inferred yet), "independent", or JSON: the symmetry, and the names by position.
+    """
+    weights = {n: t.detach().clone() for n, t in rule.state_dict().items()}
+    text: str = symmetry if isinstance(symmetry, str) else ""
+    if isinstance(symmetry, ParamMap):
+        text = json.dumps(symmetry.symmetry.to_dict() | {"names": {str(k): n for k, n in symmetry.names.items()}})
+    return {RULE: describe(rule), SHA: digest(weights), WEIGHTS: weights, SYMMETRY: text}
+
+
+def pop_identity(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Take what :func:`identity` wrote out of the parameter groups."""
+    found: dict[str, Any] = {}
+    for group in groups:
+        found |= {k: group.pop(k) for k in (RULE, SHA, WEIGHTS, SYMMETRY) if k in group}
+    return found
+
+
+def saved_symmetry(
+    saved: Mapping[str, Any], own: ParamMap | Mode, given: Symmetry | Mode, params: list[NamedParam]
+) -> ParamMap | Mode:
+    """The symmetry to go on with.
+
+    Args:
+        saved: from :func:`pop_identity`.
+        own: what the optimizer has now.
+        given: what it was told. "infer" takes that of the state dict; a choice must be the same there.
+        params: its tensors; a state dict of an older version has no names for them.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    text = saved.get(SYMMETRY, "infer")
+    if text == "infer" or (text is None and given != "infer"):
+        return own
+    if text in ("independent", None):  # None: so older versions wrote independent axes
+        loaded: Symmetry | Mode = "independent"
+    else:
+        data = json.loads(text)
+        loaded = Symmetry.from_dict(data)
+    if given == "infer":
+        if isinstance(loaded, str):
+            return loaded
+        names = data.get("names")
+        return match(params, loaded) if names is None else ParamMap(loaded, {int(k): n for k, n in names.items()})
+    if loaded != given and _plain(loaded) != _plain(given):
+        raise ValueError(
+            "the state dict was made with another symmetry than this optimizer has. Construct "
+            'it with the same symmetry, or with symmetry="infer" to take that of the state dict.'
+        )
+    return own
+
+
+def _plain(symmetry: Symmetry | Mode) -> Any:
+    return symmetry if isinstance(symmetry, str) else symmetry.to_dict()
+
+
+def saved_rule(saved: Mapping[str, Any], rule: UpdateRule) -> UpdateRule:
+    """The rule, with the learned weights of the state dict (then a copy, and a warning).
+
+    Raises:
+        ValueError: another rule, or learned weights that are missing, altered or do not fit.
+    """
+    own = {n: t.detach() for n, t in rule.state_dict().items()}
+    if saved.get(RULE, describe(rule)) != describe(rule):
+        raise ValueError(
+            f"the state dict is of rule {saved[RULE]}, this one is {describe(rule)}. Construct it with that rule."
+        )
+    weights, sha = saved.get(WEIGHTS), saved.get(SHA)
+    altered = weights is not None and digest(weights) != sha
+    if sha is None or (sha == digest(own) and not altered):
+        return rule
+    if weights is None or altered:
+        reason = "does not hold them" if weights is None else "holds altered ones"
+        raise ValueError(
+            f"the state dict was made with learned weights {sha[:12]} but {reason}; this optimizer has "
+            f"{digest(own)[:12]}. Construct the optimizer with rule=<path of those weights>."
+        )
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in own.items()}:
+        raise ValueError(
+            "the learned weights in the state dict do not fit this version of the rule. Load it with "
+            "the version that made it, or start with fresh state."
+        )
+    warnings.warn(
+        f"NFNOpt: continuing with the learned weights {sha[:12]} of the state dict, not {digest(own)[:12]}.",
+        stacklevel=5,
+    )
+    rule = copy.deepcopy(rule)  # the caller may use theirs elsewhere
+    rule.load_state_dict(weights)
+    return rule
+
+
+# ------------------------------------------------------------------------------------ state by position
+def saved_state(
+    saved: Mapping[str, Any], groups: list[dict[str, Any]], rule: UpdateRule
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """State to restore per parameter, checked against the parameters and the rule.
+
+    Raises:
+        ValueError: other names, shapes or slots.
+    """
+    if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
+        return []  # torch refuses this, in its own words
+    wrong: list[str] = []
+    owners: dict[Any, tuple[str, Tensor]] = {}
+    for group, other in zip(groups, saved["param_groups"], strict=True):
+        own_names, other_names = group.get("param_names"), other.get("param_names")
+        names = own_names or other_names or [f"parameter {k}" for k in other["params"]]
+        for key, name, p in zip(other["params"], names, group["params"], strict=True):
+            owners[key] = (name, p)
+        pairs = zip(own_names, other_names, strict=True) if own_names and other_names else ()
+        wrong += [f"{a} here is {b} in the state dict" for a, b in pairs if plain_name(a) != plain_name(b)]
+    wrong += [f"state of unknown parameter {k!r}" for k in saved["state"] if k not in owners]
+    restored = []
+    for key, slots in saved["state"].items():
+        if key in owners and slots:
+            name, p = owners[key]
+            wrong += [f"{name}: {reason}" for reason in _unfit(p, slots, rule)]
+            restored.append((p, {k: _as_slot(x, p) for k, x in slots.items()}))
+    if wrong:
+        raise ValueError(
+            f"the state dict does not fit this optimizer:\n  {listed(wrong, chr(10) + '  ')}\n"
+            "Give the optimizer the same parameters, in the same order and with the same rule (of the same version), "
+            "as when it was saved; a load_state_dict pre-hook can rename. Nothing was changed."
+        )
+    return restored
+
+
+def _unfit(p: Tensor, slots: Mapping[str, Any], rule: UpdateRule) -> list[str]:
+    expected = rule.init({"p": torch.empty_like(p, device="meta")})["p"]
+    found = {k: tuple(torch.as_tensor(x).shape) for k, x in slots.items()}
+    wanted = {k: tuple(x.shape) for k, x in expected.items()}
+    if found.keys() != wanted.keys():
+        return [f"slots {', '.join(sorted(found))} instead of {', '.join(sorted(wanted))}"]
+    return [f"{k} has shape {found[k]} instead of {wanted[k]}" for k in found if found[k] != wanted[k]]
+
+
+def _as_slot(value: Any, param: Tensor) -> Tensor:
+    value = torch.as_tensor(value)
+    dtype = accumulator_dtype(param) if value.is_floating_point() or not value.ndim else value.dtype
+    return value.to(param.device, dtype)

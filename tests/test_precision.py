@@ -1,0 +1,172 @@
+"""Narrow, wide and mixed parameters, and gradients that are not finite."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from tests.optimizer_contract import (
+    assert_equal,
+    backward,
+    data,
+    every_rule,
+    make,
+    make_model,
+    train,
+    weights,
+)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_are_computed_in_float32_and_rounded_at_the_end(name, dtype):
+    model, wide = make_model(dtype), make_model(dtype).float()
+    narrow_opt, wide_opt = make(name, model), make(name, wide)
+    backward(model)
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        q.grad = p.grad.float()
+    narrow_opt.step()
+    wide_opt.step()
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        assert_equal(p.detach(), q.detach().to(dtype))
+        for slot, x in narrow_opt.state[p].items():
+            assert x.dtype == torch.float32
+            assert_equal(x, wide_opt.state[q][slot])
+
+
+@every_rule
+def test_mixed_precisions_train_together(name):
+    model = make_model()
+    model[2].double()
+    dtypes = [p.dtype for p in model.parameters()]
+    optimizer, before = make(name, model), weights(model)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert [p.dtype for p in model.parameters()] == dtypes
+    assert [optimizer.state[p]["step"].dtype for p in model.parameters()] == dtypes
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@every_rule
+@pytest.mark.parametrize("where", ["double default", "autocast", "inference"])
+def test_the_callers_modes_do_not_matter(name, where):
+    model, mirror = make_model(), make_model()
+    ours, theirs = make(name, model), make(name, mirror)
+    for _ in range(3):
+        backward(model)
+        backward(mirror)
+        theirs.step()
+        if where == "double default":
+            torch.set_default_dtype(torch.float64)
+            try:
+                ours.step()
+            finally:
+                torch.set_default_dtype(torch.float32)
+        else:
+            mode = torch.autocast("cpu") if where == "autocast" else torch.inference_mode()
+            with mode:
+                ours.step()
+    assert_equal(weights(model), weights(mirror))
+    assert not any(x.is_inference() for s in ours.state.values() for x in s.values())
+
+
+@every_rule
+def test_a_step_draws_no_random_numbers(name):
+    model = make_model()
+    optimizer = make(name, model)
+    backward(model)
+    before = torch.get_rng_state()
+    optimizer.step()
+    assert_equal(torch.get_rng_state(), before)
+
+
+@every_rule
+def test_memory_does_not_grow(name):
+    model = make_model()
+    optimizer = make(name, model)
+
+    def footprint():
+        train(model, optimizer, 3)
+        return sum(x.numel() for s in optimizer.state.values() for x in s.values())
+
+    first = footprint()
+    assert all(x.grad_fn is None for s in optimizer.state.values() for x in s.values())
+    assert footprint() == first
+
+
+# ----------------------------------------------------------------------------- non-finite gradients
+@every_rule
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_with_a_non_finite_gradient_sits_out(name, value):
+    model = make_model()
+    optimizer = make(name, model)
+    train(model, optimizer, 2)
+    backward(model)
+    model[0].weight.grad[0, 0] = value
+    before = weights(model)
+    state = copy.deepcopy(optimizer.state[model[0].weight])
+    with pytest.warns(UserWarning, match=r"0\.weight"):
+        optimizer.step()
+    assert_equal(weights(model)["0.weight"], before["0.weight"])
+    of_the_network = {"clock", "slope", "gained", "moved"}  # these go on: there was a step, by nothing
+    after = optimizer.state[model[0].weight]
+    assert_equal(*({k: x for k, x in s.items() if k not in of_the_network} for s in (after, state)))
+    assert not torch.equal(model[2].weight, before["2.weight"])
+    assert optimizer.skipped_steps == {"0.weight": 1}
+    model[0].weight.grad.fill_(value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # warned once already
+        optimizer.step()
+    assert optimizer.skipped_steps == {"0.weight": 2}
+    train(model, optimizer, 1)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_raise_names_the_tensor_and_moves_nothing():
+    model = make_model()
+    optimizer = make("adam", model, nan_policy="raise")
+    train(model, optimizer, 1)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    backward(model)
+    model[2].bias.grad[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"2\.bias"):
+        optimizer.step()
+    assert_equal(weights(model), before)
+    assert_equal(optimizer.state_dict()["state"], state["state"])
+
+
+def test_propagate_checks_nothing():
+    model = make_model()
+    optimizer = make("adam", model, nan_policy="propagate")
+    backward(model)
+    model[2].bias.grad[0] = float("nan")
+    optimizer.step()
+    assert model[2].bias[0].isnan() and not optimizer.skipped_steps
+
+
+def test_large_but_finite_gradients_are_not_taken_for_infinite():
+    model = make_model()
+    optimizer = make("muon", model, nan_policy="raise")
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e38)
+    optimizer.step()
+
+
+def test_grad_scaler_skips_a_step_that_overflowed():
+    model = make_model()
+    optimizer, before = make("adam", model), weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    x, y = data()
+    scaler.scale((model(x) - y).square().mean() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_equal(weights(model), before)
+    assert not optimizer.skipped_steps and scaler.get_scale() < 4.0
+    optimizer.zero_grad()
+    scaler.scale((model(x) - y).square().mean()).backward()
+    scaler.step(optimizer)
+    assert not torch.equal(model[0].weight, before["0.weight"])
