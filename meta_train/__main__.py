@@ -99,7 +99,8 @@ def evaluate(
     """Train tasks with optimizers and compare them: runs.jsonl, report.md and pictures in --out.
 
     Finished runs are kept in runs.jsonl and never repeated: the same command goes on after an
-    interruption, and a command with more optimizers, tasks or seeds only runs what is new.
+    interruption, and a command with more optimizers, tasks or seeds only runs what is new. At the end all
+    optimizers of a task make steps in turns, so that report.md also compares in CPU seconds.
 
     Args:
         optimizers: what to compare, separated by spaces or commas. nfnopt is NFNOpt, nfn:RULE NFNOpt with
