@@ -35,6 +35,8 @@ TOTAL_STEPS = 1000
 
 Optimizer = torch.optim.Optimizer
 MakeStepper = Callable[[nn.Module], Optimizer]
+Loss = Callable[[Tensor, torch.Generator], Tensor]  # of an output; the targets are drawn
+Made = tuple[nn.Module, Tensor, Loss]
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,26 @@ class Case:
 
     Attributes:
         title: for the table.
-        make: the module, the example inputs that it is called with, and its loss on them.
+        make: the module, the inputs that it is called with, and the loss of what it returns. Targets are noise: a
+            network that has learned its batch has subnormal gradients, with which a processor takes ten times as long.
         single: one tensor alone: Muon is of this tensor, and no whole training step is measured.
         large: only on demand; gradients are drawn once, few steps are measured.
         leave_out: optimizers that would take minutes a step.
     """
 
     title: str
-    make: Callable[[], tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]]
+    make: Callable[[], Made]
     single: bool = False
     large: bool = False
     leave_out: tuple[str, ...] = ()
 
 
-def _mlp(sizes: Sequence[int], batch: int) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+def _mlp(sizes: Sequence[int], batch: int) -> Made:
     layers = [m for i, o in zip(sizes[:-1], sizes[1:], strict=True) for m in (nn.Linear(i, o), nn.ReLU())]
-    y = torch.randint(sizes[-1], (batch,))
-    return nn.Sequential(*layers[:-1]), torch.randn(batch, sizes[0]), lambda out: functional.cross_entropy(out, y)
+    return nn.Sequential(*layers[:-1]), torch.randn(batch, sizes[0]), _classes
 
 
-def _gpt(
-    vocabulary: int, width: int, heads: int, depth: int, shape: tuple[int, int], tied: bool = False
-) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+def _gpt(vocabulary: int, width: int, heads: int, depth: int, shape: tuple[int, int], tied: bool = False) -> Made:
     model = Transformer(
         nn.Embedding(vocabulary, width),
         shape[1],
@@ -79,19 +79,27 @@ def _gpt(
     if tied:
         model.head = nn.Linear(width, vocabulary, bias=False)
         model.head.weight = model.embed.weight
-    x, y = torch.randint(vocabulary, shape), torch.randint(vocabulary, shape)
-    return model, x, lambda out: functional.cross_entropy(out.flatten(0, 1), y.flatten())
+    return model, torch.randint(vocabulary, shape), _classes
 
 
-def _matrix(rows: int, columns: int) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
-    y = torch.randn(64, rows)
-    return nn.Linear(columns, rows, bias=False), torch.randn(64, columns), lambda out: (out - y).square().mean()
+def _matrix(rows: int, columns: int) -> Made:
+    return nn.Linear(columns, rows, bias=False), torch.randn(64, columns), _noise
 
 
-def _embedding(rows: int, columns: int) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
-    x = torch.randint(rows, (16, 128))
-    y = torch.randn(16, 128, columns)
-    return nn.Embedding(rows, columns), x, lambda out: (out - y).square().mean()
+def _embedding(rows: int, columns: int) -> Made:
+    return nn.Embedding(rows, columns), torch.randint(rows, (16, 128)), _noise
+
+
+def _classes(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of logits [..., classes] against random classes."""
+    return functional.cross_entropy(
+        out.flatten(0, -2), torch.randint(out.shape[-1], out.shape[:-1], generator=generator).flatten()
+    )
+
+
+def _noise(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean square distance from normal noise."""
+    return (out - torch.randn(out.shape, generator=generator)).square().mean()
 
 
 CASES: dict[str, Case] = {
@@ -186,7 +194,8 @@ def memory(make: Callable[[], Optimizer], steps: int = PROFILED) -> tuple[int, i
 class Training:
     """Steps of one optimizer on its own copy of a network; each call makes one."""
 
-    def __init__(self, case: Case, model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], make: MakeStepper):
+    def __init__(self, case: Case, model: nn.Module, x: Tensor, loss: Loss, make: MakeStepper) -> None:
+        self.generator = torch.Generator().manual_seed(0)
         self.model, self.x, self.loss, self.drawn = copy.deepcopy(model), x, loss, case.large
         draw_gradients(self.model)
         self.optimizer = make(self.model)
@@ -195,7 +204,7 @@ class Training:
         start = time.process_time()
         if not self.drawn:
             self.optimizer.zero_grad()
-            self.loss(self.model(self.x)).backward()
+            self.loss(self.model(self.x), self.generator).backward()
         middle = time.process_time()
         self.optimizer.step()
         return {"gradient": middle - start, "step": time.process_time() - middle}

@@ -16,7 +16,7 @@ from meta_train.errors import UnknownName, UsageError
 
 def tiny():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    return model, torch.randn(8, 3), lambda out: out.square().mean()
+    return model, torch.randn(8, 3), lambda out, g: (out - torch.randn(8, 2, generator=g)).square().mean()
 
 
 class Counting(torch.optim.SGD):
@@ -146,8 +146,10 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
 def test_networks_have_the_sizes_that_their_names_say(name, weights):
     model, x, loss = CASES[name].make()
     assert sum(p.numel() for p in model.parameters()) == weights
-    loss(model(x)).backward()
-    assert all(p.grad is not None for p in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    first, second = (loss(model(x), generator) for _ in range(2))
+    first.backward()
+    assert all(p.grad is not None for p in model.parameters()) and first != second
 
 
 def test_a_tied_head_is_no_hidden_matrix():
