@@ -222,7 +222,7 @@ def update_moments(b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clo
         return
     if clock.moments is False:
         return
-    weight = 1 - whitening.AVERAGE ** torch.where(clock.t <= 3, 1, EVERY_MOMENTS)
+    weight = 1 - whitening.AVERAGE ** torch.where(clock.t <= 3, torch.ones_like(clock.t), EVERY_MOMENTS)
     whitened = whitened_axes(b)
     for i in b.axes:
         slot, of = ("moment", whitening.second_moment) if i in whitened else ("diag", whitening.mean_square)
