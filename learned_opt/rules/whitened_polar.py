@@ -220,18 +220,18 @@ def update_moments(b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clo
         for i in b.axes:
             own[f"diag{i}"] = lerp(own[f"diag{i}"], whitening.mean_square(b, g, i), 1 - BETA2, in_place)
         return
-    if clock.moments is False:
-        return
-    weight = 1 - whitening.AVERAGE ** torch.where(clock.t <= 3, torch.ones_like(clock.t), EVERY_MOMENTS)
     whitened = whitened_axes(b)
-    for i in b.axes:
-        slot, of = ("moment", whitening.second_moment) if i in whitened else ("diag", whitening.mean_square)
-        old, new = own[f"{slot}{i}"], lerp(own[f"{slot}{i}"], of(b, g, i), weight, in_place)
-        own[f"{slot}{i}"] = when(clock.moments, lambda new=new: new, old)
-        if i in whitened:
+    if clock.moments is not False:
+        weight = 1 - whitening.AVERAGE ** torch.where(clock.t <= 3, torch.ones_like(clock.t), EVERY_MOMENTS)
+        for i in b.axes:
+            slot, of = ("moment", whitening.second_moment) if i in whitened else ("diag", whitening.mean_square)
+            old, new = own[f"{slot}{i}"], lerp(own[f"{slot}{i}"], of(b, g, i), weight, in_place)
+            own[f"{slot}{i}"] = when(clock.moments, lambda new=new: new, old)
+    if clock.roots is not False:
+        for i in whitened:
             due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
             root_ = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"], due)
-            own[f"root{i}"] = stored(root_, own[f"root{i}"], in_place) if due is not False else own[f"root{i}"]
+            own[f"root{i}"] = stored(root_, own[f"root{i}"], in_place)
 
 
 def whitened_axes(b: TensorBatch) -> tuple[int, ...]:
