@@ -335,7 +335,7 @@ def bias_correction(step: Tensor) -> Tensor:
 
 
 def flat_direction(b: FlatBatch, own: Slots, square: Tensor, step: Tensor, rms: Tensor, loudest: Tensor) -> Tensor:
-    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding noise beside the others'."""
+    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding beside the others'."""
     fan_in = [s[0] if len(s) < 2 else math.prod(s[1:]) for s in b.shapes]
     usual = (rms * rms.new_tensor([c**0.5 / USUAL for c in fan_in])).clamp(SMALLEST, 1.0)
     thin = torch.tensor(b.thin, device=rms.device)
@@ -434,11 +434,10 @@ def _repeated(x: Tensor, parts: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- tensors that sit a step out
-def _live(layout: BatchLayout, grads: Weights) -> Tensor | None:
-    """Which tensors move (a matrix only with its bias); None: all."""
-    paired = {n: b for batch in layout.batches for n, b in zip(batch.names, batch.biases, strict=False)}
-    live = [n in grads and paired.get(n, n) in grads for n in layout.members]
-    return None if all(live) else torch.tensor(live, device=next(iter(grads.values())).device)
+def _live(layout: BatchLayout, grads: Weights) -> dict[str, bool] | None:
+    """Which tensors have a gradient; None: all."""
+    live = {n: n in grads for n in layout.names}
+    return None if all(live.values()) else live
 
 
 def _complete(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> Weights:
@@ -450,16 +449,25 @@ def _complete(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> We
     return {n: grads[n] if n in grads else torch.zeros_like(params[n], dtype=like.dtype) for n in names}
 
 
-def _kept(layout: BatchLayout, old: State, new: State, live: Tensor) -> State:
-    """The new state, but the old one of tensors that sit this step out."""
+def _kept(layout: BatchLayout, old: State, new: State, live: dict[str, bool]) -> State:
+    """The new state, but the old one of tensors that sit this step out; what a pair shares is the matrix's."""
+
+    def mask(names: Collection[str]) -> Tensor:
+        return torch.tensor([live[n] for n in names], device=layout.device)
+
     kept: State = {"network": new["network"]}
-    kept["tensor"] = {k: torch.where(live, x, old["tensor"][k]) for k, x in new["tensor"].items()}
-    for b, own in zip(layout.all, live.split(layout.counts), strict=True):
-        mask = own.index_select(0, b.segment) if isinstance(b, FlatBatch) else own
-        kept[b.key] = {
-            k: x if k.endswith("scale") else torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, old[b.key][k])
-            for k, x in new[b.key].items()
-        }
+    kept["tensor"] = {k: torch.where(mask(layout.members), x, old["tensor"][k]) for k, x in new["tensor"].items()}
+    for b in layout.all:
+        own, entries = mask(b.names), mask(b.names)
+        if isinstance(b, FlatBatch):
+            own = entries = own.index_select(0, b.segment)
+        elif b.biases:
+            entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), mask(b.biases)[:, None, None]], -1)
+        kept[b.key] = {}
+        for k, x in new[b.key].items():
+            moved = entries if k in ("m", "last_update") else mask(b.biases) if k == "v_bias" else own
+            moved = moved if moved.ndim == x.ndim else moved.view(-1, *[1] * (x.ndim - 1))
+            kept[b.key][k] = x if k.endswith("scale") else torch.where(moved, x, old[b.key][k])
     return kept
 
 
