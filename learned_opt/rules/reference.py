@@ -1,0 +1,313 @@
+"""The rule of :mod:`learned_opt.rules.whitened_polar` one tensor after the other: to read, and to test that one by.
+
+No batches, no buffers, no cached indices: plain torch in the order of the equations. It is slow, and does not run
+under ``vmap``. Its state is by tensor: ``state[name][slot]``, and ``state["network"]``.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from learned_opt.frame import potentials
+from learned_opt.rules import auto_lr
+from learned_opt.rules.auto_lr import Measured, Number
+from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.rules.newton_schulz import newton_schulz
+from learned_opt.symmetry import Element, Symmetry
+from learned_opt.symmetry.axes import leaves_of
+
+BETA2, MOMENT_BETA = 0.99, 0.98
+NUMBERS = ("step", "mean_square", "weight_rms", "update_norm")
+THIN, BOUND = 4, 544
+
+
+class Reference(UpdateRule):
+    """Whitened polar steps on matrices, Adam's on the rest, by loops over tensors.
+
+    Args:
+        measure_lr: whether the rate is measured, or the schedule's.
+    """
+
+    ends = True
+
+    def __init__(self, measure_lr: bool = True) -> None:
+        super().__init__()
+        self.measure_lr = measure_lr
+
+    def init(self, params: Weights, symmetry: Symmetry) -> State:
+        some = next(iter(params.values()))
+        state: State = {"network": {k: some.new_zeros(()) for k in ("clock", *Measured._fields, "log_scale")}}
+        matrix_of = joined(symmetry, tuple(params))
+        for n, p in params.items():
+            own = state[n] = {k: torch.zeros_like(p) for k in ("m", "last_update")}
+            own |= {k: p.new_zeros(()) for k in NUMBERS if n not in matrix_of}
+            if kind(symmetry, n) == "thin":
+                own["v"] = torch.zeros_like(p)
+            for i in axes(symmetry, n) if kind(symmetry, n) != "thin" else ():
+                d = p.shape[i]
+                if i in whitened(symmetry, n):
+                    own |= {f"moment{i}": p.new_zeros(d, d), f"root{i}": p.new_zeros(d, d)}
+                else:
+                    own[f"diag{i}"] = p.new_zeros(d)
+        return state
+
+    def forward(
+        self,
+        params: Weights,
+        grads: Weights,
+        state: State,
+        symmetry: Symmetry,
+        *,
+        total_steps: Number | None = None,
+        weight_decay: float | None | Mapping[str, float | None] = None,
+        names: tuple[str, ...] | None = None,
+        ages: Collection[int] | None = None,
+        in_place: bool = False,
+    ) -> tuple[Weights, State]:
+        names = tuple(params) if names is None else names
+        network = dict(state["network"])
+        new = {"network": network} | {n: dict(state[n]) for n in names}
+        matrix_of = joined(symmetry, names)
+        bias_of = {weight: bias for bias, weight in matrix_of.items()}
+        owners = [n for n in names if n not in matrix_of]
+        t = network["clock"] = network["clock"] + 1
+        for n in owners:
+            new[n]["step"] = new[n]["step"] + 1
+        now = {int(t), *(int(new[n]["step"]) for n in owners)}
+        frame_due, moments_due = (any(a <= 3 or a % every == 0 for a in now) for every in (10, 5))
+
+        # the frame
+        if frame_due:
+            log_scale = potentials(symmetry, params)
+            network["log_scale"] = t * 0 if log_scale is None else log_scale
+        scale = scales(symmetry, network["log_scale"], {n: params[n] for n in names})
+        if frame_due:
+            for n in owners:
+                new[n]["weight_rms"] = (params[n] / scale[n]).square().mean().sqrt()
+
+        # gradients in the frame, clipped at four times what was usual before
+        g = {n: scale[n] * grads.get(n, torch.zeros_like(params[n])) for n in names}
+        norm, numel = {}, {}
+        for n in owners:
+            whole = [n, bias_of[n]] if n in bias_of else [n]
+            numel[n] = sum(g[k].numel() for k in whole)
+            norm[n] = math.sqrt(sum(float(g[k].square().sum()) for k in whole))
+            usual = new[n]["mean_square"] / (1 - BETA2 ** (new[n]["step"] - 1).clamp(min=1))
+            most = 4 * math.sqrt(float(usual) * numel[n])
+            factor = min(1.0, most / norm[n]) if usual > 0 and norm[n] > 0 else 1.0
+            norm[n] *= factor
+            g |= {k: factor * g[k] for k in whole}
+            new[n]["mean_square"] = BETA2 * new[n]["mean_square"] + (1 - BETA2) * norm[n] ** 2 / numel[n]
+
+        # momentum, second moments, rate
+        beta1 = auto_lr.beta1(t, network["slope"])
+        for n in names:
+            new[n]["m"] = beta1 * new[n]["m"] + (1 - beta1) * g[n]
+            if "v" in new[n]:
+                new[n]["v"] = BETA2 * new[n]["v"] + (1 - BETA2) * g[n].square()
+            elif kind(symmetry, n) == "table" or moments_due:
+                kept = BETA2 if kind(symmetry, n) == "table" else MOMENT_BETA ** (1 if t <= 3 else 5)
+                update_moments(new[n], g[n], axes(symmetry, n), kept)
+            if any(map(roots_are_due, now)):
+                new[n] |= {f"root{i}": root(new[n][f"moment{i}"]) for i in whitened(symmetry, n)}
+        up = sum((g[n] * state[n]["last_update"]).sum() for n in names)
+        most = sum(norm[n] * state[n]["update_norm"] for n in owners)
+        cosine = -up / most if most > 0 else 0 * t
+        m2 = sum(new[n]["m"].square().sum() for n in names)
+        v = sum(numel[n] * new[n]["mean_square"] / (1 - BETA2 ** new[n]["step"]) for n in owners)
+        correlation = (1 + beta1) / (1 - beta1) * m2 / v if v > 0 else 0 * t
+        old = Measured(*(network[k] for k in Measured._fields))
+        measured = auto_lr.measure(old, cosine, correlation, t, total_steps)
+        network |= measured._asdict()
+        rate = auto_lr.RATE * auto_lr.schedule(t, total_steps)
+        if self.measure_lr:
+            rate = auto_lr.measured_rate(measured, t, total_steps)
+
+        # steps, and the rule's own decay of the matrices
+        updates: Weights = {}
+        loudest = max(new[n]["mean_square"] for n in owners)
+        for n in owners:
+            decay, own = 0 * t, new[n]
+            if kind(symmetry, n) == "matrix":
+                bias = bias_of.get(n)
+                fan_in = math.prod(d for d, r in zip(g[n].shape, symmetry.specs[n].roles, strict=True) if is_read(r))
+                small = (own["weight_rms"] * fan_in**0.5 / 0.5).clamp(0.1, 1.0)
+                d, d_bias, length = matrix_step(symmetry, n, bias, g, new, beta1)
+                steps = {n: rate * small * d} | ({} if bias is None else {bias: rate * small * d_bias})
+                own["update_norm"] = rate * small * length * (own["mean_square"] > 0)
+                if own["weight_rms"] > 0:
+                    relative = own["update_norm"] / (own["weight_rms"] * params[n].numel() ** 0.5)
+                    decay = 0.025 * (512 / fan_in) ** 0.25 * auto_lr.decay_scale(t, total_steps) * relative
+            else:
+                steps = {n: rate * vector_step(symmetry, n, own, loudest)}
+                own["update_norm"] = steps[n].norm()
+            for k, step in steps.items():
+                new[k]["last_update"] = -step
+                updates[k] = -scale[k] * step
+                asked = weight_decay.get(k) if isinstance(weight_decay, Mapping) else weight_decay
+                if asked is not None:
+                    updates[k] = updates[k] - rate * asked * params[k]
+                elif k == n:
+                    updates[k] = updates[k] - decay * params[k]
+        for n in names:  # what has no gradient sits this step out
+            new[n] = new[n] if n in grads else state[n]
+        return {n: updates[n] for n in grads}, new
+
+
+# ------------------------------------------------------------------------------------------ what tensors are
+def kind(symmetry: Symmetry, name: str) -> str:
+    """What a tensor steps as: "thin" (vectors too), "matrix", or "table" (an embedding)."""
+    shape = symmetry.specs[name].shape
+    if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) <= THIN:
+        return "thin"
+    return "matrix" if all(b.kind == "matrix" for b in symmetry.blocks[name]) else "table"
+
+
+def is_read(role: str) -> bool:
+    """Whether an axis of this role belongs to the columns."""
+    return role not in ("out", "gain")
+
+
+def joined(symmetry: Symmetry, names: tuple[str, ...]) -> dict[str, str]:
+    """The matrix that each bias is a column of: by name, if its rows are cut alike."""
+    found = {}
+    for weight in names:
+        path, dot, last = weight.rpartition(".")
+        bias = path + dot + last.replace("weight", "bias")
+        if kind(symmetry, weight) != "matrix" or bias == weight or bias not in names:
+            continue
+        one, other = symmetry.blocks[weight], symmetry.blocks[bias]
+        alike = [(b.batch, b.rows) for b in one] == [(b.batch, b.rows) for b in other]
+        if alike and len(symmetry.specs[bias].shape) == 1 and all(b.kind == "vector" for b in other):
+            found[bias] = weight
+    return found
+
+
+def axes(symmetry: Symmetry, name: str) -> list[int]:
+    """Axes with second moments: those of more than four units, kernel positions left out."""
+    spec = symmetry.specs[name]
+    return [i for i, d in enumerate(spec.shape) if d > THIN and spec.roles[i] != "kernel"]
+
+
+def whitened(symmetry: Symmetry, name: str) -> list[int]:
+    """Those of hidden units, if they are not too many."""
+    spec = symmetry.specs[name]
+    hidden = [any(leaf.label is not None for leaf in leaves_of(a)) for a in spec.axes]
+    matrix = kind(symmetry, name) == "matrix"
+    return [i for i in axes(symmetry, name) if matrix and hidden[i] and spec.shape[i] <= BOUND]
+
+
+def scales(symmetry: Symmetry, log_scale: Tensor, like: Weights) -> Weights:
+    """Of every entry: what the group's element of these scales makes of ones."""
+    tables, start = {}, 0
+    for n, one in symmetry.identity(log_scale.dtype).scales.items():
+        tables[n] = log_scale[start : start + one.numel()].exp().view(one.shape) if log_scale.ndim else one
+        start += one.numel()
+    ones = {n: torch.ones_like(x) for n, x in like.items()}
+    return symmetry.act(Element(symmetry.identity().perms, tables), ones)
+
+
+# ------------------------------------------------------------------------------------------ second moments
+def roots_are_due(t: int) -> bool:
+    """At steps 1 to 3, every ten up to 50, then whenever the run is 1.2 times as long."""
+    stage = [math.floor(math.log(max(x, 1) / 50) / math.log(1.2) + 1e-6) for x in (t - 1, t)]
+    return t <= 3 or (t <= 50 and t % 10 == 0) or (t > 50 and stage[1] > stage[0])
+
+
+def update_moments(own: dict[str, Tensor], g: Tensor, of: list[int], kept: float) -> None:
+    """The average of ``G G^T / n`` of every axis, or of its diagonal."""
+    for i in of:
+        x = g.movedim(i, 0).flatten(1)
+        if f"moment{i}" in own:
+            own[f"moment{i}"] = kept * own[f"moment{i}"] + (1 - kept) * x @ x.mT / x.shape[1]
+        else:
+            own[f"diag{i}"] = kept * own[f"diag{i}"] + (1 - kept) * x.square().mean(1)
+
+
+def root(moment: Tensor) -> Tensor:
+    """``(A / mean of its diagonal + 1e-4)^(-1/8)``; units without gradients are mixed with none."""
+    mean, eye = moment.diagonal().mean(), torch.eye(len(moment), dtype=moment.dtype)
+    values, vectors = torch.linalg.eigh(moment / (mean if mean > 0 else 1) + 1e-4 * eye)
+    result = (vectors * values.clamp(min=1e-4) ** -0.125) @ vectors.mT
+    seen = moment.diagonal() > 0
+    return torch.where(torch.outer(seen, seen) | (eye > 0), result, 0)
+
+
+# ----------------------------------------------------------------------------------------------- steps
+def rsqrt(x: Tensor) -> Tensor:
+    """``1 / sqrt(x)``; 1 where x is zero."""
+    return torch.where(x > 0, x, 1).rsqrt()
+
+
+def along(x: Tensor, axis: int, vector: Tensor) -> Tensor:
+    """A tensor times a number for each unit of an axis."""
+    return (x.movedim(axis, -1) * vector).movedim(-1, axis)
+
+
+def correction(step: Tensor) -> Tensor:
+    """What ``m / sqrt(v)`` is to be multiplied by at an age."""
+    return (1 - BETA2**step).sqrt() / (1 - auto_lr.BETA1**step)
+
+
+def vector_step(symmetry: Symmetry, name: str, own: dict[str, Tensor], loudest: Tensor) -> Tensor:
+    """Adam's direction of vectors, thin matrices, and embeddings (with v of rank one)."""
+    d, square = own["m"] * correction(own["step"]), own["mean_square"]
+    if kind(symmetry, name) == "table":
+        known = square if square > 0 else torch.ones_like(square)
+        for i in axes(symmetry, name):
+            d = along(d, i, rsqrt(own[f"diag{i}"] / known + 1e-16))
+        return 2 * d / known.sqrt()
+    d = d * rsqrt(own["v"] + 1e-16 * square)
+    if all(b.kind == "matrix" for b in symmetry.blocks[name]):
+        fan_in = math.prod(d.shape[1:])
+        return d * (own["weight_rms"] * fan_in**0.5 / 0.5).clamp(0.1, 1.0)
+    return 2 * d * (square > (256 * torch.finfo(d.dtype).eps) ** 2 * loudest)
+
+
+def matrix_step(
+    symmetry: Symmetry, name: str, bias: str | None, g: Weights, state: State, beta1: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """``P polar(P n P) P`` of a matrix and of its bias at unit rate, and its norm."""
+    own, roles, roots = state[name], symmetry.specs[name].roles, whitened(symmetry, name)
+    n = {k: beta1 * state[k]["m"] + (1 - beta1) * g[k] for k in ([name] if bias is None else [name, bias])}
+    if bias is not None:
+        n[bias] = 3 * n[bias]
+
+    def times(n: Weights, root: Tensor, axis: int) -> Weights:
+        of = [name] if is_read(roles[axis]) else list(n)
+        return n | {k: torch.tensordot(root, n[k], ([1], [axis if k == name else 0])) for k in of}
+
+    def whiten(n: Weights) -> Weights:
+        for i in roots:
+            n = times(n, own[f"root{i}"], i)
+            n[name] = n[name].movedim(0, i)
+        return n
+
+    for i in axes(symmetry, name) if len(roots) < len(axes(symmetry, name)) else ():
+        v = own[f"moment{i}"].diagonal() if i in roots else own[f"diag{i}"]
+        small = (v / (v.mean() if v.mean() > 0 else 1) + 1e-8) ** -0.25
+        of = [name] if is_read(roles[i]) else list(n)
+        n |= {k: along(n[k], i if k == name else 0, small) for k in of}
+
+    def matrices(n: Weights) -> list[Tensor]:
+        parts = [symmetry.split(k, x) for k, x in n.items()]
+        return [torch.cat(blocks, -1) for blocks in zip(*parts, strict=True)]
+
+    def tensors(parts: list[Tensor]) -> Weights:
+        found = {name: symmetry.merge(name, [x if bias is None else x[..., :-1] for x in parts])}
+        return found if bias is None else found | {bias: symmetry.merge(bias, [x[..., -1:] for x in parts])}
+
+    parts = matrices(whiten(tensors([newton_schulz(x, 3) for x in matrices(whiten(n))])))
+    length = 0.0
+    for k, x in enumerate(parts):
+        fan_in = x.shape[-1] - (bias is not None)
+        unit = 0.2 * (512 / fan_in) ** 0.25 * max(x.shape[-2], fan_in) ** 0.5 * 0.9 * min(x.shape[-2:]) ** 0.5
+        parts[k] = unit * x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)
+        length += len(x) * unit**2
+    d = tensors(parts)
+    if bias is None:
+        return d[name], d[name].new_zeros(()), length**0.5
+    adam = state[bias]["m"] * rsqrt(state[bias]["v"]) * correction(own["step"])
+    return d[name], 3 * (adam.square().mean().sqrt() / 0.2).clamp(max=1.0) * d[bias], length**0.5
