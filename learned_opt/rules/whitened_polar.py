@@ -336,7 +336,7 @@ def bias_correction(step: Tensor) -> Tensor:
 
 def flat_direction(b: FlatBatch, own: Slots, square: Tensor, step: Tensor, rms: Tensor, loudest: Tensor) -> Tensor:
     """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding beside the others'."""
-    fan_in = [s[0] if len(s) < 2 else math.prod(s[1:]) for s in b.shapes]
+    fan_in = [math.prod(s[1:] or s) for s in b.shapes]
     usual = (rms * rms.new_tensor([c**0.5 / USUAL for c in fan_in])).clamp(SMALLEST, 1.0)
     thin = torch.tensor(b.thin, device=rms.device)
     heard = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * loudest
