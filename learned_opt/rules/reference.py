@@ -171,16 +171,22 @@ def is_read(role: str) -> bool:
 
 
 def joined(symmetry: Symmetry, names: tuple[str, ...]) -> dict[str, str]:
-    """The matrix that each bias is a column of: by name, if its rows are cut alike."""
+    """The matrix that each bias is a column of: by name, if both are cut alike into one row of numbers a unit."""
     found = {}
     for weight in names:
         path, dot, last = weight.rpartition(".")
         bias = path + dot + last.replace("weight", "bias")
         if kind(symmetry, weight) != "matrix" or bias == weight or bias not in names:
             continue
-        one, other = symmetry.blocks[weight], symmetry.blocks[bias]
+        spec, one, other = symmetry.specs[weight], symmetry.blocks[weight], symmetry.blocks[bias]
+        rows = [i for i, r in enumerate(spec.roles) if not is_read(r)]
+        reads = [d for d, r in zip(spec.shape, spec.roles, strict=True) if is_read(r) and r != "kernel" and d > 1]
+        if len(rows) != 1 or len(reads) > 1 or len(symmetry.specs[bias].shape) != 1:
+            continue
+        number = along(torch.ones(spec.shape), rows[0], torch.arange(spec.shape[rows[0]]))
+        in_order = torch.cat([x.flatten(0, 1)[:, 0] for x in symmetry.split(weight, number)]).diff().eq(1).all()
         alike = [(b.batch, b.rows) for b in one] == [(b.batch, b.rows) for b in other]
-        if alike and len(symmetry.specs[bias].shape) == 1 and all(b.kind == "vector" for b in other):
+        if alike and in_order and all(b.kind == "vector" for b in other):
             found[bias] = weight
     return found
 
