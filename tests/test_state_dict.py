@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from learned_opt.optimizer import NFNOpt
-from learned_opt.rules import RULES
 from learned_opt.symmetry import independent
 from tests.optimizer_contract import (
     LR,
@@ -28,6 +27,7 @@ from tests.optimizer_contract import (
     train,
     weights,
 )
+from tests.rules.classic import Gated
 
 
 @every_rule
@@ -61,14 +61,14 @@ def test_a_run_resumes_bit_for_bit_through_a_file(name, named):
 
 def test_the_state_dict_has_torchs_form_and_is_not_changed_by_loading():
     model = make_model()
-    optimizer = make("nfn", model)
+    optimizer = make("gated", model)
     train(model, optimizer, 2)
     saved = optimizer.state_dict()
     assert saved.keys() == {"state", "param_groups"} and set(saved["state"]) == {0, 1, 2, 3}
     keys = [set(g) for g in saved["param_groups"]]
     optimizer.load_state_dict(state_dict=saved)
     assert [set(g) for g in saved["param_groups"]] == keys
-    assert "theta" not in optimizer.param_groups[0]
+    assert "weights" not in optimizer.param_groups[0]
 
 
 @every_rule
@@ -83,11 +83,11 @@ def test_float32_state_of_narrow_parameters_survives_loading(name):
         assert_equal(fresh.state[p], optimizer.state[p])
 
 
-def test_theta_travels_with_the_state():
+def test_learned_weights_travel_with_the_state():
     model = make_model()
-    optimizer = make("nfn", model)
+    optimizer = make("gated", model)
     train(model, optimizer, 2)
-    own = RULES["nfn"]()
+    own = Gated()
     fresh = NFNOpt(model.named_parameters(), rule=own)
     start = {n: p.clone() for n, p in own.state_dict().items()}
     with pytest.warns(UserWarning, match="learned weights"):
@@ -112,7 +112,7 @@ def test_theta_travels_with_the_state():
 )
 def test_a_state_dict_that_does_not_fit_is_refused_before_anything_changes(spoil, match):
     model = make_model()
-    optimizer = make("nfn", model)
+    optimizer = make("gated", model)
     train(model, optimizer, 2)
     saved = copy.deepcopy(optimizer.state_dict())
     for slots in saved["state"].values():
@@ -168,7 +168,7 @@ def test_names_may_be_missing_on_one_side(names):
 
 def test_numbers_of_numpy_are_saved_as_plain_ones():
     model = make_model()
-    optimizer = make("paced", model, total_steps=np.int64(9), weight_decay=np.float64(0.1))
+    optimizer = make("auto_lr", model, total_steps=np.int64(9), weight_decay=np.float64(0.1))
     group = through_disk(optimizer.state_dict())["param_groups"][0]
     assert (group["total_steps"], group["weight_decay"]) == (9, 0.1)
 
@@ -207,7 +207,7 @@ def test_a_copy_continues_like_the_original(name, copier):
 
 def test_the_first_load_of_accelerate_works():
     model = make_model()
-    optimizer = make("nfn", model)
+    optimizer = make("gated", model)
     optimizer.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 1)
 

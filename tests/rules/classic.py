@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from learned_opt.rules.base import State, UpdateRule, Weights
@@ -81,6 +81,18 @@ class Adam(Classic):
 
     def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
         return adam(g, s, self.betas, self.eps)
+
+
+class Gated(Adam):
+    """Adam, times a learned factor for matrices and another for the rest: a rule with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(1, 1)
+
+    def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
+        update, s = super().update(g, s, matrix)
+        return (1 + self.gate(g.new_full((1,), float(matrix)))[0]).exp() * update, s
 
 
 class Muon(Classic):
