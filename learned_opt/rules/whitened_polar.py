@@ -340,7 +340,7 @@ def flat_direction(b: FlatBatch, own: Slots, square: Tensor, step: Tensor, rms: 
     usual = (rms * rms.new_tensor([c**0.5 / USUAL for c in fan_in])).clamp(SMALLEST, 1.0)
     thin = torch.tensor(b.thin, device=rms.device)
     heard = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * loudest
-    factor = torch.where(thin, usual, VECTOR * heard) * bias_correction(step)
+    factor = torch.where(thin, usual, VECTOR * heard.to(usual.dtype)) * bias_correction(step)
     epsilon = 1e-16 * square
     both = torch.stack([factor, epsilon]).index_select(1, b.segment)
     return own["m"].to(both.dtype) * rsqrt(own["v"] + both[1]) * both[0]
