@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype, scales
+from learned_opt.functional import computing_dtype
 from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry
 
@@ -36,7 +37,8 @@ class Buffers:
         self.names, self.symmetry = tuple(params), symmetry
         self.ages: set[int] = set()
         some = next(iter(params.values()))
-        like = {n: p.detach() for n, p in params.items()}
+        wide = computing_dtype(params.values())
+        like = {n: p.detach() if p.dtype == wide else torch.empty_like(p, dtype=wide) for n, p in params.items()}
         self.state: State = rule.init(like, symmetry)
         self.slots: dict[str, dict[str, Tensor]] = {n: {} for n in self.names}
         if NUMBERS not in self.state:  # a rule that goes tensor by tensor

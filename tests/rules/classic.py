@@ -89,6 +89,8 @@ class Gated(Adam):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Linear(1, 1)
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
     def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
         update, s = super().update(g, s, matrix)
