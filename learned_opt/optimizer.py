@@ -285,10 +285,10 @@ class NFNOpt(torch.optim.Optimizer):
             total_steps=self.param_groups[0]["total_steps"],
             weight_decay={e.name: e.group["weight_decay"] for e in trained},
             names=buffers.names,
-            ages=buffers.next_ages(),
+            ages=buffers.next_ages(grads),
             in_place=True,
         )
-        buffers.take(state, all_moved=len(updates) == len(buffers.names))
+        buffers.take(state, moved=grads)
         for entry in trained:
             param, update, lr = entry.param.detach(), updates[entry.name], entry.group["lr"]
             if param.dtype == update.dtype and not isinstance(lr, Tensor):

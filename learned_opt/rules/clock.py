@@ -20,7 +20,7 @@ class Clock:
 
     Args:
         t: the network's step, counted from 1 (0-d).
-        step: of every tensor.
+        step: of every tensor that moves.
         ages: the values of both, if they are known.
     """
 
@@ -35,7 +35,8 @@ class Clock:
     def _due(self, every: int) -> Due:
         if self.ages is not None:
             return any(t <= 3 or t % every == 0 for t in self.ages)
-        return (self.t <= 3) | (self.t % every == 0)
+        t = torch.cat([self.t[None], self.step])
+        return ((t <= 3) | (t % every == 0)).any()
 
     @property
     def frame(self) -> Due:
@@ -52,11 +53,12 @@ class Clock:
         """Roots of second moments: every ten steps, and more and more rarely after 50."""
         if self.ages is not None:
             return any(_roots_are_due(t) for t in self.ages)
-        t = self.t
+        t = torch.cat([self.t[None], self.step])
         stage, before = (
             torch.floor(torch.log(x.clamp(min=1) / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)
         )
-        return (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
+        due = (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
+        return due.any()
 
     def between(self, low: Number, high: Number) -> Due:
         """Whether the network's step is above ``low`` and at most ``high``."""

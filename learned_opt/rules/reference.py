@@ -75,7 +75,7 @@ class Reference(UpdateRule):
         t = network["clock"] = network["clock"] + 1
         for n in owners:
             new[n]["step"] = new[n]["step"] + 1
-        now = {int(t), *(int(new[n]["step"]) for n in owners)}
+        now = {int(t), *(int(new[n]["step"]) for n in owners if n in grads)}
         frame_due, moments_due = (any(a <= 3 or a % every == 0 for a in now) for every in (10, 5))
 
         # the frame

@@ -99,8 +99,9 @@ class WhitenedPolar(UpdateRule):
         numel = _numel(layout, next(iter(grads.values())).dtype)
         network, tensor = state["network"], state["tensor"]
         t, step = network["clock"] + 1, tensor["step"] + 1
-        clock = Clock(t, step, ages)
         live = _live(layout, grads)
+        moving = step if live is None else step[[i for i, n in enumerate(layout.members) if live[n]]]
+        clock = Clock(t, moving, ages)
         in_place = in_place and live is None
         new: State = {"network": {"clock": t}, "tensor": {"step": step}}
 
