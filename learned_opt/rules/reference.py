@@ -315,5 +315,5 @@ def matrix_step(
     d = tensors(parts)
     if bias is None:
         return d[name], d[name].new_zeros(()), length**0.5
-    adam = state[bias]["m"] * rsqrt(state[bias]["v"]) * correction(own["step"])
+    adam = state[bias]["m"] * rsqrt(state[bias]["v"] + 1e-16 * own["mean_square"]) * correction(own["step"])
     return d[name], 3 * (adam.square().mean().sqrt() / 0.2).clamp(max=1.0) * d[bias], length**0.5

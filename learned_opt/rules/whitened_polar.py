@@ -146,7 +146,7 @@ class WhitenedPolar(UpdateRule):
                 d = factored_direction(b, own, own_square, own_step)
             else:
                 ratio = rate * weight_rms_ratio(b, own_rms)
-                d = matrix_direction(b, g[b.key], own, beta1, ratio, own_step)
+                d = matrix_direction(b, g[b.key], own, beta1, ratio, own_square, own_step)
                 lengths.append(ratio * step_norm(b) * (own_square > 0))
                 relative = lengths[-1] * rsqrt(own_rms.square() * (b.R * b.C))
                 scale = BUILTIN_DECAY * fan_in_scale(b.C) * auto_lr.decay_scale(t, total_steps)
@@ -256,7 +256,9 @@ def clip_factor(norm: Tensor, mean_square: Tensor, step: Tensor, numel: Tensor) 
     return torch.where(known, most / norm.clamp(min=1e-30), 1).clamp(max=1.0)
 
 
-def matrix_direction(b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, ratio: Tensor, step: Tensor) -> Tensor:
+def matrix_direction(
+    b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, ratio: Tensor, square: Tensor, step: Tensor
+) -> Tensor:
     """``P polar(P n P) P`` at its size, times ``ratio`` [N]: ``[N, R, K]``."""
     n = torch.lerp(g, own["m"].to(g.dtype), beta1)
     if b.biases:
@@ -268,7 +270,7 @@ def matrix_direction(b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, ratio
     x = whitening.multiplied(b, x, roots)
     d = b.join([part * (unit * _repeated(ratio, part) / _safe_norm(part)) for part, unit in sized(b, x)])
     if b.biases:
-        d[..., -1] *= BIAS * snr_scale(own, step)[:, None]
+        d[..., -1] *= BIAS * snr_scale(own, square, step)[:, None]
     return d
 
 
@@ -324,9 +326,9 @@ def weight_rms_ratio(b: TensorBatch, rms: Tensor) -> Tensor:
     return (rms * (b.C**0.5 / USUAL)).clamp(SMALLEST, 1.0)
 
 
-def snr_scale(own: Slots, step: Tensor) -> Tensor:
-    """How much of their steps biases make: all, unless their gradients alternate, ``[N]``."""
-    adam = own["m"][..., -1] * rsqrt(own["v_bias"]) * bias_correction(step)[:, None]
+def snr_scale(own: Slots, square: Tensor, step: Tensor) -> Tensor:
+    """How much of their steps biases make: all, unless their gradients alternate, or are rounding: ``[N]``."""
+    adam = own["m"][..., -1] * rsqrt(own["v_bias"] + 1e-16 * square[:, None]) * bias_correction(step)[:, None]
     return (root(adam.square().mean(-1)) / SNR).clamp(max=1.0)
 
 
