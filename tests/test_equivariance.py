@@ -86,9 +86,9 @@ def weights(model):
 
 
 def distance(a, b, symmetry):
-    """Largest distance of two sets of weights, over blocks, relative to the block if that is not zero."""
+    """Largest distance of two sets of weights, over blocks, relative to the block if that is more than rounding."""
     return max(
-        float(torch.linalg.vector_norm(x - y) / (torch.linalg.vector_norm(x) or 1))
+        float(torch.linalg.vector_norm(x - y) / max(float(torch.linalg.vector_norm(x)), 1e-6))
         for n in a
         for x, y in zip(symmetry.split(n, a[n]), symmetry.split(n, b[n]), strict=True)
     )
