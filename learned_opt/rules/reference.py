@@ -149,8 +149,8 @@ class Reference(UpdateRule):
                 asked = weight_decay.get(k) if isinstance(weight_decay, Mapping) else weight_decay
                 if asked is not None:
                     updates[k] = updates[k] - rate * asked * params[k]
-                elif k == n:
-                    updates[k] = updates[k] - decay * params[k]
+                elif k == n and kind(symmetry, n) == "matrix":
+                    updates[k] = updates[k] - decay * seen_rows(symmetry, n, own) * params[k]
         for n in names:  # what has no gradient sits this step out
             new[n] = new[n] if n in grads else state[n]
         return {n: updates[n] for n in grads}, new
@@ -270,6 +270,15 @@ def vector_step(symmetry: Symmetry, name: str, own: dict[str, Tensor], loudest: 
         fan_in = math.prod(d.shape[1:])
         return d * (own["weight_rms"] * fan_in**0.5 / 0.5).clamp(0.1, 1.0)
     return 2 * d * (square > (256 * torch.finfo(d.dtype).eps) ** 2 * loudest)
+
+
+def seen_rows(symmetry: Symmetry, name: str, own: dict[str, Tensor]) -> Tensor:
+    """1 for the rows of a matrix that have had a gradient, 0 for the others: only those decay."""
+    x = torch.ones_like(own["m"])
+    for i in axes(symmetry, name):
+        if not is_read(symmetry.specs[name].roles[i]):
+            x = along(x, i, (own[f"moment{i}"].diagonal() if f"moment{i}" in own else own[f"diag{i}"]) > 0)
+    return x
 
 
 def matrix_step(

@@ -150,7 +150,7 @@ class WhitenedPolar(UpdateRule):
                 lengths.append(ratio * step_norm(b) * (own_square > 0))
                 relative = lengths[-1] * rsqrt(own_rms.square() * (b.R * b.C))
                 scale = BUILTIN_DECAY * fan_in_scale(b.C) * auto_lr.decay_scale(t, total_steps)
-                decays |= dict(zip(b.names, (scale * relative).unbind(), strict=True))
+                decays |= dict(zip(b.names, seen_rows(b, own, scale * relative).unbind(), strict=True))
             if isinstance(b, FlatBatch) or b.factored:
                 d = rate * d
                 lengths.append(norms(b, d))
@@ -319,6 +319,16 @@ def step_norm(b: TensorBatch) -> float:
 def fan_in_scale(fan_in: int) -> float:
     """``(512 / C)^(1/4)``."""
     return (FAN_IN / fan_in) ** 0.25
+
+
+def seen_rows(b: TensorBatch, own: Slots, x: Tensor) -> Tensor:
+    """Numbers ``[N]`` for the rows that have had a gradient, zero for the others: ``[N, ...]`` like the tensors."""
+    x = x.view(-1, *[1] * len(b.shape))
+    for i in b.axes:
+        if b.is_row(i):
+            v = own[f"diag{i}"] if f"diag{i}" in own else own[f"moment{i}"].diagonal(dim1=-2, dim2=-1)
+            x = x * (v > 0).view(len(v), *[-1 if k == i else 1 for k in range(len(b.shape))])
+    return x
 
 
 def weight_rms_ratio(b: TensorBatch, rms: Tensor) -> Tensor:
