@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype, scales
+from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype
 from learned_opt.functional import computing_dtype
 from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry
@@ -34,7 +34,7 @@ class Buffers:
     """
 
     def __init__(self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: Any = None) -> None:
-        self.names, self.symmetry = tuple(params), symmetry
+        self.rule, self.names, self.symmetry = rule, tuple(params), symmetry
         self._clock, self._steps = 0, dict.fromkeys(self.names, 0)  # of the network and of every tensor, without a read
         some = next(iter(params.values()))
         wide = computing_dtype(params.values())
@@ -64,12 +64,16 @@ class Buffers:
                     self.slots[n][k] = x
         if isinstance(b, FlatBatch):
             for n, shape in zip(b.names, b.shapes, strict=True):
+                if len(shape) == 1:
+                    self.slots[n]["snr"] = own["m"].new_zeros(())
                 for i in moment_axes(shape):
                     self._moments(n, i, own["m"].new_zeros(()), shape[i])
             return
         if b.biases:
             for n, x in zip(b.biases, own["v_bias"].unbind(), strict=True):
                 self.slots[n]["v"] = x
+            for n, x in zip(b.biases, own["snr"].unbind(), strict=True):
+                self.slots[n]["snr"] = x
         for i in moment_axes(b.shape):
             self._axis(b, i, own)
 
@@ -108,9 +112,7 @@ class Buffers:
             for k, x in (network or {}).items():
                 if k in self.state["network"] and self.state["network"][k].shape == x.shape:
                     self.state["network"][k] = x.to(self.state["network"][k])
-            if "log_scale" in self.state["network"]:
-                for b in self.layout.all:
-                    self.state[b.key] |= scales(b, self.state["network"]["log_scale"])
+            self.rule.derive(self.layout, self.state)
             self._clock = int(self.state["network"]["clock"])
             self._steps = dict(zip(self.layout.members, map(int, self.state[NUMBERS]["step"].tolist()), strict=True))
 
@@ -137,7 +139,7 @@ class Buffers:
             old = self.state[key]
             for k, x in slots.items():
                 if x is not old[k]:
-                    if key == "network" or k.endswith("scale"):
+                    if key == "network" or "scale" in k:
                         old[k] = x
                     else:
                         old[k].copy_(x)

@@ -27,7 +27,7 @@ def apply_rule(
     in_place: bool = False,
     weights: Weights | None = None,
 ) -> tuple[Weights, State]:
-    """``rule(params, grads, state, symmetry)`` in float32, or float64 if the state is of such. Pure, unless ``in_place``.
+    """``rule(params, grads, state, symmetry)`` in float32, or float64 if the state is. Pure, unless ``in_place``.
 
     Arguments and result are those of :meth:`UpdateRule.forward`. ``weights``, a dict like ``rule.named_parameters()``,
     replaces the rule's own parameters.

@@ -1,7 +1,7 @@
 """When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from learned_opt.rules.auto_lr import Number
 
 EVERY_MOMENTS, EVERY_FRAME, EVERY_ROOTS = 5, 10, 10  # steps; in the first three always
+EVERY_SLOPE, SLOPES_LATER = 5, 51  # the slope is read every few steps, at every one of the first
 LATER = 1.2  # after ROOTS_LATER steps, roots are taken anew when the run is this much longer
 ROOTS_LATER = 50
 
@@ -20,22 +21,30 @@ class Clock:
 
     Args:
         t: the network's step, counted from 1 (0-d).
-        step: of every tensor that moves.
-        ages: the values of both, if they are known.
+        step: of every tensor.
+        moving: those of the tensors that move, which say what is due.
+        ages: the values of ``t`` and ``moving``, if they are known.
     """
 
-    def __init__(self, t: Tensor, step: Tensor, ages: Collection[int] | None) -> None:
+    def __init__(self, t: Tensor, step: Tensor, moving: Tensor, ages: Collection[int] | None) -> None:
         if ages is None:
             try:
-                ages = {int(t), *map(int, step.tolist())}
+                ages = {int(t), *map(int, moving.tolist())}
             except RuntimeError:  # in a batch there is no single value
                 ages = None
-        self.t, self.step, self.ages = t, step, ages
+        self.t, self.ages = t, ages
+        self._moving = moving
+        self.now: Number = float(max(ages)) if ages is not None else t  # the network's step
+        self.age: Number = float(min(ages)) if ages is not None and len(ages) == 1 else step  # of every tensor
+
+    def ages_of(self, counts: list[int]) -> Sequence[Number]:
+        """Of the tensors of every batch: one number where all have the same, else those of each."""
+        return [self.age] * len(counts) if isinstance(self.age, float) else self.age.split(counts)
 
     def _due(self, every: int) -> Due:
         if self.ages is not None:
             return any(t <= 3 or t % every == 0 for t in self.ages)
-        t = torch.cat([self.t[None], self.step])
+        t = torch.cat([self.t[None], self._moving])
         return ((t <= 3) | (t % every == 0)).any()
 
     @property
@@ -53,12 +62,29 @@ class Clock:
         """Roots of second moments: every ten steps, and more and more rarely after 50."""
         if self.ages is not None:
             return any(_roots_are_due(t) for t in self.ages)
-        t = torch.cat([self.t[None], self.step])
+        t = torch.cat([self.t[None], self._moving])
         stage, before = (
             torch.floor(torch.log(x.clamp(min=1) / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)
         )
         due = (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
         return due.any()
+
+    @property
+    def slope(self) -> Due:
+        """The slope along the last step: at every step first, then every few."""
+        return self._slope(0)
+
+    @property
+    def before_slope(self) -> Due:
+        """Whether the next step reads this one's update."""
+        return self._slope(1)
+
+    def _slope(self, ahead: int) -> Due:
+        if self.ages is not None:
+            t = max(self.ages) + ahead
+            return t <= SLOPES_LATER or t % EVERY_SLOPE == 0
+        t = self.t + ahead
+        return (t <= SLOPES_LATER) | (t % EVERY_SLOPE == 0)
 
     def between(self, low: Number, high: Number) -> Due:
         """Whether the network's step is above ``low`` and at most ``high``."""
@@ -74,8 +100,8 @@ def _roots_are_due(t: int) -> bool:
     return stage[0] > stage[1]
 
 
-def when(due: Due, new: Callable[[], Tensor], old: Tensor) -> Tensor:
-    """``new()`` where it is due, else ``old``; not computed where that is known beforehand."""
+def when(due: Due, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` where it is due, else ``old``."""
     if isinstance(due, bool):
-        return new() if due else old
-    return torch.where(due, new(), old)
+        return new if due else old
+    return torch.where(due, new, old)

@@ -1,15 +1,15 @@
 """Roots with a finite derivative at zero."""
 
-import torch
 from torch import Tensor
+
+TINY = 1e-30
 
 
 def root(x: Tensor) -> Tensor:
-    """``sqrt(x)`` with zero (not infinite) derivative at zero."""
-    positive = x > 0
-    return torch.where(positive, x, 1).sqrt() * positive
+    """``sqrt(x)``; next to zero where x is, with zero (not infinite) derivative."""
+    return x.clamp(min=TINY).sqrt()
 
 
 def rsqrt(x: Tensor) -> Tensor:
-    """``1 / sqrt(x)``; 1 where x is zero, with zero (not infinite) derivative."""
-    return torch.where(x > 0, x, 1).rsqrt()
+    """``1 / sqrt(x)``; a large finite number where x is zero, with zero (not infinite) derivative."""
+    return x.clamp(min=TINY).rsqrt()

@@ -19,7 +19,8 @@ from learned_opt.symmetry import Element, Symmetry
 from learned_opt.symmetry.axes import leaves_of
 
 BETA2, MOMENT_BETA = 0.99, 0.98
-NUMBERS = ("step", "mean_square", "weight_rms", "update_norm")
+NUMBERS = ("step", "mean_square", "size", "decay", "update_norm")
+TINY = 1e-30
 THIN, BOUND = 4, 544
 
 
@@ -39,12 +40,15 @@ class Reference(UpdateRule):
     def init(self, params: Weights, symmetry: Symmetry) -> State:
         some = next(iter(params.values()))
         state: State = {"network": {k: some.new_zeros(()) for k in ("clock", *Measured._fields, "log_scale")}}
+        state["network"]["beta1"] = some.new_zeros(()) + auto_lr.BETA1
         matrix_of = joined(symmetry, tuple(params))
         for n, p in params.items():
             own = state[n] = {k: torch.zeros_like(p) for k in ("m", "last_update")}
             own |= {k: p.new_zeros(()) for k in NUMBERS if n not in matrix_of}
             if kind(symmetry, n) == "thin":
                 own["v"] = torch.zeros_like(p)
+            if n in matrix_of:
+                own["snr"] = p.new_ones(())
             for i in axes(symmetry, n) if kind(symmetry, n) != "thin" else ():
                 d = p.shape[i]
                 if i in whitened(symmetry, n):
@@ -85,7 +89,7 @@ class Reference(UpdateRule):
         scale = scales(symmetry, network["log_scale"], {n: params[n] for n in names})
         if frame_due:
             for n in owners:
-                new[n]["weight_rms"] = (params[n] / scale[n]).square().mean().sqrt()
+                new[n] |= size_and_decay(symmetry, n, params[n] / scale[n], t, total_steps)
 
         # gradients in the frame, clipped at four times what was usual before
         g = {n: scale[n] * grads.get(n, torch.zeros_like(params[n])) for n in names}
@@ -101,56 +105,69 @@ class Reference(UpdateRule):
             g |= {k: factor * g[k] for k in whole}
             new[n]["mean_square"] = BETA2 * new[n]["mean_square"] + (1 - BETA2) * norm[n] ** 2 / numel[n]
 
-        # momentum, second moments, rate
-        beta1 = auto_lr.beta1(t, network["slope"])
+        # the slope along the last step, the momentum that it asks for, and what the rate gains by it
+        if self.measure_lr and (t <= 51 or t % 5 == 0):
+            down = sum((g[n] * state[n]["last_update"]).sum() for n in names)
+            most = sum(norm[n] * state[n]["update_norm"] for n in owners)
+            old = Measured(*(network[k] for k in Measured._fields))
+            network["slope"] = 0.8 * old.slope + 0.2 * (down / most if most > 0 else 0 * t)
+            network["log_lr"] = auto_lr.log_lr(old, network["slope"], t, total_steps)
+            network["beta1"] = auto_lr.beta1(t, network["slope"])
+        beta1 = network["beta1"]
+
+        # momentum, second moments
+        kept = MOMENT_BETA ** (1 if t <= 3 else 5), BETA2 ** (1 if t <= 3 else 5)
         for n in names:
-            new[n]["m"] = beta1 * new[n]["m"] + (1 - beta1) * g[n]
-            if "v" in new[n]:
-                new[n]["v"] = BETA2 * new[n]["v"] + (1 - BETA2) * g[n].square()
-            elif kind(symmetry, n) == "table" or moments_due:
-                kept = BETA2 if kind(symmetry, n) == "table" else MOMENT_BETA ** (1 if t <= 3 else 5)
-                update_moments(new[n], g[n], axes(symmetry, n), kept)
+            own = new[n]
+            own["m"] = beta1 * own["m"] + (1 - beta1) * g[n]
+            if kind(symmetry, n) == "table":
+                update_moments(own, g[n], axes(symmetry, n), BETA2)
+            elif kind(symmetry, n) == "matrix" and moments_due:
+                update_moments(own, g[n], axes(symmetry, n), kept[0])
+            elif n in matrix_of and moments_due:
+                own["v"] = kept[1] * own["v"] + (1 - kept[1]) * g[n].square()
+                matrix = new[matrix_of[n]]
+                adam = own["m"] / (own["v"] + 1e-16 * matrix["mean_square"]).clamp(min=TINY).sqrt()
+                rms = adam.square().mean().sqrt() * correction(matrix["step"])
+                own["snr"] = (rms / 0.2).clamp(max=1.0)
+            elif n not in matrix_of and "v" in own:
+                own["v"] = BETA2 * own["v"] + (1 - BETA2) * g[n].square()
             if any(map(roots_are_due, now)):
-                new[n] |= {f"root{i}": root(new[n][f"moment{i}"]) for i in whitened(symmetry, n)}
-        up = sum((g[n] * state[n]["last_update"]).sum() for n in names)
-        most = sum(norm[n] * state[n]["update_norm"] for n in owners)
-        cosine = -up / most if most > 0 else 0 * t
-        m2 = sum(new[n]["m"].square().sum() for n in names)
-        v = sum(numel[n] * new[n]["mean_square"] / (1 - BETA2 ** new[n]["step"]) for n in owners)
-        correlation = (1 + beta1) / (1 - beta1) * m2 / v if v > 0 else 0 * t
-        old = Measured(*(network[k] for k in Measured._fields))
-        measured = auto_lr.measure(old, cosine, correlation, t, total_steps)
-        network |= measured._asdict()
-        rate = auto_lr.RATE * auto_lr.schedule(t, total_steps)
-        if self.measure_lr:
-            rate = auto_lr.measured_rate(measured, t, total_steps)
+                own |= {f"root{i}": root(own[f"moment{i}"]) for i in whitened(symmetry, n)}
+
+        # the rate
+        old, end = Measured(*(network[k] for k in Measured._fields)), auto_lr.warmup_steps(total_steps)
+        if self.measure_lr and 2 * end < t <= 3 * end:
+            m2 = sum(new[n]["m"].square().sum() for n in names)
+            v = sum(numel[n] * new[n]["mean_square"] / (1 - BETA2 ** new[n]["step"]) for n in owners)
+            correlation = (1 + beta1) / (1 - beta1) * m2 / v if v > 0 else 0 * t
+            network["correlation"] = auto_lr.mean_correlation(old, correlation, t, total_steps)
+            old = old._replace(correlation=network["correlation"])
+        scale_of_lr = auto_lr.lr_scale(old, t, total_steps)
+        if not self.measure_lr:
+            scale_of_lr = 1.0 if total_steps is None else auto_lr.horizon_scale(total_steps)
+        rate = scale_of_lr * auto_lr.RATE * auto_lr.decay(t, total_steps)
 
         # steps, and the rule's own decay of the matrices
         updates: Weights = {}
         loudest = max(new[n]["mean_square"] for n in owners)
         for n in owners:
-            decay, own = 0 * t, new[n]
+            own, bias = new[n], bias_of.get(n)
             if kind(symmetry, n) == "matrix":
-                bias = bias_of.get(n)
-                fan_in = math.prod(d for d, r in zip(g[n].shape, symmetry.specs[n].roles, strict=True) if is_read(r))
-                small = (own["weight_rms"] * fan_in**0.5 / 0.5).clamp(0.1, 1.0)
-                d, d_bias, length = matrix_step(symmetry, n, bias, g, new, beta1)
-                steps = {n: rate * small * d} | ({} if bias is None else {bias: rate * small * d_bias})
-                own["update_norm"] = rate * small * length * (own["mean_square"] > 0)
-                if own["weight_rms"] > 0:
-                    relative = own["update_norm"] / (own["weight_rms"] * params[n].numel() ** 0.5)
-                    decay = 0.025 * (512 / fan_in) ** 0.25 * auto_lr.decay_scale(t, total_steps) * relative
+                steps = matrix_step(symmetry, n, bias, g, new, beta1)
             else:
-                steps = {n: rate * vector_step(symmetry, n, own, loudest)}
-                own["update_norm"] = steps[n].norm()
-            for k, step in steps.items():
-                new[k]["last_update"] = -step
-                updates[k] = -scale[k] * step
+                steps = {n: vector_step(symmetry, n, own, loudest)}
+            if t + 1 <= 51 or (t + 1) % 5 == 0:
+                for k, d in steps.items():
+                    new[k]["last_update"] = rate * own["size"] * d
+                own["update_norm"] = sum(new[k]["last_update"].square().sum() for k in steps).sqrt()
+            for k, d in steps.items():
+                updates[k] = -scale[k] * rate * own["size"] * d
                 asked = weight_decay.get(k) if isinstance(weight_decay, Mapping) else weight_decay
                 if asked is not None:
                     updates[k] = updates[k] - rate * asked * params[k]
                 elif k == n and kind(symmetry, n) == "matrix":
-                    updates[k] = updates[k] - decay * seen_rows(symmetry, n, own) * params[k]
+                    updates[k] = updates[k] - rate * own["decay"] * seen_rows(symmetry, n, own) * params[k]
         for n in names:  # what has no gradient sits this step out
             new[n] = new[n] if n in grads else state[n]
         return {n: updates[n] for n in grads}, new
@@ -242,11 +259,6 @@ def root(moment: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------- steps
-def rsqrt(x: Tensor) -> Tensor:
-    """``1 / sqrt(x)``; 1 where x is zero."""
-    return torch.where(x > 0, x, 1).rsqrt()
-
-
 def along(x: Tensor, axis: int, vector: Tensor) -> Tensor:
     """A tensor times a number for each unit of an axis."""
     return (x.movedim(axis, -1) * vector).movedim(-1, axis)
@@ -257,19 +269,44 @@ def correction(step: Tensor) -> Tensor:
     return (1 - BETA2**step).sqrt() / (1 - auto_lr.BETA1**step)
 
 
+def fan_in(symmetry: Symmetry, name: str) -> int:
+    """How many numbers each row reads."""
+    spec = symmetry.specs[name]
+    return math.prod(d for d, r in zip(spec.shape, spec.roles, strict=True) if is_read(r))
+
+
+def unit(rows: int, fan_in: int, columns: int) -> float:
+    """The norm of a usual step of a matrix."""
+    return 0.2 * (512 / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5 * 0.9 * min(rows, columns) ** 0.5
+
+
+def size_and_decay(
+    symmetry: Symmetry, name: str, w: Tensor, t: Tensor, total_steps: Number | None
+) -> dict[str, Tensor]:
+    """By the size of weights in the frame: what steps are multiplied by, and the share of the weights that decays."""
+    thin = kind(symmetry, name) == "thin"
+    if not all(b.kind == "matrix" for b in symmetry.blocks[name]):
+        return {"size": 0 * t + 2, "decay": 0 * t}
+    reads = math.prod(w.shape[1:]) if thin else fan_in(symmetry, name)
+    size = (w.square().mean().sqrt() * reads**0.5 / 0.5).clamp(0.1, 1.0)
+    if thin or not w.any():
+        return {"size": size, "decay": 0 * t}
+    bias = any(n == name for n in joined(symmetry, tuple(symmetry.specs)).values())
+    shapes = [x.shape for x in symmetry.split(name, w)]
+    norm = math.sqrt(sum(many * unit(rows, columns, columns + bias) ** 2 for many, rows, columns in shapes))
+    share = 0.025 * (512 / reads) ** 0.25 * auto_lr.decay_scale(t, total_steps)
+    return {"size": size, "decay": share * norm * size / w.norm()}
+
+
 def vector_step(symmetry: Symmetry, name: str, own: dict[str, Tensor], loudest: Tensor) -> Tensor:
     """Adam's direction of vectors, thin matrices, and embeddings (with v of rank one)."""
     d, square = own["m"] * correction(own["step"]), own["mean_square"]
     if kind(symmetry, name) == "table":
-        known = square if square > 0 else torch.ones_like(square)
         for i in axes(symmetry, name):
-            d = along(d, i, rsqrt(own[f"diag{i}"] / known + 1e-16))
-        return 2 * d / known.sqrt()
-    d = d * rsqrt(own["v"] + 1e-16 * square)
-    if all(b.kind == "matrix" for b in symmetry.blocks[name]):
-        fan_in = math.prod(d.shape[1:])
-        return d * (own["weight_rms"] * fan_in**0.5 / 0.5).clamp(0.1, 1.0)
-    return 2 * d * (square > (256 * torch.finfo(d.dtype).eps) ** 2 * loudest)
+            d = along(d, i, (own[f"diag{i}"] / square.clamp(min=TINY) + 1e-16).rsqrt())
+        return d / square.clamp(min=TINY).sqrt()
+    heard = square > (256 * torch.finfo(d.dtype).eps) ** 2 * loudest
+    return heard * d / (own["v"] + 1e-16 * square).clamp(min=TINY).sqrt()
 
 
 def seen_rows(symmetry: Symmetry, name: str, own: dict[str, Tensor]) -> Tensor:
@@ -283,13 +320,10 @@ def seen_rows(symmetry: Symmetry, name: str, own: dict[str, Tensor]) -> Tensor:
 
 def matrix_step(
     symmetry: Symmetry, name: str, bias: str | None, g: Weights, state: State, beta1: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """``P polar(P n P) P`` of a matrix and of its bias at unit rate, and its norm."""
+) -> Weights:
+    """``P polar(P n P) P`` of a matrix and of its bias at unit rate."""
     own, roles, roots = state[name], symmetry.specs[name].roles, whitened(symmetry, name)
     n = {k: beta1 * state[k]["m"] + (1 - beta1) * g[k] for k in ([name] if bias is None else [name, bias])}
-    if bias is not None:
-        n[bias] = 3 * n[bias]
-
     def times(n: Weights, root: Tensor, axis: int) -> Weights:
         of = [name] if is_read(roles[axis]) else list(n)
         return n | {k: torch.tensordot(root, n[k], ([1], [axis if k == name else 0])) for k in of}
@@ -300,11 +334,13 @@ def matrix_step(
             n[name] = n[name].movedim(0, i)
         return n
 
-    for i in axes(symmetry, name) if len(roots) < len(axes(symmetry, name)) else ():
-        v = own[f"moment{i}"].diagonal() if i in roots else own[f"diag{i}"]
-        small = (v / (v.mean() if v.mean() > 0 else 1) + 1e-8) ** -0.25
+    for i in set(axes(symmetry, name)) - set(roots):
+        v = own[f"diag{i}"]
+        small = (v / v.mean().clamp(min=TINY) + 1e-8) ** -0.25
         of = [name] if is_read(roles[i]) else list(n)
         n |= {k: along(n[k], i if k == name else 0, small) for k in of}
+    if bias is not None:
+        n[bias] = 3 * n[bias]
 
     def matrices(n: Weights) -> list[Tensor]:
         parts = [symmetry.split(k, x) for k, x in n.items()]
@@ -315,14 +351,8 @@ def matrix_step(
         return found if bias is None else found | {bias: symmetry.merge(bias, [x[..., -1:] for x in parts])}
 
     parts = matrices(whiten(tensors([newton_schulz(x, 3) for x in matrices(whiten(n))])))
-    length = 0.0
     for k, x in enumerate(parts):
-        fan_in = x.shape[-1] - (bias is not None)
-        unit = 0.2 * (512 / fan_in) ** 0.25 * max(x.shape[-2], fan_in) ** 0.5 * 0.9 * min(x.shape[-2:]) ** 0.5
-        parts[k] = unit * x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)
-        length += len(x) * unit**2
+        norm = torch.linalg.matrix_norm(x, keepdim=True).clamp(min=TINY)
+        parts[k] = unit(x.shape[1], x.shape[2] - (bias is not None), x.shape[2]) * x / norm
     d = tensors(parts)
-    if bias is None:
-        return d[name], d[name].new_zeros(()), length**0.5
-    adam = state[bias]["m"] * rsqrt(state[bias]["v"] + 1e-16 * own["mean_square"]) * correction(own["step"])
-    return d[name], 3 * (adam.square().mean().sqrt() / 0.2).clamp(max=1.0) * d[bias], length**0.5
+    return d if bias is None else d | {bias: 3 * state[bias]["snr"] * d[bias]}

@@ -116,7 +116,7 @@ def compared(make, steps=25, missing=(), measure_lr=True, **options):
             error = (u - both[1][n]).norm() / both[1][n].norm().clamp(min=1e-30)
             assert error < 1e-10, f"step {t + 1}: {n} is {float(error):.1e} off"
         params = {n: p + both[0].get(n, torch.zeros_like(p)) for n, p in params.items()}
-    for k in ("clock", "slope", "log_lr", "correlation"):
+    for k in ("clock", "slope", "log_lr", "correlation", "beta1"):
         torch.testing.assert_close(states[0]["network"][k], states[1]["network"][k], rtol=1e-9, atol=1e-11)
 
 
