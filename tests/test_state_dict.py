@@ -146,7 +146,7 @@ def test_a_state_dict_of_the_former_release_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match=r"of rule Paced\(frame=True\), this one is WhitenedPolar"):
         optimizer.load_state_dict(saved)
     del group["rule"]
-    with pytest.raises(ValueError, match="0.weight: slots agreed, clock.* instead of last_update"):
+    with pytest.raises(ValueError, match="0.weight: slots agreed, clock.* instead of .*last_update"):
         optimizer.load_state_dict(saved)
     assert_equal(weights(model), before)
     train(model, optimizer, 1)
