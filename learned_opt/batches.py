@@ -373,13 +373,18 @@ def _is_contiguous(axis: Axis) -> bool:
 def _biases(symmetry: Symmetry, names: tuple[str, ...], forms: Mapping[str, _Form]) -> dict[str, str]:
     """The vector that is added to what a matrix writes, by the matrix' name.
 
-    It has the matrix' name but for "bias" in the place of "weight", and its rows are cut alike.
+    It has the matrix' name but for "bias" in the place of "weight", its rows are cut alike, and are one axis of the
+    matrix; what that reads is another.
     """
     found = {}
     for name, form in forms.items():
         path, dot, last = name.rpartition(".")
         bias = path + dot + last.replace("weight", "bias")
-        if form.factored or form.cut or bias == name or bias not in names or len(symmetry.specs[bias].shape) != 1:
+        rows, reads = form.order[: form.n_rows], form.order[form.n_rows + form.n_kernel :]
+        plain = len(rows) == 1 and sum(form.shape[i] > 1 for i in reads) <= 1
+        if form.factored or form.cut or not plain or bias == name or bias not in names:
+            continue
+        if len(symmetry.specs[bias].shape) != 1:
             continue
         own, other = symmetry.blocks[name], symmetry.blocks[bias]
         cut = [(b.batch, b.rows) for b in own] == [(b.batch, b.rows) for b in other]

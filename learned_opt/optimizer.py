@@ -34,6 +34,7 @@ from learned_opt.recorder import Call, ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import UpdateRule
 from learned_opt.state_dict import (
+    NETWORK,
     Mode,
     accumulator_dtype,
     describe,
@@ -144,6 +145,7 @@ class NFNOpt(torch.optim.Optimizer):
         check_options(options)
         modules = modules_behind(params)  # before their generators are used up
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, options)
+        self.param_groups[0][NETWORK] = ""  # a key that torch's distributed checkpointing asks for by the groups' keys
         self._complete = True
         if self._known == "infer":
             self._recorder = ForwardRecorder(self, modules)
@@ -283,10 +285,10 @@ class NFNOpt(torch.optim.Optimizer):
             total_steps=self.param_groups[0]["total_steps"],
             weight_decay={e.name: e.group["weight_decay"] for e in trained},
             names=buffers.names,
-            ages=buffers.next_ages(),
+            ages=buffers.next_ages(grads),
             in_place=True,
         )
-        buffers.take(state, all_moved=len(updates) == len(buffers.names))
+        buffers.take(state, moved=grads)
         _add([e.param for e in trained], [updates[e.name] for e in trained], [e.group["lr"] for e in trained])
 
     def _buffered(self, entries: list[NamedParam], symmetry: Symmetry) -> Buffers:
@@ -393,6 +395,7 @@ class NFNOpt(torch.optim.Optimizer):
             devices = dict.fromkeys(e.param.device for e in named_params(self.param_groups))
             self._network = dict(zip(devices, loading["network"], strict=False))
             self._bound, self._buffers = None, {}
+            self.param_groups[0][NETWORK] = ""
             self._steps = max((int(n["clock"]) for n in loading["network"]), default=0)
             if self._known != "infer":
                 self._stop_recording()
@@ -433,7 +436,7 @@ class NFNOpt(torch.optim.Optimizer):
             text = symmetry[self._known]
         lines = [f"NFNOpt({describe(self.rule)}, {text}, {len(entries)} tensors, {count} weights)"]
         for i, group in enumerate(self.param_groups):
-            options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            options = {k: v for k, v in group.items() if k not in ("params", "param_names", NETWORK)}
             lines.append(f"  group {i}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
         return "\n".join(lines)
 

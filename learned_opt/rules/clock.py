@@ -1,7 +1,7 @@
 """When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -22,23 +22,30 @@ class Clock:
     Args:
         t: the network's step, counted from 1 (0-d).
         step: of every tensor.
-        ages: the values of both, if they are known.
+        moving: those of the tensors that move, which say what is due.
+        ages: the values of ``t`` and ``moving``, if they are known.
     """
 
-    def __init__(self, t: Tensor, step: Tensor, ages: Collection[int] | None) -> None:
+    def __init__(self, t: Tensor, step: Tensor, moving: Tensor, ages: Collection[int] | None) -> None:
         if ages is None:
             try:
-                ages = {int(t), *map(int, step.tolist())}
+                ages = {int(t), *map(int, moving.tolist())}
             except RuntimeError:  # in a batch there is no single value
                 ages = None
-        self.t, self.step, self.ages = t, step, ages
+        self.t, self.ages = t, ages
+        self._moving = moving
         self.now: Number = float(max(ages)) if ages is not None else t  # the network's step
         self.age: Number = float(min(ages)) if ages is not None and len(ages) == 1 else step  # of every tensor
+
+    def ages_of(self, counts: list[int]) -> Sequence[Number]:
+        """Of the tensors of every batch: one number where all have the same, else those of each."""
+        return [self.age] * len(counts) if isinstance(self.age, float) else self.age.split(counts)
 
     def _due(self, every: int) -> Due:
         if self.ages is not None:
             return any(t <= 3 or t % every == 0 for t in self.ages)
-        return (self.t <= 3) | (self.t % every == 0)
+        t = torch.cat([self.t[None], self._moving])
+        return ((t <= 3) | (t % every == 0)).any()
 
     @property
     def frame(self) -> Due:
@@ -55,11 +62,12 @@ class Clock:
         """Roots of second moments: every ten steps, and more and more rarely after 50."""
         if self.ages is not None:
             return any(_roots_are_due(t) for t in self.ages)
-        t = self.t
+        t = torch.cat([self.t[None], self._moving])
         stage, before = (
             torch.floor(torch.log(x.clamp(min=1) / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)
         )
-        return (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
+        due = (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
+        return due.any()
 
     @property
     def slope(self) -> Due:

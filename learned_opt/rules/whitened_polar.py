@@ -107,7 +107,8 @@ class WhitenedPolar(UpdateRule):
         in_place = in_place and live is None
         network, tensor = state["network"], state["tensor"]
         t, step = network["clock"] + 1, tensor["step"] + 1
-        clock = Clock(t, step, ages)
+        moving = step if live is None else step[[i for i, n in enumerate(layout.members) if live[n]]]
+        clock = Clock(t, step, moving, ages)
         new = {"network": network | {"clock": t}, "tensor": tensor | {"step": step}}
         new |= {b.key: dict(state[b.key]) for b in layout.all}
 
@@ -125,10 +126,11 @@ class WhitenedPolar(UpdateRule):
         beta1 = new["network"]["beta1"]
 
         # momentum; second moments and roots (slow clock)
-        for b in layout.all:
+        squares, ages_ = new["tensor"]["mean_square"].split(layout.counts), clock.ages_of(layout.counts)
+        for b, square, age in zip(layout.all, squares, ages_, strict=True):
             own = new[b.key]
             own["m"] = lerp(own["m"], g[b.key], 1 - beta1, in_place)
-            update_moments(b, g[b.key], own, clock, in_place)
+            update_moments(b, g[b.key], own, square, age, clock, in_place)
         if self.measure_lr:
             self._correlate(layout, new, clock, total_steps)
         rate = self._rate(new, clock, total_steps)
@@ -137,8 +139,6 @@ class WhitenedPolar(UpdateRule):
         updates: Weights = {}
         lengths = []
         sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
-        squares, steps = (new["tensor"][k].split(layout.counts) for k in ("mean_square", "step"))
-        ages_ = [clock.age] * len(steps) if isinstance(clock.age, float) else steps
         for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
             own = new[b.key]
             if isinstance(b, FlatBatch):
@@ -155,7 +155,7 @@ class WhitenedPolar(UpdateRule):
             new["tensor"]["update_norm"] = torch.cat(lengths)
         if live is not None:
             new = _kept(layout, state, new, live)
-        return self._decayed(layout, params, grads, updates, rate, weight_decay, new["tensor"]["decay"]), new
+        return self._decayed(layout, params, grads, updates, rate, weight_decay, new), new
 
     def _clipped(
         self, layout: BatchLayout, g: dict[str, Tensor], new: State, clock: Clock
@@ -224,16 +224,18 @@ class WhitenedPolar(UpdateRule):
         updates: Weights,
         rate: Tensor,
         weight_decay: float | None | Mapping[str, float | None],
-        builtin: Tensor,
+        state: State,
     ) -> Weights:
         """The step of every tensor that has a gradient, less a share of its weights: its own, or what is asked for."""
         asked = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
-        own = dict(zip(layout.members, (rate * builtin).unbind(), strict=True))
-        matrices = {n for b in layout.batches if not b.factored for n in b.names}
+        own: dict[str, Tensor] = {}
+        for b, x in zip(layout.all, (rate * state["tensor"]["decay"]).split(layout.counts), strict=True):
+            if isinstance(b, TensorBatch) and not b.factored:
+                own |= zip(b.names, seen_rows(b, state[b.key], x).unbind(), strict=True)
         found = {}
         for n in grads:
             wd = asked.get(n)
-            share = own[n] if wd is None and n in matrices else rate * wd if wd else None
+            share = own.get(n) if wd is None else rate * wd if wd else None
             found[n] = updates[n] if share is None else torch.addcmul(updates[n], params[n], share, value=-1)
         return found
 
@@ -269,7 +271,9 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
     tensor["decay"] = when(clock.frame, torch.cat(decays), tensor["decay"])
 
 
-def update_moments(b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clock, in_place: bool) -> None:
+def update_moments(
+    b: TensorBatch | FlatBatch, g: Tensor, own: Slots, square: Tensor, age: Number, clock: Clock, in_place: bool
+) -> None:
     """Second moments: of entries and of embeddings' axes at every step, of matrices' axes and their roots when due."""
     if isinstance(b, FlatBatch):
         own["v"] = lerp(own["v"], g.square(), 1 - BETA2, in_place)
@@ -278,27 +282,27 @@ def update_moments(b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clo
         for i in b.axes:
             own[f"diag{i}"] = lerp(own[f"diag{i}"], whitening.mean_square(b, g, i), 1 - BETA2, in_place)
         return
-    if clock.moments is False:
-        return
-    first = clock.now <= 3
-    every = torch.where(first, 1, EVERY_MOMENTS) if isinstance(first, Tensor) else 1 if first else EVERY_MOMENTS
     whitened = whitened_axes(b)
-    for i in b.axes:
-        slot = f"moment{i}" if i in whitened else f"diag{i}"
-        found = (
-            whitening.second_moment(b, g, i, product_dtype(b, g)) if i in whitened else whitening.mean_square(b, g, i)
-        )
-        own[slot] = when(clock.moments, lerp(own[slot], found, 1 - whitening.AVERAGE**every, in_place), own[slot])
-        if i in whitened and clock.roots is not False:
-            due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
+    if clock.moments is not False:
+        every = EVERY_MOMENTS - (EVERY_MOMENTS - 1) * (clock.now <= 3)
+        every = every.to(g.dtype) if isinstance(every, Tensor) else every
+        dtype = product_dtype(b, g)
+        for i in b.axes:
+            slot = f"moment{i}" if i in whitened else f"diag{i}"
+            found = whitening.second_moment(b, g, i, dtype) if i in whitened else whitening.mean_square(b, g, i)
+            found = lerp(own[slot], found, 1 - whitening.AVERAGE**every, in_place)
+            own[slot] = when(clock.moments, found, own[slot])
+        if b.biases:
+            v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
+            own["v_bias"] = when(clock.moments, v, own["v_bias"])
+            own["snr"] = when(clock.moments, snr_scale(own, square, age), own["snr"])
+        own |= preconditioners(b, own)
+    if clock.roots is not False:
+        for i in whitened:
             d = b.shape[i]
+            due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
             found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"][..., :d, :d], due)
             own[f"root{i}"] = stored(extended(b, i, found), own[f"root{i}"], in_place)
-    if b.biases:
-        v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
-        own["v_bias"] = when(clock.moments, v, own["v_bias"])
-        own["snr"] = when(clock.moments, snr_scale(own, clock.age), own["snr"])
-    own |= preconditioners(b, own)
 
 
 def extended(b: TensorBatch, axis: int, root: Tensor) -> Tensor:
@@ -406,15 +410,25 @@ def fan_in_scale(fan_in: int) -> float:
     return (FAN_IN / fan_in) ** 0.25
 
 
+def seen_rows(b: TensorBatch, own: Slots, x: Tensor) -> Tensor:
+    """Numbers ``[N]`` for the rows that have had a gradient, zero for the others: ``[N, ...]`` like the tensors."""
+    x = x.view(-1, *[1] * len(b.shape))
+    for i in b.axes:
+        if b.is_row(i):
+            v = own[f"diag{i}"] if f"diag{i}" in own else own[f"moment{i}"].diagonal(dim1=-2, dim2=-1)
+            x = x * (v > 0).view(len(v), *[-1 if k == i else 1 for k in range(len(b.shape))])
+    return x
+
+
 def weight_rms_ratio(b: TensorBatch, rms: Tensor) -> Tensor:
     """The weights' RMS relative to usual ones, 1 for those that are not small: ``[N]``."""
     return (rms * (b.C**0.5 / USUAL)).clamp(SMALLEST, 1.0)
 
 
-def snr_scale(own: Slots, age: Number) -> Tensor:
-    """How much of their steps biases make: all, unless their gradients alternate, ``[N]``."""
-    square = (own["m"][..., -1].square() / own["v_bias"].clamp(min=TINY)).mean(-1)
-    return (root(square) * (bias_correction(age) / SNR)).clamp(max=1.0)
+def snr_scale(own: Slots, square: Tensor, age: Number) -> Tensor:
+    """How much of their steps biases make: all, unless their gradients alternate, or are rounding noise: ``[N]``."""
+    v = (own["v_bias"] + 1e-16 * square[:, None]).clamp(min=TINY)
+    return (root((own["m"][..., -1].square() / v).mean(-1)) * (bias_correction(age) / SNR)).clamp(max=1.0)
 
 
 def bias_correction(age: Number) -> Number:
@@ -528,11 +542,10 @@ def _repeated(x: Tensor, parts: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- tensors that sit a step out
-def _live(layout: BatchLayout, grads: Weights) -> Tensor | None:
-    """Which tensors move (a matrix only with its bias); None: all."""
-    paired = {n: b for batch in layout.batches for n, b in zip(batch.names, batch.biases, strict=False)}
-    live = [n in grads and paired.get(n, n) in grads for n in layout.members]
-    return None if all(live) else torch.tensor(live, device=next(iter(grads.values())).device)
+def _live(layout: BatchLayout, grads: Weights) -> dict[str, bool] | None:
+    """Which tensors have a gradient; None: all."""
+    live = {n: n in grads for n in layout.names}
+    return None if all(live.values()) else live
 
 
 def _complete(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> Weights:
@@ -544,16 +557,25 @@ def _complete(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> We
     return {n: grads[n] if n in grads else torch.zeros_like(params[n], dtype=like.dtype) for n in names}
 
 
-def _kept(layout: BatchLayout, old: State, new: State, live: Tensor) -> State:
-    """The new state, but the old one of tensors that sit this step out."""
+def _kept(layout: BatchLayout, old: State, new: State, live: dict[str, bool]) -> State:
+    """The new state, but the old one of tensors that sit this step out; what a pair shares is the matrix's."""
+
+    def mask(names: Collection[str]) -> Tensor:
+        return torch.tensor([live[n] for n in names], device=layout.device)
+
     kept: State = {"network": new["network"]}
-    kept["tensor"] = {k: torch.where(live, x, old["tensor"][k]) for k, x in new["tensor"].items()}
-    for b, own in zip(layout.all, live.split(layout.counts), strict=True):
-        mask = own.index_select(0, b.segment) if isinstance(b, FlatBatch) else own
-        kept[b.key] = {
-            k: x if "scale" in k else torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, old[b.key][k])
-            for k, x in new[b.key].items()
-        }
+    kept["tensor"] = {k: torch.where(mask(layout.members), x, old["tensor"][k]) for k, x in new["tensor"].items()}
+    for b in layout.all:
+        own, entries = mask(b.names), mask(b.names)
+        if isinstance(b, FlatBatch):
+            own = entries = own.index_select(0, b.segment)
+        elif b.biases:
+            entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), mask(b.biases)[:, None, None]], -1)
+        kept[b.key] = {}
+        for k, x in new[b.key].items():
+            moved = entries if k in ("m", "last_update") else mask(b.biases) if k in ("v_bias", "snr") else own
+            moved = moved if moved.ndim == x.ndim else moved.view(-1, *[1] * (x.ndim - 1))
+            kept[b.key][k] = x if "scale" in k else torch.where(moved, x, old[b.key][k])
     return kept
 
 
