@@ -466,10 +466,7 @@ def framed(b: TensorBatch | FlatBatch, x: Tensor, own: Slots, in_place: bool, in
     for scale in (own[k] for k in ("scale", "row_scale", "col_scale") if k in own):
         if isinstance(b, TensorBatch) and len(scale) != len(x):
             x = x.reshape(len(scale), -1, shape[-1])
-        if inverse:
-            x = x / scale
-        else:
-            x = torch.mul(x, scale, out=x if in_place and isinstance(b, TensorBatch) else None)
+        x = x / scale if inverse else torch.mul(x, scale, out=x if in_place and isinstance(b, TensorBatch) else None)
     return x.reshape(shape)
 
 
