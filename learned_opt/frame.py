@@ -12,6 +12,7 @@ of its label; all are invariant, so every sweep keeps ``c`` covariant. Without t
 function over the scaling orbit (Stock et al. 2019, Equi-normalization of Neural Networks), but a unit whose only read
 weight passes zero would get a potential, and thereby steps of its written weights, without bound: those of ReLU
 networks with one output grew to 1e10 (experiments, 35).
+Of an embedding, which is read one row at a time, the mean over its rows counts, whatever their number.
 A read tensor's squares are weighted by fan_in / fan_out, so that fan-in-scaled initial weights are balanced as they
 are and a standard network is optimised as without a frame.
 
@@ -259,6 +260,8 @@ def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_
             n, length, k = units.index.shape
             at = (position + torch.arange(n * length)).reshape(n, length, 1).expand(n, length, k)
             weight = torch.ones(n, length, k)
+            if stack.kind == "embedding":  # one of its columns is read at a time: the mean over them counts
+                weight = weight / stack.shape[2]
             if side == "cols":  # fan_in / fan_out of the reading tensor, counted in units of the label
                 weight = weight * _label_sizes(units, label_of) / stack.shape[1]
             unit = units.index + torch.where(units.exponent > 0, 0, layout.n_scales + 1)
