@@ -1,7 +1,9 @@
-"""Roots with a finite derivative at zero."""
+"""Roots with a finite derivative at zero, and what is too small to be more than rounding noise."""
 
 import torch
 from torch import Tensor
+
+ROUNDING = 256  # times the machine epsilon: a tensor's gradient below this share of the largest is rounding noise
 
 
 def root(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ of these are covariant functions of the state when they are taken, so holding th
 import math
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from learned_opt.rules.auto_lr import Measured, Number
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.clock import EVERY_MOMENTS, Clock, when
 from learned_opt.rules.newton_schulz import newton_schulz
-from learned_opt.rules.numerics import root, rsqrt
+from learned_opt.rules.numerics import ROUNDING, root, rsqrt
 from learned_opt.symmetry import Symmetry
 
 BETA2 = 0.99  # decay rate of mean squares
@@ -51,9 +52,22 @@ USUAL, SMALLEST = 0.5, 0.1  # RMS times root fan-in of usual weights; relative t
 CLIP_FACTOR = 4.0  # times the RMS of those before it: what a gradient counts at most
 BUILTIN_DECAY = 0.025  # of a matrix's step goes straight toward zero weights, over 800 steps and at FAN_IN
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
-ROUNDING = 256  # times the machine epsilon: a vector's gradient below this share of the largest is rounding noise
 
 Slots = dict[str, Tensor]
+
+
+class Control(NamedTuple):
+    """What a learned rule changes of the steps of a batch of N tensors.
+
+    Attributes:
+        gain: multiplies the size ``[N]``.
+        fresh: of matrices, multiplies the gradient where it joins the momentum ``[N]``.
+        units: of matrices, factors of rows and columns of directions, as from a ``Scaling``; None: no hidden unit.
+    """
+
+    gain: Tensor
+    fresh: Tensor
+    units: tuple[Tensor, Tensor] | None
 
 
 class WhitenedPolar(UpdateRule):
@@ -131,6 +145,8 @@ class WhitenedPolar(UpdateRule):
             update_moments(b, g[b.key], own, clock, in_place)
         rate = self._rate(layout, g, slots, norm, tensor, network, new, t, beta1, total_steps, clock)
 
+        controls = self.controls(layout, params, g, slots, state, new, clock, beta1, total_steps)
+
         # directions
         each = zip(*(x.split(layout.counts) for x in (rms, square, step)), strict=True)
         decays = {}
@@ -138,20 +154,20 @@ class WhitenedPolar(UpdateRule):
         updates: Weights = {}
         loudest = square.amax()
         for b, (own_rms, own_square, own_step) in zip(layout.all, each, strict=True):
-            own = slots[b.key]
+            own, control = slots[b.key], controls[b.key] if controls else None
             if isinstance(b, FlatBatch):
                 d = flat_direction(b, own, own_square, own_step, own_rms, loudest)
             elif b.factored:
                 d = factored_direction(b, own, own_square, own_step)
             else:
-                ratio = rate * weight_rms_ratio(b, own_rms)
-                d = matrix_direction(b, g[b.key], own, beta1, ratio, own_step)
+                ratio = (rate * control.gain if control else rate) * weight_rms_ratio(b, own_rms)
+                d = matrix_direction(b, g[b.key], own, beta1, ratio, own_step, control)
                 lengths.append(ratio * step_norm(b) * (own_square > 0))
                 relative = lengths[-1] * rsqrt(own_rms.square() * (b.R * b.C))
                 scale = BUILTIN_DECAY * fan_in_scale(b.C) * auto_lr.decay_scale(t, total_steps)
                 decays |= dict(zip(b.names, (scale * relative).unbind(), strict=True))
             if isinstance(b, FlatBatch) or b.factored:
-                d = rate * d
+                d = times(b, d, rate * control.gain) if control else rate * d
                 lengths.append(norms(b, d))
             own["last_update"] = stored(-d, own["last_update"], in_place)
             updates |= b.scatter(framed(b, -d, own))
@@ -161,6 +177,21 @@ class WhitenedPolar(UpdateRule):
             new = _kept(layout, state, new, live)
         asked = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
         return {n: decayed(updates[n], params[n], asked.get(n), rate, decays.get(n)) for n in grads}, new
+
+    def controls(
+        self,
+        layout: BatchLayout,
+        params: Weights,
+        g: Mapping[str, Tensor],
+        slots: Mapping[str, Slots],
+        old: State,
+        new: State,
+        clock: Clock,
+        beta1: Tensor,
+        total_steps: Number | None,
+    ) -> dict[str, Control] | None:
+        """What a learned rule changes of this step, by batch; None: nothing. It may add to ``new``."""
+        return None
 
     def _rate(
         self,
@@ -255,9 +286,11 @@ def clip_factor(norm: Tensor, mean_square: Tensor, step: Tensor, numel: Tensor) 
     return torch.where(known, most / norm.clamp(min=1e-30), 1).clamp(max=1.0)
 
 
-def matrix_direction(b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, ratio: Tensor, step: Tensor) -> Tensor:
+def matrix_direction(
+    b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, ratio: Tensor, step: Tensor, control: Control | None = None
+) -> Tensor:
     """``P polar(P n P) P`` at its size, times ``ratio`` [N]: ``[N, R, K]``."""
-    n = torch.lerp(g, own["m"].to(g.dtype), beta1)
+    n = torch.lerp(g if control is None else times(b, g, control.fresh), own["m"].to(g.dtype), beta1)
     if b.biases:
         n[..., -1] *= BIAS
     roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
@@ -265,6 +298,8 @@ def matrix_direction(b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, ratio
     x = whitening.multiplied(b, n.to(product_dtype(b, n)), roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
     x = whitening.multiplied(b, x, roots)
+    if control is not None and control.units is not None:
+        x = b.scaled(x, *control.units)
     d = b.join([part * (unit * _repeated(ratio, part) / _safe_norm(part)) for part, unit in sized(b, x)])
     if b.biases:
         d[..., -1] *= BIAS * snr_scale(own, step)[:, None]
