@@ -359,9 +359,13 @@ def weight_rms_ratio(b: TensorBatch, rms: Tensor) -> Tensor:
 
 
 def snr_scale(own: Slots, step: Tensor) -> Tensor:
-    """How much of their steps biases make: all, unless their gradients alternate, ``[N]``."""
-    adam = own["m"][..., -1] * rsqrt(own["v_bias"]) * bias_correction(step)[:, None]
-    return (root(adam.square().mean(-1)) / SNR).clamp(max=1.0)
+    """How much of their steps biases make: all, unless their gradients alternate, ``[N]``. Rounding noise (of keys'
+    biases beside those of queries and values) does not count.
+    """
+    v = own["v_bias"]
+    heard = v > (ROUNDING * torch.finfo(v.dtype).eps) ** 2 * v.amax(-1, keepdim=True)
+    adam = own["m"][..., -1] * rsqrt(v) * bias_correction(step)[:, None] * heard
+    return (root(adam.square().sum(-1) / heard.sum(-1).clamp(min=1)) / SNR).clamp(max=1.0)
 
 
 def bias_correction(step: Tensor) -> Tensor:
