@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from learned_opt.checkpoint import CheckpointError, load_weights, save_weights
-from learned_opt.rules import RULES, SHIPPED
+from learned_opt.rules import RULES, make_rule
 from meta_train import checkpoint
 from meta_train.__main__ import _defined, main
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
@@ -155,7 +155,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import meta_train.loop as module
-from learned_opt.rules import RULES, SHIPPED
+from learned_opt.rules import RULES
 from tests.meta_train.test_loop import RECIPE, run
 number, function = int(sys.argv[2]), getattr(module, sys.argv[3])
 def deadly(*args):
@@ -478,7 +478,21 @@ def test_start_from_a_theta(tmp_path):
         run(recipe, tmp_path / "c")
 
 
-def test_the_documented_recipe_fine_tunes_the_shipped_theta(tmp_path):
+def test_start_from_the_theta_in_the_package(tmp_path, monkeypatch):
+    theta = {n: p + 0.5 for n, p in RULES["learned"]().state_dict().items()}
+    save_weights(tmp_path / "learned.safetensors", "learned", theta, {})
+    for module in ("learned_opt.rules", "meta_train.recipes"):
+        monkeypatch.setattr(f"{module}.SHIPPED", tmp_path)
+    assert same_theta(make_rule("learned").state_dict(), theta)
+    recipe = replace(RECIPES["tiny"](), start="shipped", minutes=0.0)
+    assert same_theta(load_weights(train(recipe, tmp_path / "out"))[1], theta)
+
+
+def same_theta(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_the_documented_recipe_begins_at_the_hand_made_rule(tmp_path):
     document = (Path(__file__).parents[2] / "docs" / "meta_training.md").read_text(encoding="utf-8")
     mine = tmp_path / "my_recipe.py"
     mine.write_text(document.split("```python\n")[1].split("```")[0])
@@ -498,10 +512,10 @@ def test_the_documented_recipe_fine_tunes_the_shipped_theta(tmp_path):
         ]
     )
     name, _, provenance = load_weights(tmp_path / "out" / "theta.safetensors")
-    shipped = load_weights(SHIPPED / f"{name}.safetensors")[1]
+    start = RULES[name]().state_dict()
     # after the outer step, which validation may not choose
     theta = checkpoint.load(checkpoint.list_all(tmp_path / "out")[-1])["run"]["theta"]
-    moved = {n.split(".")[0] for n in theta if not torch.equal(theta[n], shipped[n])}
+    moved = {n.split(".")[0] for n in theta if not torch.equal(theta[n], start[n])}
     assert moved and moved <= set(provenance["recipe"]["trained"])
     assert [x["step"] for x in provenance["validation"]] == [0, 1]
     mine.write_text(mine.read_text() + "\nfamilies = [1]\n")

@@ -18,11 +18,11 @@ class LearnedSGD(UpdateRule):
         self.log_rate = nn.Parameter(torch.tensor(rate, dtype=dtype).log())
         self.momentum = nn.Parameter(torch.tensor([0.5], dtype=dtype))
 
-    def init(self, params):
+    def init(self, params, symmetry):
         state = {n: {"m": torch.zeros_like(p)} for n, p in params.items()}
         return state | {"": {"step": torch.zeros((), dtype=next(iter(params.values())).dtype)}}
 
-    def forward(self, params, grads, state, symmetry, *, total_steps=None, weight_decay=0.0):
+    def forward(self, params, grads, state, symmetry, *, total_steps=None, **options):
         step = state[""]["step"]
         decay = 1 - 0.9 * step / total_steps
         moments = {n: self.momentum * state[n]["m"] + g for n, g in grads.items()}
@@ -90,7 +90,7 @@ def naive_losses(unroll, theta, seed, steps, detach):
     generator = seeded(seed)
     params = {n: p for n, p in unroll.init(1, generator)["params"].items()}
     params = {n: p[0].requires_grad_() for n, p in params.items()}
-    state = unroll.rule.init(params)
+    state = unroll.rule.init(params, unroll.symmetry)
     data = []
     for start in range(0, steps, 8):
         data += list(zip(*unroll.task.batches(generator, min(8, steps - start)), strict=True))
