@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
+from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
 from tasks.task import TaskError
 
@@ -70,6 +72,18 @@ class Deterministic(Regression):
     def batches(self, generator, n):
         x = torch.linspace(-1, 1, 24, dtype=self.dtype).view(1, 8, 3).expand(n, 8, 3)
         return x, x.prod(-1, keepdim=True)
+
+
+class Deep(Deterministic):
+    """With a matrix that is not thin."""
+
+    def __init__(self):
+        super().__init__()
+        layers = nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
+        self.model = nn.Sequential(*layers).double()
+
+    def init(self, generator):
+        return Regression.init(self, seeded(5))
 
 
 def make(task=None, rule=None, **options):
@@ -179,6 +193,34 @@ def test_unequal_horizons_in_one_batch_equal_separate_runs():
         assert episodes[0, -1] != episodes[0, 0]
     # The rule was told the horizon: equal starts, different courses.
     assert not torch.allclose(together[:3, 0], together[:3, 2])
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_runs_in_phase_are_what_they_are_beside_others(remat):
+    """A rule that is told the age of all runs does what it does for each of them where they differ."""
+    task = Deep()
+    rule = RULES["learned"]().double()
+    with torch.no_grad():
+        for p in rule.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=seeded(1), dtype=p.dtype))
+    unroll = Unroll(task, rule, symmetry_of(task), (40, 40), clip=1e6)
+    theta = theta_of(unroll, grad=True)
+    particles = unroll.init(2, seeded(0))
+    late, _ = unroll(theta, unroll.init(1, seeded(0)), 4, seeded(0))
+    mixed = joined(particles, late)
+    _, alone = unroll(theta, particles, 22, seeded(1), remat=remat)
+    _, beside = unroll(theta, mixed, 22, seeded(1), remat=remat)
+    torch.testing.assert_close(beside.loss[:, :2], alone.loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(beside.loss[:18, 2], alone.loss[4:, 0], rtol=1e-9, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(t.loss[:, 0].mean(), list(theta.values())) for t in (alone, beside))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert any(g.any() for g in ours)
+
+
+def joined(a, b):
+    if isinstance(a, dict):
+        return {k: joined(a[k], b[k]) for k in a}
+    return torch.cat([a, b])
 
 
 def test_resets_inside_one_call_start_afresh():

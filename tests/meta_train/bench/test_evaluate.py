@@ -507,7 +507,11 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     plan = ev.make_plan(
         "VALID", ["vit-digits"], ["low=nfn:whitened_polar@lr=0.3", "nfn:whitened_polar@lr=3"], 1, 1, (), None, 9, None
     )
-    assert [o.name for o in plan.optimizers.values()] == ["adam", "nfn:whitened_polar@lr=0.3", "nfn:whitened_polar@lr=3"]
+    assert [o.name for o in plan.optimizers.values()] == [
+        "adam",
+        "nfn:whitened_polar@lr=0.3",
+        "nfn:whitened_polar@lr=3",
+    ]
     assert list(plan.optimizers) == ["adam", "low", "nfn:whitened_polar@lr=3"]
     names = (free, *(f"nfn:whitened_polar{option}" for option in ("", "@lr=3", "@lr=0.3")))
     thetas = {op.optimizer_named(name)[1] for name in names}
