@@ -205,7 +205,7 @@ class Unroll:
             raws.append(measured.detach())
             segments.append(segment)
 
-            params, state = advance(theta, params, state, grads, horizon, _common_age(step))
+            params, state = advance(theta, params, state, grads, horizon, frozenset((step + 1).tolist()))
             step = step + 1
             done = step >= stop
             if done.any():
@@ -344,12 +344,6 @@ class Unroll:
                 else:
                     other = share(tuple(b[k] for b in fresh))
                 yield batch, other
-
-
-def _common_age(step: Tensor) -> frozenset[int] | None:
-    """The age of all particles at their next step, if it is one: then a rule computes what is due and no more."""
-    ages = set((step + 1).tolist())
-    return frozenset(ages) if len(ages) == 1 else None
 
 
 def _leaves(tree: Any) -> list[Tensor]:

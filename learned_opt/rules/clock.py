@@ -21,7 +21,7 @@ class Clock:
     Args:
         t: the network's step, counted from 1 (0-d).
         step: of every tensor.
-        ages: the values of both, if they are known.
+        ages: the values of both, if they are known; in a batch of runs, those of all.
     """
 
     def __init__(self, t: Tensor, step: Tensor, ages: Collection[int] | None) -> None:
@@ -31,10 +31,19 @@ class Clock:
             except RuntimeError:  # in a batch there is no single value
                 ages = None
         self.t, self.step, self.ages = t, step, ages
+        self.apart = ages is not None and len(ages) > 1 and _is_batch(t)
+
+    def _known(self, due: Callable[[int], bool]) -> bool | None:
+        """Whether something is due at these ages; None: runs of a batch differ, or nothing is known of them."""
+        if self.ages is None:
+            return None
+        found = [due(t) for t in self.ages]
+        return None if self.apart and any(found) and not all(found) else any(found)
 
     def _due(self, every: int) -> Due:
-        if self.ages is not None:
-            return any(t <= 3 or t % every == 0 for t in self.ages)
+        known = self._known(lambda t: t <= 3 or t % every == 0)
+        if known is not None:
+            return known
         return (self.t <= 3) | (self.t % every == 0)
 
     @property
@@ -50,8 +59,9 @@ class Clock:
     @property
     def roots(self) -> Due:
         """Roots of second moments: every ten steps, and more and more rarely after 50."""
-        if self.ages is not None:
-            return any(_roots_are_due(t) for t in self.ages)
+        known = self._known(_roots_are_due)
+        if known is not None:
+            return known
         t = self.t
         stage, before = (
             torch.floor(torch.log(x.clamp(min=1) / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)
@@ -60,9 +70,18 @@ class Clock:
 
     def between(self, low: Number, high: Number) -> Due:
         """Whether the network's step is above ``low`` and at most ``high``."""
-        if self.ages is not None and not isinstance(low, Tensor):
+        if self.ages is not None and not self.apart and not isinstance(low, Tensor):
             return low < max(self.ages) <= high
         return (self.t > low) & (self.t <= high)
+
+
+def _is_batch(t: Tensor) -> bool:
+    """Whether a 0-d tensor has one value for each run of a batch (``torch.func.vmap``)."""
+    try:
+        int(t)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _roots_are_due(t: int) -> bool:

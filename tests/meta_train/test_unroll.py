@@ -197,7 +197,7 @@ def test_unequal_horizons_in_one_batch_equal_separate_runs():
 
 @pytest.mark.parametrize("remat", [True, False])
 def test_runs_in_phase_are_what_they_are_beside_others(remat):
-    """A rule that is told the age of all runs does what it does for each of them where they differ."""
+    """A rule that is told the ages of all runs does for each what is due for it."""
     task = Deep()
     rule = RULES["learned"]().double()
     with torch.no_grad():
