@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype, scales
+from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype
 from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry
 
@@ -33,7 +33,7 @@ class Buffers:
     """
 
     def __init__(self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: Any = None) -> None:
-        self.names, self.symmetry = tuple(params), symmetry
+        self.rule, self.names, self.symmetry = rule, tuple(params), symmetry
         self.ages: set[int] = set()
         some = next(iter(params.values()))
         like = {n: p.detach() for n, p in params.items()}
@@ -62,12 +62,16 @@ class Buffers:
                     self.slots[n][k] = x
         if isinstance(b, FlatBatch):
             for n, shape in zip(b.names, b.shapes, strict=True):
+                if len(shape) == 1:
+                    self.slots[n]["snr"] = own["m"].new_zeros(())
                 for i in moment_axes(shape):
                     self._moments(n, i, own["m"].new_zeros(()), shape[i])
             return
         if b.biases:
             for n, x in zip(b.biases, own["v_bias"].unbind(), strict=True):
                 self.slots[n]["v"] = x
+            for n, x in zip(b.biases, own["snr"].unbind(), strict=True):
+                self.slots[n]["snr"] = x
         for i in moment_axes(b.shape):
             self._axis(b, i, own)
 
@@ -106,9 +110,7 @@ class Buffers:
             for k, x in (network or {}).items():
                 if k in self.state["network"] and self.state["network"][k].shape == x.shape:
                     self.state["network"][k] = x.to(self.state["network"][k])
-            if "log_scale" in self.state["network"]:
-                for b in self.layout.all:
-                    self.state[b.key] |= scales(b, self.state["network"]["log_scale"])
+            self.rule.derive(self.layout, self.state)
         self.ages = self._ages()
 
     def _ages(self) -> set[int]:
@@ -140,7 +142,7 @@ class Buffers:
             old = self.state[key]
             for k, x in slots.items():
                 if x is not old[k]:
-                    if key == "network" or k.endswith("scale"):
+                    if key == "network" or "scale" in k:
                         old[k] = x
                     else:
                         old[k].copy_(x)

@@ -258,6 +258,6 @@ def log_uniform(generator: Generator, low: float, high: float) -> float:
     return low * (high / low) ** float(torch.rand((), generator=generator))
 
 
-def horizon(generator: Generator) -> int:
-    """Steps of a sampled task: log-uniform between 200 and 1000."""
-    return round(log_uniform(generator, 200, 1000))
+def horizon(generator: Generator, low: int = 200, high: int = 1000) -> int:
+    """Steps of a sampled task: log-uniform between `low` and `high`."""
+    return round(log_uniform(generator, low, high))

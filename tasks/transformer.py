@@ -104,7 +104,7 @@ class Transformer(nn.Module):
 
 def language_model(
     name: str,
-    source: data.Windows,
+    source: data.Data,
     *,
     width: int,
     heads: int,
@@ -115,11 +115,12 @@ def language_model(
     **settings,
 ) -> Supervised:
     """A causal transformer predicting the next token of `source`; settings of `Supervised`."""
+    (length,) = source.shape
 
     def build() -> Transformer:
         return Transformer(
             nn.Embedding(source.classes, width),
-            source.length,
+            length,
             source.classes,
             width=width,
             heads=heads,

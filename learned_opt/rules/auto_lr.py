@@ -49,11 +49,19 @@ SAME, OTHER = 0.2, 0.4  # distances of the correlation from 1 within which they 
 
 
 class Measured(NamedTuple):
-    """What the steps have measured so far, 0-d each: mean cosine, gain of the log rate, gradient correlation."""
+    """What the steps have measured so far, 0-d each.
+
+    Attributes:
+        slope: mean cosine.
+        log_lr: what the logarithm of the rate has gained.
+        correlation: mean correlation of gradients.
+        lr_scale: what the schedule is multiplied by.
+    """
 
     slope: Tensor
     log_lr: Tensor
     correlation: Tensor
+    lr_scale: Tensor
 
 
 def warmup_steps(total_steps: Number | None) -> Number:
@@ -77,50 +85,41 @@ def horizon_scale(total_steps: Number) -> Number:
     return min((HORIZON / total_steps) ** 0.5, 4.0)
 
 
-def decay(t: Tensor, total_steps: Number | None) -> Tensor:
+def decay(t: Number, total_steps: Number | None) -> Number:
     """The schedule's form, from 1 at the first step: a line to zero, or ``1 / sqrt(1 + t / 100)`` without a horizon."""
     if total_steps is None:
-        return torch.rsqrt(1 + (t - 1) / ANYTIME)
-    return (1 - (t - 1) / total_steps).clamp(min=0.0)
+        return (1 + (t - 1) / ANYTIME) ** -0.5
+    left = 1 - (t - 1) / total_steps
+    return left.clamp(min=0.0) if isinstance(left, Tensor) else max(left, 0.0)
 
 
-def schedule(t: Tensor, total_steps: Number | None) -> Tensor:
-    """Multiple of the rate at step t (counted from 1), where it is not measured."""
-    return decay(t, total_steps) if total_steps is None else horizon_scale(total_steps) * decay(t, total_steps)
-
-
-def decay_scale(t: Tensor, total_steps: Number | None) -> Number:
+def decay_scale(t: Number, total_steps: Number | None) -> Number:
     """:func:`horizon_scale` for the built-in decay, which has one without a horizon too."""
     return horizon_scale(t + TO_COME) if total_steps is None else horizon_scale(total_steps)
 
 
 def beta1(t: Tensor, slope: Tensor) -> Tensor:
     """Decay rate of the momentum at step t (0-d); ``slope`` as measured before it."""
-    return BETA1 + LONGER * (-slope / OSCILLATION).clamp(0.0, 1.0) * (t > LONGEST)
+    return BETA1 + LONGER * (slope * (-1 / OSCILLATION)).clamp(0.0, 1.0) * (t > LONGEST)
 
 
-def measure(measured: Measured, cosine: Tensor, correlation: Tensor, t: Tensor, total_steps: Number | None) -> Measured:
-    """One step on.
-
-    Args:
-        measured: before step t.
-        cosine: ``c_t``.
-        correlation: ``a_t``; looked at from twice to three times the warm-up.
-        t: the step, counted from 1.
-        total_steps: the horizon, or None.
-    """
-    end = warmup_steps(total_steps)
-    slope = torch.lerp(measured.slope, cosine, 1 - AVERAGE)
+def log_lr(measured: Measured, slope: Tensor, t: Tensor, total_steps: Number | None) -> Tensor:
+    """What the logarithm of the rate has gained after step t; ``slope`` with that step's cosine."""
     mean = slope / (1 - AVERAGE ** (t - 1).clamp(min=1))  # the first cosine is of no step: zero
-    gain = GAIN / (1 + t / FADE) * ((t > 1) & (t <= end))
-    log_lr = measured.log_lr + gain * (torch.tanh(mean / EVIDENCE) - (START + measured.log_lr))
-    share = ((t > 2 * end) & (t <= 3 * end)) / (t - 2 * end).clamp(min=1.0)
-    return Measured(slope, log_lr, torch.lerp(measured.correlation, correlation, share.to(slope.dtype)))
+    gain = GAIN / (1 + t / FADE) * ((t > 1) & (t <= warmup_steps(total_steps)))
+    return measured.log_lr + gain * (torch.tanh(mean / EVIDENCE) - (START + measured.log_lr))
 
 
-def measured_rate(measured: Measured, t: Tensor, total_steps: Number | None) -> Tensor:
-    """The rate at step t (0-d)."""
+def mean_correlation(measured: Measured, correlation: Tensor, t: Tensor, total_steps: Number | None) -> Tensor:
+    """The mean over the steps from twice to three times the warm-up."""
     end = warmup_steps(total_steps)
-    now = torch.where(t > end, AFTER * schedule(t, total_steps), decay(t, total_steps))
+    share = ((t > 2 * end) & (t <= 3 * end)) / (t - 2 * end).clamp(min=1.0)
+    return torch.lerp(measured.correlation, correlation, share.to(correlation.dtype))
+
+
+def lr_scale(measured: Measured, t: Tensor, total_steps: Number | None) -> Tensor:
+    """What :func:`decay` and ``RATE`` are multiplied by at step t (0-d)."""
+    end = warmup_steps(total_steps)
+    after = AFTER if total_steps is None else AFTER * horizon_scale(total_steps)
     noise = NOISE_LR ** ((OTHER - (measured.correlation - 1).abs()) / (OTHER - SAME)).clamp(0.0, 1.0)
-    return RATE * torch.exp(START + measured.log_lr) * now * torch.where(t > 3 * end, noise, 1)
+    return torch.exp(START + measured.log_lr) * torch.where(t > end, after, 1) * torch.where(t > 3 * end, noise, 1)

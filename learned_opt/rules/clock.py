@@ -9,6 +9,7 @@ from torch import Tensor
 from learned_opt.rules.auto_lr import Number
 
 EVERY_MOMENTS, EVERY_FRAME, EVERY_ROOTS = 5, 10, 10  # steps; in the first three always
+EVERY_SLOPE, SLOPES_LATER = 5, 51  # the slope is read every few steps, at every one of the first
 LATER = 1.2  # after ROOTS_LATER steps, roots are taken anew when the run is this much longer
 ROOTS_LATER = 50
 
@@ -32,12 +33,18 @@ class Clock:
                 ages = None
         self.t, self.step, self.ages = t, step, ages
         self.apart = ages is not None and len(ages) > 1 and _is_batch(t)
+        self.now: Number = t if ages is None or self.apart else float(max(ages))  # the network's step
+        self.age: Number = float(min(ages)) if ages is not None and len(ages) == 1 else step  # of every tensor
 
-    def _known(self, due: Callable[[int], bool]) -> bool | None:
-        """Whether something is due at these ages; None: runs of a batch differ, or nothing is known of them."""
+    def _known(self, due: Callable[[int], bool], network: bool = False) -> bool | None:
+        """Whether something is due at any of these ages, or at the network's; None: runs of a batch differ, or nothing
+        is known of them.
+        """
         if self.ages is None:
             return None
         found = [due(t) for t in self.ages]
+        if network and not self.apart:
+            return due(max(self.ages))
         return None if self.apart and any(found) and not all(found) else any(found)
 
     def _due(self, every: int) -> Due:
@@ -68,6 +75,23 @@ class Clock:
         )
         return (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
 
+    @property
+    def slope(self) -> Due:
+        """The slope along the last step: at every step first, then every few."""
+        return self._slope(0)
+
+    @property
+    def before_slope(self) -> Due:
+        """Whether the next step reads this one's update."""
+        return self._slope(1)
+
+    def _slope(self, ahead: int) -> Due:
+        known = self._known(lambda t: t + ahead <= SLOPES_LATER or (t + ahead) % EVERY_SLOPE == 0, network=True)
+        if known is not None:
+            return known
+        t = self.t + ahead
+        return (t <= SLOPES_LATER) | (t % EVERY_SLOPE == 0)
+
     def between(self, low: Number, high: Number) -> Due:
         """Whether the network's step is above ``low`` and at most ``high``."""
         if self.ages is not None and not self.apart and not isinstance(low, Tensor):
@@ -91,8 +115,8 @@ def _roots_are_due(t: int) -> bool:
     return stage[0] > stage[1]
 
 
-def when(due: Due, new: Callable[[], Tensor], old: Tensor) -> Tensor:
-    """``new()`` where it is due, else ``old``; not computed where that is known beforehand."""
+def when(due: Due, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` where it is due, else ``old``."""
     if isinstance(due, bool):
-        return new() if due else old
-    return torch.where(due, new(), old)
+        return new if due else old
+    return torch.where(due, new, old)

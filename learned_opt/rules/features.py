@@ -12,7 +12,7 @@ from torch import Tensor
 from learned_opt.rules.numerics import ROUNDING, rsqrt
 
 N_EVEN = 6
-N_STATISTICS = 4
+N_STATISTICS = 5
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -45,17 +45,20 @@ def even_features(x: Tensor) -> Tensor:
     return y / (1 + y.abs())
 
 
-def statistics(x: Tensor, g: Tensor, m: Tensor) -> Tensor:
-    """Of every matrix ``[N, N_STATISTICS]``: cosines of the odd features ``x``, and the momentum's share of a gradient.
+def statistics(x: Tensor, g: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    """Of every matrix ``[N, N_STATISTICS]``: cosines of the odd features ``x``, the momentum's share of a gradient, and
+    the size of the weights.
 
     Args:
         x: from :func:`odd_features`.
         g: gradients ``[N, R, C]``.
         m: momenta, corrected for their bias.
+        w: weights.
     """
     xg, xm, xw = x.unbind(0)
     cosines = torch.stack([xg * xm, xg * xw, xm * xw]).mean((-2, -1))
-    return torch.cat([cosines, log_ratio(mean_square(m), mean_square(g))[None, :, 0, 0]]).T
+    sizes = torch.stack([log_ratio(mean_square(m), mean_square(g)), torch.log(mean_square(w) + 1e-12) / 16])
+    return torch.cat([cosines, sizes[..., 0, 0]]).T
 
 
 def log_ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from learned_opt.symmetry import Symmetry
 
 KINDS = ("matrix", "embedding", "vector", "gain")
 N_SHAPE = 3 + len(KINDS) + 2
-N_TENSOR = 3
+N_TENSOR = 2
 N_NETWORK = 9
 LAST = ("tensor_controls", "unit_controls")  # maps that start at zero
 
@@ -75,24 +75,18 @@ class Learned(WhitenedPolar):
         layout: BatchLayout,
         params: Weights,
         g: Mapping[str, Tensor],
-        slots: Mapping[str, Slots],
-        old: State,
         new: State,
         clock: Clock,
-        beta1: Tensor,
         total_steps: Number | None,
     ) -> dict[str, Control]:
-        tensors = torch.stack([old["tensor"]["log_gain"], old["tensor"]["log_fresh"]], -1)
-        units = old["network"]["log_unit_gain"]
+        network, tensor = new["network"], new["tensor"]
         if clock.frame is not False:
-            answer = self._answer(layout, params, g, slots, new, beta1, total_steps)
-            tensors = when(clock.frame, lambda: answer[0], tensors)
-            units = when(clock.frame, lambda: answer[1], units)
-        gain, fresh = tensors.unbind(-1)
-        new["tensor"] |= {"log_gain": gain, "log_fresh": fresh}
-        new["network"]["log_unit_gain"] = units
-        scalings, (written, read) = _unit_scalings(layout), units.unbind(-1)
-        each = zip(layout.all, *(x.exp().split(layout.counts) for x in (gain, fresh)), strict=True)
+            answer = self._answer(layout, params, g, new, total_steps)
+            held = tensor["log_gain"], tensor["log_fresh"], network["log_unit_gain"]
+            found = (when(clock.frame, x, old) for x, old in zip(answer, held, strict=True))
+            tensor["log_gain"], tensor["log_fresh"], network["log_unit_gain"] = found
+        scalings, (written, read) = _unit_scalings(layout), network["log_unit_gain"].unbind(-1)
+        each = zip(layout.all, *(tensor[k].exp().split(layout.counts) for k in ("log_gain", "log_fresh")), strict=True)
         return {
             b.key: Control(gain, fresh, scalings[b.key](written, read) if b.key in scalings else None)
             for b, gain, fresh in each
@@ -103,15 +97,13 @@ class Learned(WhitenedPolar):
         batches: BatchLayout,
         params: Weights,
         g: Mapping[str, Tensor],
-        slots: Mapping[str, Slots],
         new: State,
-        beta1: Tensor,
         total_steps: Number | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logs of gains and of fresh shares ``[T, 2]``, and of units' gains ``[n_units + 1, 2]``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logs of gains and of fresh shares ``[T]`` each, and of units' gains ``[n_units + 1, 2]``."""
         tensors: list[Weights] = [{}, {}, {}]
         for b in batches.all:
-            own = slots[b.key]
+            own = new[b.key]
             w = framed(b, b.gather(params), own, inverse=True)
             for x, into in zip((g[b.key], own["m"].to(w.dtype), w), tensors, strict=True):
                 into |= b.scatter(x)
@@ -120,7 +112,7 @@ class Learned(WhitenedPolar):
         gradients, momenta = features.without_noise(gradients), features.without_noise(momenta)
         owner = _owners(batches, layout)
         age = new["tensor"]["step"].index_select(0, owner)
-        of_tensor = _tensor_features(batches, new["tensor"], self.pool).index_select(0, owner)
+        of_tensor = _tensor_features(new["tensor"], self.pool).index_select(0, owner)
         even, layers = [], []
         own_parts = (x.split(layout.counts) for x in (age, of_tensor))
         parts = zip(layout.stacks, gradients, momenta, weights, *own_parts, strict=True)
@@ -128,21 +120,21 @@ class Learned(WhitenedPolar):
             x = features.odd_features(gradient, m, w)
             even.append(features.even_features(x))
             corrected = m / (1 - auto_lr.BETA1**step)[:, None, None]
-            measured = features.statistics(x, gradient, corrected)
+            measured = features.statistics(x, gradient, corrected, w)
             layers.append(torch.cat([measured, _shape_features(stack, w), own_features], -1))
-        network = network_features(new["network"], beta1, total_steps)
+        network = network_features(new["network"], total_steps)
         units, embedded = self.embedding(layout, even, layers, network)
         every = torch.cat(embedded)
         whole = _means(every, owner, len(batches.members))
-        of_tensors = torch.tanh(self.tensor_controls(whole)) * whole.new_tensor([1.0, 2.0])
+        gain, fresh = torch.tanh(self.tensor_controls(whole)).unbind(-1)
         if not self.pool:
-            return of_tensors, units.new_zeros(len(units), 2)
+            return gain, 2 * fresh, units.new_zeros(len(units), 2)
         shared = every.mean(0).expand(len(units), -1)
         of_units = torch.tanh(self.unit_controls(torch.tanh(self.hidden(torch.cat([units, shared], -1)))))
-        return of_tensors, torch.cat([of_units[:-1], torch.zeros_like(of_units[:1])])
+        return gain, 2 * fresh, torch.cat([of_units[:-1], torch.zeros_like(of_units[:1])])
 
 
-def network_features(network: Slots, beta1: Tensor, total_steps: Number | None) -> Tensor:
+def network_features(network: Slots, total_steps: Number | None) -> Tensor:
     """``[N_NETWORK]``: age; length of the horizon, fractions of it done and left, or zeros without one; what the rule
     has measured; a constant.
     """
@@ -155,17 +147,15 @@ def network_features(network: Slots, beta1: Tensor, total_steps: Number | None) 
         horizon = [torch.log10(total) / 4, done, 1 - done, torch.ones_like(t)]
     correlation = network["correlation"]
     measured = [network["slope"] / auto_lr.OSCILLATION, network["log_lr"], correlation / (1 + correlation)]
-    momentum = (beta1 - auto_lr.BETA1) / auto_lr.LONGER
-    return torch.stack([torch.log10(t) / 4, *horizon, *measured, momentum.to(t.dtype)])
+    momentum = (network["beta1"] - auto_lr.BETA1) / auto_lr.LONGER
+    return torch.stack([torch.log10(t) / 4, *horizon, *measured, momentum])
 
 
-def _tensor_features(batches: BatchLayout, tensor: Slots, pool: bool) -> Tensor:
-    """``[T, N_TENSOR]``: size of the weights, whether they are zero, share of the network's mean square gradients."""
-    rms = tensor["weight_rms"]
+def _tensor_features(tensor: Slots, pool: bool) -> Tensor:
+    """``[T, N_TENSOR]``: how small the weights are, and the share of the network's mean square gradients."""
     square = tensor["mean_square"] / (1 - BETA2 ** tensor["step"].clamp(min=1))
     share = features.log_ratio(square, square.mean()) if pool else torch.zeros_like(square)
-    zero = (rms == 0).to(rms.dtype)
-    return torch.stack([torch.log(rms + 1e-6) / 8, zero, share], -1)
+    return torch.stack([torch.log(tensor["size"]), share], -1)
 
 
 def _shape_features(stack: Stack, like: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from learned_opt.rules.auto_lr import Measured, Number
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.clock import EVERY_MOMENTS, Clock, when
 from learned_opt.rules.newton_schulz import newton_schulz
-from learned_opt.rules.numerics import ROUNDING, root, rsqrt
+from learned_opt.rules.numerics import ROUNDING, TINY, root, rsqrt
 from learned_opt.symmetry import Symmetry
 
 BETA2 = 0.99  # decay rate of mean squares
@@ -83,7 +83,6 @@ class WhitenedPolar(UpdateRule):
         super().__init__()
         self.measure_lr = measure_lr
 
-    # ------------------------------------------------------------------------------------------- state
     def init(self, params: Weights, symmetry: Symmetry) -> State:
         some = next(iter(params.values()))
         layout = batches_of(symmetry, tuple(params), some.device)
@@ -92,7 +91,14 @@ class WhitenedPolar(UpdateRule):
         state = {"network": fresh_network(layout, some, wide), "tensor": numbers}
         return state | {b.key: fresh_slots(b, some, wide, layout.n_scales) for b in layout.all}
 
-    # -------------------------------------------------------------------------------------------- step
+    def derive(self, layout: BatchLayout, state: State) -> None:
+        """Slots that follow from others, which alone are saved."""
+        for b in layout.all:
+            if "log_scale" in state["network"]:
+                state[b.key] |= scales(b, state["network"]["log_scale"])
+            if isinstance(b, TensorBatch) and not b.factored:
+                state[b.key] |= preconditioners(b, state[b.key])
+
     def forward(
         self,
         params: Weights,
@@ -108,161 +114,219 @@ class WhitenedPolar(UpdateRule):
     ) -> tuple[Weights, State]:
         if not grads:
             return {}, state
-        names = tuple(params) if names is None else names
-        layout = batches_of(symmetry, names, next(iter(grads.values())).device)
-        numel = _numel(layout, next(iter(grads.values())).dtype)
+        some = next(iter(grads.values()))
+        layout = batches_of(symmetry, tuple(params) if names is None else names, some.device)
+        live = _live(layout, grads)
+        in_place = in_place and live is None
         network, tensor = state["network"], state["tensor"]
         t, step = network["clock"] + 1, tensor["step"] + 1
         clock = Clock(t, step, ages)
-        live = _live(layout, grads)
-        in_place = in_place and live is None
-        new: State = {"network": {"clock": t}, "tensor": {"step": step}}
+        new = {"network": network | {"clock": t}, "tensor": tensor | {"step": step}}
+        new |= {b.key: dict(state[b.key]) for b in layout.all}
 
-        # the slow clock: frame, and in it the sizes of weights
-        slots = {b.key: dict(state[b.key]) for b in layout.all}
-        if "log_scale" in network:
-            log_scale = when(clock.frame, lambda: potentials(symmetry, params), network["log_scale"])
-            new["network"]["log_scale"] = log_scale
-            for b in layout.all:
-                slots[b.key] |= scales(b, log_scale) if clock.frame is not False else {}
-        rms = when(clock.frame, lambda: weight_rms(layout, params, slots), tensor["weight_rms"])
-        new["tensor"]["weight_rms"] = rms
+        # the frame, and in it the sizes of weights (slow clock)
+        refresh_frame(layout, params, new, clock, total_steps)
 
         # gradients in the frame, none far larger than usual
-        g = {b.key: framed(b, b.gather(_complete(b, grads, params)), slots[b.key]) for b in layout.all}
-        norm = torch.cat([norms(b, g[b.key]) for b in layout.all])
-        factor = clip_factor(norm, tensor["mean_square"], tensor["step"], numel)
-        norm = norm * factor
-        square = torch.lerp(tensor["mean_square"], norm.square() / numel, 1 - BETA2)
-        new["tensor"]["mean_square"] = square
-        g = {b.key: times(b, g[b.key], f) for b, f in zip(layout.all, factor.split(layout.counts), strict=True)}
+        g = {b.key: framed(b, b.gather(_complete(b, grads, params)), new[b.key]) for b in layout.all}
+        g, norm = self._clipped(layout, g, new, clock)
 
-        # momentum, second moments, rate
-        beta1 = auto_lr.beta1(t, network["slope"])
-        for b in layout.all:
-            own = slots[b.key]
+        # the rate, from the slope along the last step (slow clock)
+        if self.measure_lr:
+            self._measure(layout, g, norm, new, clock, total_steps)
+        beta1 = new["network"]["beta1"]
+
+        # momentum; second moments and roots (slow clock)
+        ages_ = [clock.age] * len(layout.all) if isinstance(clock.age, float) else step.split(layout.counts)
+        for b, age in zip(layout.all, ages_, strict=True):
+            own = new[b.key]
             own["m"] = lerp(own["m"], g[b.key], 1 - beta1, in_place)
-            update_moments(b, g[b.key], own, clock, in_place)
-        rate = self._rate(layout, g, slots, norm, tensor, network, new, t, beta1, total_steps, clock)
+            update_moments(b, g[b.key], own, clock, age, in_place)
+        if self.measure_lr:
+            self._correlate(layout, new, clock, total_steps)
+        rate = self._rate(new, clock, total_steps)
 
-        controls = self.controls(layout, params, g, slots, state, new, clock, beta1, total_steps)
+        controls = self.controls(layout, params, g, new, clock, total_steps)
 
-        # directions
-        each = zip(*(x.split(layout.counts) for x in (rms, square, step)), strict=True)
-        decays = {}
-        lengths = []
+        # directions and steps
         updates: Weights = {}
-        loudest = square.amax()
-        for b, (own_rms, own_square, own_step) in zip(layout.all, each, strict=True):
-            own, control = slots[b.key], controls[b.key] if controls else None
+        lengths = []
+        sizes = (rate * new["tensor"]["size"]).split(layout.counts)
+        squares = new["tensor"]["mean_square"].split(layout.counts)
+        for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
+            own, control = new[b.key], controls[b.key] if controls else None
+            size = size * control.gain if control else size  # noqa: PLW2901
             if isinstance(b, FlatBatch):
-                d = flat_direction(b, own, own_square, own_step, own_rms, loudest)
+                d = flat_direction(b, own, size, square, new["tensor"]["mean_square"].amax(), age)
             elif b.factored:
-                d = factored_direction(b, own, own_square, own_step)
+                d = factored_direction(b, own, size, square, age)
             else:
-                ratio = (rate * control.gain if control else rate) * weight_rms_ratio(b, own_rms)
-                d = matrix_direction(b, g[b.key], own, beta1, ratio, own_step, control)
-                lengths.append(ratio * step_norm(b) * (own_square > 0))
-                relative = lengths[-1] * rsqrt(own_rms.square() * (b.R * b.C))
-                scale = BUILTIN_DECAY * fan_in_scale(b.C) * auto_lr.decay_scale(t, total_steps)
-                decays |= dict(zip(b.names, (scale * relative).unbind(), strict=True))
-            if isinstance(b, FlatBatch) or b.factored:
-                d = times(b, d, rate * control.gain) if control else rate * d
+                d = matrix_direction(b, g[b.key], own, beta1, size, control)
+            if clock.before_slope is not False:
+                own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
-            own["last_update"] = stored(-d, own["last_update"], in_place)
-            updates |= b.scatter(framed(b, -d, own))
-        new["tensor"]["update_norm"] = torch.cat(lengths)
-        new |= slots
+            updates |= b.scatter(framed(b, d, own))
+        if lengths:
+            new["tensor"]["update_norm"] = torch.cat(lengths)
         if live is not None:
             new = _kept(layout, state, new, live)
-        asked = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
-        return {n: decayed(updates[n], params[n], asked.get(n), rate, decays.get(n)) for n in grads}, new
+        return self._decayed(layout, params, grads, updates, rate, weight_decay, new["tensor"]["decay"]), new
 
     def controls(
         self,
         layout: BatchLayout,
         params: Weights,
         g: Mapping[str, Tensor],
-        slots: Mapping[str, Slots],
-        old: State,
         new: State,
         clock: Clock,
-        beta1: Tensor,
         total_steps: Number | None,
     ) -> dict[str, Control] | None:
-        """What a learned rule changes of this step, by batch; None: nothing. It may add to ``new``."""
+        """What a learned rule changes of this step, by batch; None: nothing. It may change what ``new`` holds."""
         return None
 
-    def _rate(
+    def _clipped(
+        self, layout: BatchLayout, g: dict[str, Tensor], new: State, clock: Clock
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of at most ``CLIP_FACTOR`` times the usual size, and the norms of all tensors' [T]."""
+        tensor, numel = new["tensor"], _numel(layout, new["tensor"]["mean_square"].dtype)
+        norm = torch.cat([norms(b, g[b.key]) for b in layout.all])
+        factor = clip_factor(norm, tensor["mean_square"], clock.age - 1, numel)
+        norm = norm * factor
+        tensor["mean_square"] = torch.lerp(tensor["mean_square"], norm.square() / numel, 1 - BETA2)
+        return {
+            b.key: times(b, g[b.key], f) for b, f in zip(layout.all, factor.split(layout.counts), strict=True)
+        }, norm
+
+    def _measure(
         self,
         layout: BatchLayout,
         g: dict[str, Tensor],
-        slots: dict[str, Slots],
         norm: Tensor,
-        tensor: Slots,
-        network: Slots,
         new: State,
-        t: Tensor,
-        beta1: Tensor,
-        total_steps: Number | None,
         clock: Clock,
-    ) -> Tensor:
-        old = Measured(network["slope"], network["log_lr"], network["correlation"])
-        up = torch.stack([(g[b.key] * slots[b.key]["last_update"]).sum() for b in layout.all]).sum()
-        most = (norm * tensor["update_norm"]).sum()
-        cosine = -up / torch.where(most > 0, most, 1)
+        total_steps: Number | None,
+    ) -> None:
+        """The slope along the last step, and what follows from it."""
+        if clock.slope is False:
+            return
+        network = new["network"]
+        old = Measured(*(network[k] for k in Measured._fields))
+        down = torch.stack([(g[b.key] * new[b.key]["last_update"]).sum() for b in layout.all]).sum()
+        most = (norm * new["tensor"]["update_norm"]).sum()
+        slope = torch.lerp(old.slope, down / most.clamp(min=TINY), 1 - auto_lr.AVERAGE)
+        network["slope"] = when(clock.slope, slope, old.slope)
+        if clock.between(0, auto_lr.LONGEST) is not False:
+            network["log_lr"] = auto_lr.log_lr(old, slope, clock.t, total_steps)
+        network["beta1"] = when(clock.slope, auto_lr.beta1(clock.t, slope), network["beta1"])
+
+    def _correlate(self, layout: BatchLayout, new: State, clock: Clock, total_steps: Number | None) -> None:
+        """The correlation of gradients, from twice to three times the warm-up."""
         end = auto_lr.warmup_steps(total_steps)
+        if clock.between(2 * end, 3 * end) is False:
+            return
+        network, tensor = new["network"], new["tensor"]
+        old = Measured(*(network[k] for k in Measured._fields))
+        m = torch.stack([new[b.key]["m"].square().sum() for b in layout.all]).sum()
+        v = (tensor["mean_square"] * _numel(layout, m.dtype) / (1 - BETA2 ** tensor["step"])).sum()
+        a = ((1 + network["beta1"]) / (1 - network["beta1"]) * m / v).nan_to_num(0.0, posinf=0.0)
+        network["correlation"] = auto_lr.mean_correlation(old, a, clock.t, total_steps)
 
-        def correlation() -> Tensor:
-            m = torch.stack([slots[b.key]["m"].square().sum() for b in layout.all]).sum()
-            v = new["tensor"]["mean_square"] / (1 - BETA2 ** new["tensor"]["step"])
-            v = (v * _numel(layout, v.dtype)).sum()
-            return ((1 + beta1) / (1 - beta1) * m / v).nan_to_num(0.0, posinf=0.0)
+    def _rate(self, new: State, clock: Clock, total_steps: Number | None) -> Tensor:
+        """What directions are multiplied by at this step (0-d)."""
+        network = new["network"]
+        end = auto_lr.warmup_steps(total_steps)
+        if self.measure_lr and clock.between(0, 3 * end + 1) is not False:
+            old = Measured(*(network[k] for k in Measured._fields))
+            network["lr_scale"] = auto_lr.lr_scale(old, clock.t, total_steps)
+        elif not self.measure_lr and clock.between(0, 1) is not False:
+            scale = 1.0 if total_steps is None else auto_lr.horizon_scale(total_steps)
+            network["lr_scale"] = torch.ones_like(network["lr_scale"]) * scale
+        return network["lr_scale"] * (auto_lr.RATE * auto_lr.decay(clock.now, total_steps))
 
-        a = when(clock.between(2 * end, 3 * end), correlation, old.correlation)
-        measured = auto_lr.measure(old, cosine, a, t, total_steps)
-        new["network"] |= measured._asdict()
-        if self.measure_lr:
-            return auto_lr.measured_rate(measured, t, total_steps)
-        return auto_lr.RATE * auto_lr.schedule(t, total_steps)
+    def _decayed(
+        self,
+        layout: BatchLayout,
+        params: Weights,
+        grads: Weights,
+        updates: Weights,
+        rate: Tensor,
+        weight_decay: float | None | Mapping[str, float | None],
+        builtin: Tensor,
+    ) -> Weights:
+        """The step of every tensor that has a gradient, less a share of its weights: its own, or what is asked for."""
+        asked = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
+        own = dict(zip(layout.members, (rate * builtin).unbind(), strict=True))
+        matrices = {n for b in layout.batches if not b.factored for n in b.names}
+        found = {}
+        for n in grads:
+            wd = asked.get(n)
+            share = own[n] if wd is None and n in matrices else rate * wd if wd else None
+            found[n] = -updates[n] if share is None else torch.addcmul(updates[n], params[n], share).neg()
+        return found
 
 
 # ----------------------------------------------------------------------------------------- the slow clock
-def weight_rms(layout: BatchLayout, params: Weights, slots: Mapping[str, Slots]) -> Tensor:
-    """Of every tensor in the frame, without its bias: ``[T]``."""
-    found = []
+def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock, total_steps: Number | None) -> None:
+    """The scales of units, and what follows from the sizes of weights in the frame: sizes of steps, and decays."""
+    if clock.frame is False:
+        return
+    network, tensor = new["network"], new["tensor"]
+    if "log_scale" in network:
+        network["log_scale"] = when(clock.frame, potentials(layout.symmetry, params), network["log_scale"])
+        for b in layout.all:
+            new[b.key] |= scales(b, network["log_scale"])
+    sizes, decays = [], []
+    scale = BUILTIN_DECAY * auto_lr.decay_scale(clock.now, total_steps)
     for b in layout.all:
-        w = framed(b, b.gather(params), slots[b.key], inverse=True)
+        w = framed(b, b.gather(params), new[b.key], inverse=True)
         if isinstance(b, FlatBatch):
-            found.append(root(b.sums(w.square()) / torch.tensor(b.sizes, device=w.device)))
+            rms = root(b.sums(w.square()) / _per_tensor(b, "numel", w))
+            usual = (rms * _per_tensor(b, "usual", w)).clamp(SMALLEST, 1.0)
+            sizes.append(torch.where(_per_tensor(b, "thin", w) > 0, usual, VECTOR))
+            decays.append(torch.zeros_like(rms))
+        elif b.factored:
+            sizes.append(w.new_full([len(w)], VECTOR))
+            decays.append(w.new_zeros(len(w)))
         else:
-            found.append(root(w[..., : b.C].square().mean((-2, -1))))
-    return torch.cat(found)
+            norm = torch.linalg.vector_norm(w[..., : b.C], dim=(-2, -1))
+            ratio = weight_rms_ratio(b, norm / math.sqrt(b.R * b.C))
+            sizes.append(ratio)
+            decays.append(scale * fan_in_scale(b.C) * step_norm(b) * ratio / norm.clamp(min=TINY) * (norm > 0))
+    tensor["size"] = when(clock.frame, torch.cat(sizes), tensor["size"])
+    tensor["decay"] = when(clock.frame, torch.cat(decays), tensor["decay"])
 
 
-def update_moments(b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clock, in_place: bool) -> None:
+def update_moments(
+    b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clock, age: Number, in_place: bool
+) -> None:
     """Second moments: of entries and of embeddings' axes at every step, of matrices' axes and their roots when due."""
     if isinstance(b, FlatBatch):
         own["v"] = lerp(own["v"], g.square(), 1 - BETA2, in_place)
         return
-    if b.biases:
-        own["v_bias"] = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2, in_place)
     if b.factored:
         for i in b.axes:
             own[f"diag{i}"] = lerp(own[f"diag{i}"], whitening.mean_square(b, g, i), 1 - BETA2, in_place)
         return
     if clock.moments is False:
         return
-    weight = 1 - whitening.AVERAGE ** torch.where(clock.t <= 3, 1, EVERY_MOMENTS)
+    first = clock.now <= 3
+    every: Number = 1 if first is True else EVERY_MOMENTS
+    if isinstance(first, Tensor):  # in the precision of the clock
+        every = EVERY_MOMENTS - (EVERY_MOMENTS - 1) * first.to(clock.t.dtype)
     whitened = whitened_axes(b)
     for i in b.axes:
         slot, of = ("moment", whitening.second_moment) if i in whitened else ("diag", whitening.mean_square)
-        old, new = own[f"{slot}{i}"], lerp(own[f"{slot}{i}"], of(b, g, i), weight, in_place)
-        own[f"{slot}{i}"] = when(clock.moments, lambda new=new: new, old)
-        if i in whitened:
+        old = own[f"{slot}{i}"]
+        own[f"{slot}{i}"] = when(clock.moments, lerp(old, of(b, g, i), 1 - whitening.AVERAGE**every, in_place), old)
+        if i in whitened and clock.roots is not False:
             due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
-            root_ = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"], due)
-            own[f"root{i}"] = stored(root_, own[f"root{i}"], in_place) if due is not False else own[f"root{i}"]
+            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"], due)
+            own[f"root{i}"] = stored(found, own[f"root{i}"], in_place)
+    if b.biases:
+        v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
+        own["v_bias"] = when(clock.moments, v, own["v_bias"])
+        own["snr"] = when(clock.moments, snr_scale(own, age), own["snr"])
+    own |= preconditioners(b, own)
 
 
 def whitened_axes(b: TensorBatch) -> tuple[int, ...]:
@@ -271,49 +335,56 @@ def whitened_axes(b: TensorBatch) -> tuple[int, ...]:
 
 
 # ----------------------------------------------------------------------------------------- every step
-def clip_factor(norm: Tensor, mean_square: Tensor, step: Tensor, numel: Tensor) -> Tensor:
+def clip_factor(norm: Tensor, mean_square: Tensor, step: Number, numel: Tensor) -> Tensor:
     """What to multiply gradients by, so that their RMS is at most ``CLIP_FACTOR`` times that of those before: ``[T]``.
 
     Args:
         norm: of the gradients.
-        mean_square: the averages up to the step before; 1 where they are zero: all gradients before were.
+        mean_square: the averages up to the step before; where they are zero, all gradients before were: 1.
         step: how many steps those are.
         numel: entries.
     """
-    usual = mean_square / (1 - BETA2 ** step.clamp(min=1))
-    known = usual > 0
-    most = CLIP_FACTOR * (torch.where(known, usual, 1) * numel).sqrt()
-    return torch.where(known, most / norm.clamp(min=1e-30), 1).clamp(max=1.0)
+    usual = mean_square * (numel * CLIP_FACTOR**2)
+    most = (usual / (1 - BETA2**step + TINY)).sqrt()
+    return torch.where(usual > 0, most / norm.clamp(min=TINY), 1).clamp(max=1.0)
 
 
 def matrix_direction(
-    b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, ratio: Tensor, step: Tensor, control: Control | None = None
+    b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, size: Tensor, control: Control | None = None
 ) -> Tensor:
-    """``P polar(P n P) P`` at its size, times ``ratio`` [N]: ``[N, R, K]``."""
-    n = torch.lerp(g if control is None else times(b, g, control.fresh), own["m"].to(g.dtype), beta1)
-    if b.biases:
-        n[..., -1] *= BIAS
+    """``P polar(P n P) P`` at its size, times ``size`` [N]: ``[N, R, K]``."""
+    n = torch.lerp(times(b, g, control.fresh) if control else g, own["m"].to(g.dtype), beta1)
     roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
-    n = preconditioned(b, n, own, roots)
-    x = whitening.multiplied(b, n.to(product_dtype(b, n)), roots)
+    x = preconditioned(b, n, own, roots).to(product_dtype(b, n))
+    x = whitening.multiplied(b, x, roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
     x = whitening.multiplied(b, x, roots)
-    if control is not None and control.units is not None:
+    if control and control.units:
         x = b.scaled(x, *control.units)
-    d = b.join([part * (unit * _repeated(ratio, part) / _safe_norm(part)) for part, unit in sized(b, x)])
+    d = b.join([part * (_unit(part, b) * _repeated(size, part) / _norm(part)) for part in b.split(x)])
     if b.biases:
-        d[..., -1] *= BIAS * snr_scale(own, step)[:, None]
+        d[..., -1] *= BIAS * own["snr"][:, None]
     return d
 
 
-def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Tensor]) -> Tensor:
-    """``n / v^(1/4)`` with v of rank one, where not every axis is whitened."""
-    if len(roots) == len(b.axes):
-        return n
+def preconditioners(b: TensorBatch, own: Slots) -> Slots:
+    """Along axes that are not whitened, ``v^(-1/4)`` for v of rank one, which is relative to its mean."""
+    found = {}
+    whitened = whitened_axes(b)
     for i in b.axes:
-        v = own[f"moment{i}"].diagonal(dim1=-2, dim2=-1) if i in roots else own[f"diag{i}"]
-        mean = v.mean(-1, keepdim=True)
-        n = along(b, n, i, rsqrt(rsqrt(1 / (v / torch.where(mean > 0, mean, 1) + 1e-8))))
+        if i not in whitened:
+            v = own[f"diag{i}"]
+            found[f"scale{i}"] = root(rsqrt(v / v.mean(-1, keepdim=True).clamp(min=TINY) + 1e-8))
+    return found
+
+
+def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Tensor]) -> Tensor:
+    """``n / v^(1/4)`` along axes that are not whitened; a bias, of an input of size ``BIAS``, as the matrix sees it."""
+    for i in b.axes:
+        if i not in roots:
+            n = along(b, n, i, own[f"scale{i}"])
+    if b.biases:
+        n[..., -1] *= BIAS
     return n
 
 
@@ -331,21 +402,22 @@ def along(b: TensorBatch, x: Tensor, axis: int, vector: Tensor) -> Tensor:
     return b.matrices(b.tensors(x) * vector.view(shape))
 
 
-def sized(b: TensorBatch, x: Tensor) -> list[tuple[Tensor, float]]:
-    """The matrices ``[N', R', K']`` of a batch, and the norm of a usual step of each at unit rate."""
-    return [(part, _unit(part.shape[-2], part.shape[-1], b)) for part in b.split(x)]
+def _unit(part: Tensor, b: TensorBatch) -> float:
+    """The norm of a usual step of matrices ``[N', R', K']`` at unit rate."""
+    return unit_norm(part.shape[-2], part.shape[-1], bool(b.biases))
 
 
-def _unit(rows: int, columns: int, b: TensorBatch) -> float:
-    fan_in = columns - bool(b.biases)
+def unit_norm(rows: int, columns: int, has_bias: bool) -> float:
+    """The norm of a usual step of a matrix at unit rate."""
+    fan_in = columns - has_bias
     return 0.2 * fan_in_scale(fan_in) * max(rows, fan_in) ** 0.5 * SIZE * min(rows, columns) ** 0.5
 
 
 def step_norm(b: TensorBatch) -> float:
     """The norm of a usual step of a tensor at unit rate."""
     if b.pack is None:
-        return math.sqrt(sum(_unit(r, b.K, b) ** 2 for r in b.parts))
-    return math.sqrt(sum(block.shape[0] * _unit(*block.shape[1:], b) ** 2 for block in b.pack.blocks))
+        return math.sqrt(sum(unit_norm(r, b.K, bool(b.biases)) ** 2 for r in b.parts))
+    return math.sqrt(sum(block.shape[0] * unit_norm(*block.shape[1:], False) ** 2 for block in b.pack.blocks))
 
 
 def fan_in_scale(fan_in: int) -> float:
@@ -358,47 +430,35 @@ def weight_rms_ratio(b: TensorBatch, rms: Tensor) -> Tensor:
     return (rms * (b.C**0.5 / USUAL)).clamp(SMALLEST, 1.0)
 
 
-def snr_scale(own: Slots, step: Tensor) -> Tensor:
+def snr_scale(own: Slots, age: Number) -> Tensor:
     """How much of their steps biases make: all, unless their gradients alternate, ``[N]``. Rounding noise (of keys'
     biases beside those of queries and values) does not count.
     """
     v = own["v_bias"]
     heard = v > (ROUNDING * torch.finfo(v.dtype).eps) ** 2 * v.amax(-1, keepdim=True)
-    adam = own["m"][..., -1] * rsqrt(v) * bias_correction(step)[:, None] * heard
-    return (root(adam.square().sum(-1) / heard.sum(-1).clamp(min=1)) / SNR).clamp(max=1.0)
+    square = (own["m"][..., -1].square() / v.clamp(min=TINY) * heard).sum(-1) / heard.sum(-1).clamp(min=1)
+    return (root(square) * (bias_correction(age) / SNR)).clamp(max=1.0)
 
 
-def bias_correction(step: Tensor) -> Tensor:
+def bias_correction(age: Number) -> Number:
     """What ``m / sqrt(v)`` is to be multiplied by at an age."""
-    return (1 - BETA2**step).sqrt() / (1 - auto_lr.BETA1**step)
+    return (1 - BETA2**age) ** 0.5 / (1 - auto_lr.BETA1**age)
 
 
-def flat_direction(b: FlatBatch, own: Slots, square: Tensor, step: Tensor, rms: Tensor, loudest: Tensor) -> Tensor:
-    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding noise beside the others'."""
-    fan_in = [s[0] if len(s) < 2 else math.prod(s[1:]) for s in b.shapes]
-    usual = (rms * rms.new_tensor([c**0.5 / USUAL for c in fan_in])).clamp(SMALLEST, 1.0)
-    thin = torch.tensor(b.thin, device=rms.device)
+def flat_direction(b: FlatBatch, own: Slots, size: Tensor, square: Tensor, loudest: Tensor, age: Number) -> Tensor:
+    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding noise beside others'."""
     heard = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * loudest
-    factor = torch.where(thin, usual, VECTOR * heard) * bias_correction(step)
-    epsilon = 1e-16 * square
-    both = torch.stack([factor, epsilon]).index_select(1, b.segment)
-    return own["m"].to(both.dtype) * rsqrt(own["v"] + both[1]) * both[0]
+    factor = size * bias_correction(age) * heard
+    factor, epsilon = torch.stack([factor, 1e-16 * square]).index_select(1, b.segment)
+    return own["m"].to(factor.dtype) * rsqrt(own["v"] + epsilon) * factor
 
 
-def factored_direction(b: TensorBatch, own: Slots, square: Tensor, step: Tensor) -> Tensor:
+def factored_direction(b: TensorBatch, own: Slots, size: Tensor, square: Tensor, age: Number) -> Tensor:
     """Adam's direction with v of rank one: ``[N, R, K]``."""
     d = own["m"].to(square.dtype)
-    known = torch.where(square > 0, square, 1)
     for i in b.axes:
-        d = along(b, d, i, rsqrt(own[f"diag{i}"] / known[:, None] + 1e-16))
-    return d * (VECTOR * bias_correction(step) * known.rsqrt())[:, None, None]
-
-
-def decayed(u: Tensor, w: Tensor, asked: float | None, rate: Tensor, builtin: Tensor | None) -> Tensor:
-    """An update, less a share of the weights: what is asked for (times the rate); the rule's own where nothing is."""
-    if asked is None:
-        return u if builtin is None else torch.addcmul(u, w, builtin, value=-1)
-    return u - rate * asked * w if asked else u
+        d = along(b, d, i, rsqrt(own[f"diag{i}"] / square.clamp(min=TINY)[:, None] + 1e-16))
+    return d * (size * bias_correction(age) * rsqrt(square))[:, None, None]
 
 
 # --------------------------------------------------------------------------------- batches and their slots
@@ -461,9 +521,20 @@ def _numel(layout: BatchLayout, dtype: torch.dtype) -> Tensor:
     return torch.tensor(sizes, dtype=dtype, device=layout.device)
 
 
-def _safe_norm(x: Tensor) -> Tensor:
+@lru_cache(maxsize=256)
+def _flat_constants(b: FlatBatch, dtype: torch.dtype) -> dict[str, Tensor]:
+    fan_in = [1 if len(s) < 2 else math.prod(s[1:]) for s in b.shapes]
+    found = {"numel": [max(n, 1) for n in b.sizes], "usual": [c**0.5 / USUAL for c in fan_in], "thin": list(b.thin)}
+    return {k: torch.tensor(x, dtype=dtype, device=b.segment.device) for k, x in found.items()}
+
+
+def _per_tensor(b: FlatBatch, key: str, like: Tensor) -> Tensor:
+    return _flat_constants(b, like.dtype)[key]
+
+
+def _norm(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.clamp(min=1e-30)
+    return norm.clamp(min=TINY)
 
 
 def _repeated(x: Tensor, parts: Tensor) -> Tensor:
@@ -496,7 +567,7 @@ def _kept(layout: BatchLayout, old: State, new: State, live: Tensor) -> State:
     for b, own in zip(layout.all, live.split(layout.counts), strict=True):
         mask = own.index_select(0, b.segment) if isinstance(b, FlatBatch) else own
         kept[b.key] = {
-            k: x if k.endswith("scale") else torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, old[b.key][k])
+            k: x if "scale" in k else torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, old[b.key][k])
             for k, x in new[b.key].items()
         }
     return kept
@@ -506,12 +577,13 @@ def _kept(layout: BatchLayout, old: State, new: State, live: Tensor) -> State:
 def fresh_network(layout: BatchLayout, like: Tensor, dtype: torch.dtype) -> Slots:
     """Numbers of the whole network, 0-d, and the log-scale of its units."""
     zeros = {k: like.new_zeros((), dtype=dtype) for k in ("clock", *Measured._fields)}
+    zeros["beta1"] = zeros["clock"] + auto_lr.BETA1
     if any(s.kind != "sign" for s in layout.symmetry.scales.values()):
         zeros["log_scale"] = like.new_zeros(layout.n_scales + 1, dtype=dtype)
     return zeros
 
 
-NUMBERS = ("step", "mean_square", "weight_rms", "update_norm")  # of every tensor
+NUMBERS = ("step", "mean_square", "size", "decay", "update_norm")  # of every tensor
 
 
 def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_scales: int) -> Slots:
@@ -528,7 +600,7 @@ def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_
     n = len(b.names)
     slots = {"m": zeros(n, b.R, b.K), "last_update": zeros(n, b.R, b.K, dtype=narrow(dtype))}
     if b.biases:
-        slots["v_bias"] = zeros(n, b.R)
+        slots |= {"v_bias": zeros(n, b.R), "snr": zeros(n) + 1}
     whitened = () if b.factored else whitened_axes(b)
     for i in b.axes:
         d = b.shape[i]
@@ -536,6 +608,7 @@ def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_
             slots |= {f"moment{i}": zeros(n, d, d), f"root{i}": zeros(n, d, d, dtype=root_dtype(d, dtype))}
         else:
             slots[f"diag{i}"] = zeros(n, d)
+            slots |= {} if b.factored else {f"scale{i}": zeros(n, d) + 1}
     if b.scaling is not None:
         slots |= scales(b, like.new_zeros(n_scales + 1, dtype=dtype))
     return slots

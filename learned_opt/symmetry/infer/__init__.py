@@ -2,7 +2,7 @@
 
 ``infer_symmetry(model, *inputs)`` exports the model (``graph.export``), propagates labels and exponents through the
 graph (``graph.Propagation``, with one rule per operator in ``operators``, composed of the primitives of ``engine``
-on the axes of ``axes``), solves for the scales (``solve``) and checks the result at random weights (``verify``).
+on the axes of ``trees``), solves for the scales (``solve``) and checks the result at random weights (``verify``).
 """
 
 import logging

@@ -65,8 +65,8 @@ class Stack:
         return [*inner[: self.dim], len(self.pieces), *inner[self.dim :]]
 
 
-class Engine(Forest):
-    """Labels and exponents in the making, and the primitives that act on them."""
+class Constraints(Forest):
+    """Labels, exponents and roles in the making: where they come from, and what axes require of each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,31 @@ class Engine(Forest):
         pairs = zip(profile.shape, profile.varies, strict=True)
         return Value(tuple(self.atom(n, fixed=v, why="a constant" if v else "") for n, v in pairs), weight=True)
 
-    # -- primitives
+    def opaque_one(self) -> Tree:
+        """One position, as part of a concatenation (an axis of size 1 has no unit of its own)."""
+        key = (self._place, self._count)
+        self._count += 1
+        found = self._atoms.get(key)
+        if found is None or found.size != 1:
+            found = self._atoms[key] = Atom(1, True, True, "one position")
+            self.changes += 1
+        return Unit(found.root())
+
+    def kill(self, value: Any, why: str) -> None:
+        """Fix every axis of a value (or of a nested list of values)."""
+        if isinstance(value, Stack):
+            value = value.pieces
+        if isinstance(value, Value):
+            for axis in value.axes:
+                self.restrict(axis, why)
+        elif isinstance(value, (list, tuple)):
+            for v in value:
+                self.kill(v, why)
+
+
+class Engine(Constraints):
+    """The primitives that the rules of operators are composed of: what a tensor operation does to labels."""
+
     def unary(self, x: Value, degree: Number | None, parity: Parity) -> Value:
         """An elementwise function: f(d x) = d^degree f(x) for d > 0 (None: for no d but 1), f(-x) = -f(x) or f(x)."""
 
@@ -353,27 +377,6 @@ class Engine(Forest):
                     unite(loud[0].axes[d], x.axes[d], "a concatenation")
             axes.append(normal(loud[0].axes[d]))
         return Value(tuple(axes), all(x.zero for x in xs), all(x.weight for x in xs))
-
-    def opaque_one(self) -> Tree:
-        """One position, as part of a concatenation (an axis of size 1 has no unit of its own)."""
-        key = (self._place, self._count)
-        self._count += 1
-        found = self._atoms.get(key)
-        if found is None or found.size != 1:
-            found = self._atoms[key] = Atom(1, True, True, "one position")
-            self.changes += 1
-        return Unit(found.root())
-
-    def kill(self, value: Any, why: str) -> None:
-        """Fix every axis of a value (or of a nested list of values)."""
-        if isinstance(value, Stack):
-            value = value.pieces
-        if isinstance(value, Value):
-            for axis in value.axes:
-                self.restrict(axis, why)
-        elif isinstance(value, (list, tuple)):
-            for v in value:
-                self.kill(v, why)
 
 
 @dataclass(frozen=True)
