@@ -63,18 +63,22 @@ class Scaling:
     parts: tuple[tuple[Units, Units], ...]
     join: Callable[[list[Tensor]], Tensor] | None
 
-    def __call__(self, log_scale: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(r, c)``, whose product is the scale: ``[N P, R / P, 1]``, ``[N P, 1, K]``; or ``[N, R, K]`` and ones.
+    def __call__(self, log_scale: Tensor, read: Tensor | None = None) -> dict[str, Tensor]:
+        """Factors of the scale: ``row_scale`` [N P, R / P, 1] and ``col_scale`` [N P, 1, K], or ``scale`` [N, R, K].
 
-        ``read``: the log-scales of columns, where they are others.
+        A side whose units have no scale has no factor. ``read``: the log-scales of columns, where they are others.
         """
         read = log_scale if read is None else read
         found = [
             (_exp_sum(log_scale, rows).unsqueeze(2), _exp_sum(read, cols).unsqueeze(1)) for rows, cols in self.parts
         ]
-        if self.join is None:
-            return found[0]
-        return self.join([r * c for r, c in found]), log_scale.new_ones(1, 1, 1)
+        if self.join is not None:
+            return {"scale": self.join([r * c for r, c in found])}
+        return {
+            k: x
+            for k, x, (index, _) in zip(("row_scale", "col_scale"), found[0], self.parts[0], strict=True)
+            if index.shape[-1]
+        }
 
 
 def _exp_sum(log_scale: Tensor, units: Units) -> Tensor:
@@ -168,6 +172,14 @@ class TensorBatch:
             return x
         return torch.cat([x, _stacked([tensors[n] for n in self.biases])[..., None]], -1)
 
+    def copied(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`gather`, in one copy, without a graph."""
+        some = tensors[self.names[0]]
+        x = some.new_empty(len(self.names), self.R, self.K)
+        views = self.scatter(x)
+        torch._foreach_copy_(list(views.values()), [tensors[n] for n in views])
+        return x
+
     def scatter(self, x: Tensor) -> dict[str, Tensor]:
         """Inverse of :meth:`gather`: views."""
         found = dict(zip(self.names, self.tensors(x[..., : self.C]).unbind(), strict=True))
@@ -178,6 +190,8 @@ class TensorBatch:
         """``[N, R, K]`` -> the matrices ``[N', R', K']`` of its parts."""
         if self.pack is not None:
             return self.pack.cut(self.tensors(x))
+        if len(self.parts) == 1:
+            return [x]
         if len(set(self.parts)) == 1:
             return [x.reshape(-1, self.parts[0], x.shape[-1])]
         return list(x.split(self.parts, 1))
@@ -187,12 +201,15 @@ class TensorBatch:
         if self.pack is not None:
             return self.matrices(self.pack.joined(parts))
         if len(parts) == 1:
-            return parts[0].reshape(-1, self.R, parts[0].shape[-1])
+            return parts[0] if len(self.parts) == 1 else parts[0].reshape(-1, self.R, parts[0].shape[-1])
         return torch.cat(list(parts), 1)
 
-    def scaled(self, x: Tensor, r: Tensor, c: Tensor) -> Tensor:
-        """``[N, R, K]`` times the two factors of a :class:`Scaling`, in the precision of ``x``."""
-        return (x.reshape(len(r), -1, x.shape[-1]) * r * c).reshape(x.shape).to(x.dtype)
+    def scaled(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """``[N, R, K]`` times the factors of a :class:`Scaling`, in the precision of ``x``."""
+        y = x
+        for factor in factors.values():
+            y = y.reshape(len(factor), -1, x.shape[-1]) * factor
+        return y.reshape(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,9 +260,7 @@ def scales(b: TensorBatch | FlatBatch, log_scale: Tensor) -> dict[str, Tensor]:
     """What a batch keeps of the frame: ``row_scale`` and ``col_scale``, or the ``scale`` of every entry."""
     if b.scaling is None:
         return {}
-    if isinstance(b, FlatBatch):
-        return {"scale": b.scale(log_scale)}
-    return dict(zip(("row_scale", "col_scale"), b.scaling(log_scale), strict=True))
+    return {"scale": b.scale(log_scale)} if isinstance(b, FlatBatch) else b.scaling(log_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,13 +380,18 @@ def _is_contiguous(axis: Axis) -> bool:
 def _biases(symmetry: Symmetry, names: tuple[str, ...], forms: Mapping[str, _Form]) -> dict[str, str]:
     """The vector that is added to what a matrix writes, by the matrix' name.
 
-    It has the matrix' name but for "bias" in the place of "weight", and its rows are cut alike.
+    It has the matrix' name but for "bias" in the place of "weight", its rows are cut alike, and are one axis of the
+    matrix; what that reads is another.
     """
     found = {}
     for name, form in forms.items():
         path, dot, last = name.rpartition(".")
         bias = path + dot + last.replace("weight", "bias")
-        if form.factored or form.cut or bias == name or bias not in names or len(symmetry.specs[bias].shape) != 1:
+        rows, reads = form.order[: form.n_rows], form.order[form.n_rows + form.n_kernel :]
+        plain = len(rows) == 1 and sum(form.shape[i] > 1 for i in reads) <= 1
+        if form.factored or form.cut or not plain or bias == name or bias not in names:
+            continue
+        if len(symmetry.specs[bias].shape) != 1:
             continue
         own, other = symmetry.blocks[name], symmetry.blocks[bias]
         cut = [(b.batch, b.rows) for b in own] == [(b.batch, b.rows) for b in other]

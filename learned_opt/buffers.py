@@ -5,13 +5,14 @@ slots by parameter. Both see the same memory here. The slots of a parameter depe
 distributed checkpointing has state made, to be filled with what was saved, before a symmetry can have been inferred.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype
+from learned_opt.functional import computing_dtype
 from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry
 
@@ -34,9 +35,10 @@ class Buffers:
 
     def __init__(self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: Any = None) -> None:
         self.rule, self.names, self.symmetry = rule, tuple(params), symmetry
-        self.ages: set[int] = set()
+        self._clock, self._steps = 0, dict.fromkeys(self.names, 0)  # of the network and of every tensor, without a read
         some = next(iter(params.values()))
-        like = {n: p.detach() for n, p in params.items()}
+        wide = computing_dtype(params.values())
+        like = {n: p.detach() if p.dtype == wide else torch.empty_like(p, dtype=wide) for n, p in params.items()}
         self.state: State = rule.init(like, symmetry)
         self.slots: dict[str, dict[str, Tensor]] = {n: {} for n in self.names}
         if NUMBERS not in self.state:  # a rule that goes tensor by tensor
@@ -85,7 +87,7 @@ class Buffers:
                 own[f"diag{i}"] = whole.diagonal(dim1=-2, dim2=-1)
             made = {f"moment{i}": whole, f"root{i}": some.new_zeros(n, d, d, dtype=root_dtype(d, wide))}
         elif f"moment{i}" in own:
-            made = {k: own[k] for k in (f"moment{i}", f"root{i}")}
+            made = {f"moment{i}": own[f"moment{i}"], f"root{i}": own[f"root{i}"][:, :d, :d]}
         else:
             made = {f"diag{i}": own.get(f"diag{i}", own["m"].new_zeros(n, d))}
         for k, x in made.items():
@@ -111,17 +113,12 @@ class Buffers:
                 if k in self.state["network"] and self.state["network"][k].shape == x.shape:
                     self.state["network"][k] = x.to(self.state["network"][k])
             self.rule.derive(self.layout, self.state)
-        self.ages = self._ages()
+            self._clock = int(self.state["network"]["clock"])
+            self._steps = dict(zip(self.layout.members, map(int, self.state[NUMBERS]["step"].tolist()), strict=True))
 
-    def _ages(self) -> set[int]:
-        """Values of the clocks."""
-        if NUMBERS not in self.state:
-            return set()
-        return {int(self.state["network"]["clock"]), *map(int, self.state[NUMBERS]["step"].tolist())}
-
-    def next_ages(self) -> set[int] | None:
-        """Values of the clocks at the next step."""
-        return {t + 1 for t in self.ages} if self.ages else None
+    def next_ages(self, moving: Collection[str]) -> set[int]:
+        """Values of the clocks at a step of these tensors; those of others do not say what is due."""
+        return {self._clock + 1, *(t + 1 for n, t in self._steps.items() if n in moving)}
 
     def holds(self, symmetry: Symmetry, slots: Mapping[str, Mapping[str, Tensor]]) -> bool:
         """Whether these tensors' slots are this one's views."""
@@ -131,8 +128,8 @@ class Buffers:
             and all(slots[n].get(k) is x for n, own in self.slots.items() for k, x in own.items())
         )
 
-    def take(self, new: State, all_moved: bool) -> None:
-        """The next state: what was not computed in place is copied."""
+    def take(self, new: State, moved: Collection[str]) -> None:
+        """The next state, after a step of these tensors: what was not computed in place is copied."""
         if NUMBERS not in new:
             for n, slots in new.items():
                 for k, x in slots.items():
@@ -146,4 +143,5 @@ class Buffers:
                         old[k] = x
                     else:
                         old[k].copy_(x)
-        self.ages = {t + 1 for t in self.ages} if all_moved else self._ages()
+        self._clock += 1
+        self._steps = {n: t + (n in moved) for n, t in self._steps.items()}

@@ -1,6 +1,6 @@
 """The one numerics path: the pure step that NFNOpt, ``torch.func``, ``higher`` and meta-training take."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,13 +27,12 @@ def apply_rule(
     in_place: bool = False,
     weights: Weights | None = None,
 ) -> tuple[Weights, State]:
-    """``rule(params, grads, state, symmetry)`` in float32, or float64 if any tensor is. Pure, unless ``in_place``.
+    """``rule(params, grads, state, symmetry)`` in float32, or float64 if the state is. Pure, unless ``in_place``.
 
     Arguments and result are those of :meth:`UpdateRule.forward`. ``weights``, a dict like ``rule.named_parameters()``,
     replaces the rule's own parameters.
     """
-    wide = any(t.dtype == torch.float64 for t in params.values())
-    dtype = torch.float64 if wide else torch.float32
+    dtype = computing_dtype(params.values() if names is None else [params[n] for n in names])
     device = next(iter(params.values())).device
     own = {**dict(rule.named_parameters()), **dict(rule.named_buffers())} if weights is None else weights
     fits = all(t.device == device and t.dtype == dtype for t in own.values())
@@ -54,6 +53,11 @@ def apply_rule(
         return rule(*arguments, **options)
     cast = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in own.items()}
     return torch.func.functional_call(rule, cast, arguments, options)
+
+
+def computing_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """In which steps of these tensors are computed: float64 if one of them is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def stepped(param: Tensor, update: Tensor, lr: float | Tensor) -> Tensor:
@@ -107,7 +111,8 @@ def functional(
         return known[signature]
 
     def init(params: Weights) -> State:
-        return rule.init(params, fitting(params))
+        dtype = computing_dtype(params.values())
+        return rule.init({n: p.to(dtype) for n, p in params.items()}, fitting(params))
 
     def update(
         params: Weights, grads: Weights, state: State, *, weights: Weights | None = None, lr: float | Tensor = lr

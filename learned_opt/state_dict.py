@@ -184,5 +184,5 @@ def _as_slot(value: Any, param: Tensor) -> Tensor:
 
 def saved_network(saved: Mapping[str, Any]) -> Network:
     """The numbers that :func:`identity` wrote, float64."""
-    numbers = json.loads(saved.get(NETWORK, "[]"))
+    numbers = json.loads(saved.get(NETWORK) or "[]")
     return [{k: torch.tensor(x, dtype=torch.float64) for k, x in each.items()} for each in numbers]

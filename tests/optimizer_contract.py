@@ -9,15 +9,17 @@ from torch import nn
 from learned_opt.optimizer import NFNOpt
 from learned_opt.rules import RULES
 from learned_opt.symmetry import Label, Leaf, Spec, Symmetry
+from tests.rules.classic import SGD, Adam, Gated, Muon
 
-LR = {"adam": 1e-2, "sgd": 1e-2, "muon": 1e-2}  # the others set their own rate
+CLASSIC = {"adam": Adam, "sgd": SGD, "muon": Muon, "gated": Gated}  # rules of another kind: state by tensor
+LR = dict.fromkeys(CLASSIC, 1e-2)  # the others set their own rate
 
-every_rule = pytest.mark.parametrize("name", sorted(RULES))
+every_rule = pytest.mark.parametrize("name", sorted({**RULES, **CLASSIC}))
 
 
 def make_rule(name):
-    """The rule with theta away from its start, where the learned rules are the nominal one."""
-    rule, generator = RULES[name](), torch.Generator().manual_seed(0)
+    """The rule with its learned weights away from their start."""
+    rule, generator = {**RULES, **CLASSIC}[name](), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in rule.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))

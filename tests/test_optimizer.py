@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from learned_opt.optimizer import NFNOpt, apply_rule
+from learned_opt.functional import apply_rule
+from learned_opt.optimizer import NFNOpt
 from learned_opt.symmetry import independent
 from tests.optimizer_contract import (
     LR,
@@ -23,6 +24,7 @@ from tests.optimizer_contract import (
     train,
     weights,
 )
+from tests.rules.classic import SGD, Adam
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -33,7 +35,7 @@ def test_the_shell_is_the_pure_rule(name, dtype):
     optimizer = make(name, model, weight_decay=0.1)
     rule, symmetry = make_rule(name).to(dtype), independent(weights(model))
     params = weights(model)
-    state = rule.init(params)
+    state = rule.init(params, symmetry)
     for _ in range(5):
         backward(model)
         grads = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -279,8 +281,8 @@ def test_layout_in_memory_changes_nothing_and_stays(name):
 def test_a_tied_tensor_is_updated_once():
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="duplicate"):
-        twice = NFNOpt([p, p], rule="sgd", lr=0.1)
-    once = NFNOpt([q], rule="sgd", lr=0.1)
+        twice = NFNOpt([p, p], rule=SGD(), lr=0.1)
+    once = NFNOpt([q], rule=SGD(), lr=0.1)
     p.grad, q.grad = torch.ones(3), torch.ones(3)
     twice.step()
     once.step()
@@ -289,7 +291,7 @@ def test_a_tied_tensor_is_updated_once():
 
 def test_integer_tensors_are_passed_over():
     w, n = nn.Parameter(torch.ones(3)), nn.Parameter(torch.arange(3), requires_grad=False)
-    optimizer = NFNOpt([w, n], rule="sgd", lr=0.1)
+    optimizer = NFNOpt([w, n], rule=SGD(), lr=0.1)
     w.grad = torch.ones(3)
     optimizer.step()
     assert_equal(n.detach(), torch.arange(3))
@@ -317,14 +319,14 @@ def test_integer_tensors_are_passed_over():
     ],
 )
 def test_wrong_arguments_are_refused(options, error, match):
-    options = {"params": [nn.Parameter(torch.ones(2))], "rule": "adam", **options}
+    options = {"params": [nn.Parameter(torch.ones(2))], "rule": Adam(), **options}
     with pytest.raises(error, match=match):
         NFNOpt(options.pop("params"), **options)
 
 
 @pytest.mark.parametrize("group", [{"lr": -1.0}, {"weight_decay": -1.0}, {"total_steps": 7}, {"lr": torch.ones(2)}])
 def test_wrong_options_of_a_group_are_refused(group):
-    optimizer = NFNOpt([nn.Parameter(torch.ones(2))], rule="adam", total_steps=5)
+    optimizer = NFNOpt([nn.Parameter(torch.ones(2))], rule=Adam(), total_steps=5)
     with pytest.raises(ValueError):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **group})
     assert len(optimizer.param_groups) == 1
@@ -332,7 +334,7 @@ def test_wrong_options_of_a_group_are_refused(group):
 
 def test_complex_parameters_are_refused_by_name():
     p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    optimizer = NFNOpt([("phase", p)], rule="adam")
+    optimizer = NFNOpt([("phase", p)], rule=Adam())
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="complex.*phase"):
         optimizer.step()
@@ -340,7 +342,7 @@ def test_complex_parameters_are_refused_by_name():
 
 def test_sparse_gradients_are_refused_by_name():
     embedding = nn.Embedding(4, 2, sparse=True)
-    optimizer = NFNOpt(embedding.named_parameters(), rule="adam")
+    optimizer = NFNOpt(embedding.named_parameters(), rule=Adam())
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse.*weight"):
         optimizer.step()
@@ -362,9 +364,9 @@ def test_sharded_parameters_are_refused_by_name():
 
 def test_a_run_that_outlasts_its_horizon_is_told_once_also_after_a_resume():
     model = make_model()
-    optimizer = make("paced", model, total_steps=3)
+    optimizer = make("auto_lr", model, total_steps=3)
     train(model, optimizer, 2)
-    again = make("paced", model, total_steps=3)
+    again = make("auto_lr", model, total_steps=3)
     again.load_state_dict(optimizer.state_dict())
     train(model, again, 1)
     before = weights(model)
@@ -374,7 +376,7 @@ def test_a_run_that_outlasts_its_horizon_is_told_once_also_after_a_resume():
     with warnings.catch_warnings(action="error"):
         train(model, again, 1)
         train(model, make("adam", model, total_steps=1), 2)  # has no schedule
-    later = make("paced", model, total_steps=100)
+    later = make("auto_lr", model, total_steps=100)
     later.load_state_dict(again.state_dict())  # whose horizon it takes, as torch has it
     with pytest.warns(UserWarning, match="step 6, but total_steps=3"):
         train(model, later, 1)
@@ -385,7 +387,7 @@ def test_a_run_that_outlasts_its_horizon_is_told_once_also_after_a_resume():
 
 # ------------------------------------------------------------------------------------- small things
 def test_the_optimizer_has_no_modes():
-    optimizer = make("nfn", make_model())
+    optimizer = make("gated", make_model())
     assert not hasattr(optimizer, "train") and not hasattr(optimizer, "eval")
 
 
@@ -398,8 +400,10 @@ def test_repr_says_what_it_is():
 
 def test_apply_rule_leaves_its_arguments_alone():
     model = make_model()
-    rule, params = make_rule("nfn"), weights(model)
-    grads, state = {n: torch.ones_like(p) for n, p in params.items()}, rule.init(params)
+    rule, params, symmetry = make_rule("auto_lr"), weights(model), independent(weights(model))
+    grads, state = {n: torch.ones_like(p) for n, p in params.items()}, rule.init(params, symmetry)
+    for _ in range(2):
+        _, state = apply_rule(rule, params, grads, state, symmetry)
     before = copy.deepcopy((params, grads, state))
-    apply_rule(rule, params, grads, state, independent(params))
+    apply_rule(rule, params, grads, state, symmetry)
     assert_equal((params, grads, state), before)

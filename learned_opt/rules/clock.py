@@ -1,7 +1,7 @@
 """When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -22,36 +22,39 @@ class Clock:
     Args:
         t: the network's step, counted from 1 (0-d).
         step: of every tensor.
-        ages: the values of both, if they are known; in a batch of runs, those of all.
+        moving: those of the tensors that move, which say what is due.
+        ages: the values of ``t`` and ``moving``, if they are known; in a batch of runs, those of all.
     """
 
-    def __init__(self, t: Tensor, step: Tensor, ages: Collection[int] | None) -> None:
+    def __init__(self, t: Tensor, step: Tensor, moving: Tensor, ages: Collection[int] | None) -> None:
         if ages is None:
             try:
-                ages = {int(t), *map(int, step.tolist())}
+                ages = {int(t), *map(int, moving.tolist())}
             except RuntimeError:  # in a batch there is no single value
                 ages = None
-        self.t, self.step, self.ages = t, step, ages
-        self.apart = ages is not None and len(ages) > 1 and _is_batch(t)
-        self.now: Number = t if ages is None or self.apart else float(max(ages))  # the network's step
+        self.t, self.ages = t, ages
+        self._moving = moving
+        self._apart = ages is not None and len(ages) > 1 and _is_batch(t)
+        self.now: Number = t if ages is None or self._apart else float(max(ages))  # the network's step
         self.age: Number = float(min(ages)) if ages is not None and len(ages) == 1 else step  # of every tensor
 
-    def _known(self, due: Callable[[int], bool], network: bool = False) -> bool | None:
-        """Whether something is due at any of these ages, or at the network's; None: runs of a batch differ, or nothing
-        is known of them.
-        """
+    def ages_of(self, counts: list[int]) -> Sequence[Number]:
+        """Of the tensors of every batch: one number where all have the same, else those of each."""
+        return [self.age] * len(counts) if isinstance(self.age, float) else self.age.split(counts)
+
+    def _known(self, due: Callable[[int], bool]) -> bool | None:
+        """Whether something is due at any of these ages; None: runs of a batch differ, or nothing is known of them."""
         if self.ages is None:
             return None
         found = [due(t) for t in self.ages]
-        if network and not self.apart:
-            return due(max(self.ages))
-        return None if self.apart and any(found) and not all(found) else any(found)
+        return None if self._apart and any(found) and not all(found) else any(found)
 
     def _due(self, every: int) -> Due:
         known = self._known(lambda t: t <= 3 or t % every == 0)
         if known is not None:
             return known
-        return (self.t <= 3) | (self.t % every == 0)
+        t = torch.cat([self.t[None], self._moving])
+        return ((t <= 3) | (t % every == 0)).any()
 
     @property
     def frame(self) -> Due:
@@ -69,11 +72,12 @@ class Clock:
         known = self._known(_roots_are_due)
         if known is not None:
             return known
-        t = self.t
+        t = torch.cat([self.t[None], self._moving])
         stage, before = (
             torch.floor(torch.log(x.clamp(min=1) / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)
         )
-        return (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
+        due = (t <= 3) | ((t % EVERY_ROOTS == 0) & (t <= ROOTS_LATER)) | ((t > ROOTS_LATER) & (stage > before))
+        return due.any()
 
     @property
     def slope(self) -> Due:
@@ -86,15 +90,15 @@ class Clock:
         return self._slope(1)
 
     def _slope(self, ahead: int) -> Due:
-        known = self._known(lambda t: t + ahead <= SLOPES_LATER or (t + ahead) % EVERY_SLOPE == 0, network=True)
-        if known is not None:
-            return known
+        if self.ages is not None and not self._apart:
+            t = max(self.ages) + ahead
+            return t <= SLOPES_LATER or t % EVERY_SLOPE == 0
         t = self.t + ahead
         return (t <= SLOPES_LATER) | (t % EVERY_SLOPE == 0)
 
     def between(self, low: Number, high: Number) -> Due:
         """Whether the network's step is above ``low`` and at most ``high``."""
-        if self.ages is not None and not self.apart and not isinstance(low, Tensor):
+        if self.ages is not None and not self._apart and not isinstance(low, Tensor):
             return low < max(self.ages) <= high
         return (self.t > low) & (self.t <= high)
 

@@ -88,7 +88,7 @@ class Learned(WhitenedPolar):
         scalings, (written, read) = _unit_scalings(layout), network["log_unit_gain"].unbind(-1)
         each = zip(layout.all, *(tensor[k].exp().split(layout.counts) for k in ("log_gain", "log_fresh")), strict=True)
         return {
-            b.key: Control(gain, fresh, scalings[b.key](written, read) if b.key in scalings else None)
+            b.key: Control(gain, fresh, scalings[b.key](written, read) if b.key in scalings else {})
             for b, gain, fresh in each
         }
 
@@ -104,7 +104,7 @@ class Learned(WhitenedPolar):
         tensors: list[Weights] = [{}, {}, {}]
         for b in batches.all:
             own = new[b.key]
-            w = framed(b, b.gather(params), own, inverse=True)
+            w = framed(b, b.gather(params), own, False, inverse=True)
             for x, into in zip((g[b.key], own["m"].to(w.dtype), w), tensors, strict=True):
                 into |= b.scatter(x)
         layout = layout_of(batches.symmetry, batches.names, batches.device)

@@ -6,7 +6,6 @@ from torch import Tensor
 # Quintic coefficients of Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/): steep at
 # zero, so that few iterations bring small singular values up, to about [0.7, 1.2], not 1.
 A, B, C = 3.4445, -4.7750, 2.0315
-TINY = 1e-30  # a matrix with a smaller norm counts as zero
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
@@ -23,7 +22,7 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
         ``[N, R, C]``.
     """
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = x * (1 / norm.clamp(min=TINY)).to(x.dtype)
+    x = x * (1 / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)).to(x.dtype)  # below, squares underflow
     tall = x.shape[-2] > x.shape[-1]
     for _ in range(steps):
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # the Gram matrix of the short side is the small one

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from learned_opt.batches import (
     BFLOAT16_ABOVE,
@@ -62,12 +63,12 @@ class Control(NamedTuple):
     Attributes:
         gain: multiplies the size ``[N]``.
         fresh: of matrices, multiplies the gradient where it joins the momentum ``[N]``.
-        units: of matrices, factors of rows and columns of directions, as from a ``Scaling``; None: no hidden unit.
+        units: of matrices, factors of rows and columns of directions, as from a ``Scaling``.
     """
 
     gain: Tensor
     fresh: Tensor
-    units: tuple[Tensor, Tensor] | None
+    units: Slots
 
 
 class WhitenedPolar(UpdateRule):
@@ -120,7 +121,8 @@ class WhitenedPolar(UpdateRule):
         in_place = in_place and live is None
         network, tensor = state["network"], state["tensor"]
         t, step = network["clock"] + 1, tensor["step"] + 1
-        clock = Clock(t, step, ages)
+        moving = step if live is None else step[[i for i, n in enumerate(layout.members) if live[n]]]
+        clock = Clock(t, step, moving, ages)
         new = {"network": network | {"clock": t}, "tensor": tensor | {"step": step}}
         new |= {b.key: dict(state[b.key]) for b in layout.all}
 
@@ -128,7 +130,8 @@ class WhitenedPolar(UpdateRule):
         refresh_frame(layout, params, new, clock, total_steps)
 
         # gradients in the frame, none far larger than usual
-        g = {b.key: framed(b, b.gather(_complete(b, grads, params)), new[b.key]) for b in layout.all}
+        whole = {b.key: gathered(b, _complete(b, grads, params), in_place) for b in layout.all}
+        g = {b.key: framed(b, whole[b.key], new[b.key], in_place) for b in layout.all}
         g, norm = self._clipped(layout, g, new, clock)
 
         # the rate, from the slope along the last step (slow clock)
@@ -137,11 +140,11 @@ class WhitenedPolar(UpdateRule):
         beta1 = new["network"]["beta1"]
 
         # momentum; second moments and roots (slow clock)
-        ages_ = [clock.age] * len(layout.all) if isinstance(clock.age, float) else step.split(layout.counts)
-        for b, age in zip(layout.all, ages_, strict=True):
+        squares, ages_ = new["tensor"]["mean_square"].split(layout.counts), clock.ages_of(layout.counts)
+        for b, square, age in zip(layout.all, squares, ages_, strict=True):
             own = new[b.key]
             own["m"] = lerp(own["m"], g[b.key], 1 - beta1, in_place)
-            update_moments(b, g[b.key], own, clock, age, in_place)
+            update_moments(b, g[b.key], own, square, age, clock, in_place)
         if self.measure_lr:
             self._correlate(layout, new, clock, total_steps)
         rate = self._rate(new, clock, total_steps)
@@ -151,8 +154,7 @@ class WhitenedPolar(UpdateRule):
         # directions and steps
         updates: Weights = {}
         lengths = []
-        sizes = (rate * new["tensor"]["size"]).split(layout.counts)
-        squares = new["tensor"]["mean_square"].split(layout.counts)
+        sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
         for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
             own, control = new[b.key], controls[b.key] if controls else None
             size = size * control.gain if control else size  # noqa: PLW2901
@@ -165,12 +167,12 @@ class WhitenedPolar(UpdateRule):
             if clock.before_slope is not False:
                 own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
-            updates |= b.scatter(framed(b, d, own))
+            updates |= b.scatter(framed(b, d, own, in_place))
         if lengths:
             new["tensor"]["update_norm"] = torch.cat(lengths)
         if live is not None:
             new = _kept(layout, state, new, live)
-        return self._decayed(layout, params, grads, updates, rate, weight_decay, new["tensor"]["decay"]), new
+        return self._decayed(layout, params, grads, updates, rate, weight_decay, new), new
 
     def controls(
         self,
@@ -211,9 +213,9 @@ class WhitenedPolar(UpdateRule):
             return
         network = new["network"]
         old = Measured(*(network[k] for k in Measured._fields))
-        down = torch.stack([(g[b.key] * new[b.key]["last_update"]).sum() for b in layout.all]).sum()
+        up = torch.stack([(g[b.key] * new[b.key]["last_update"]).sum() for b in layout.all]).sum()
         most = (norm * new["tensor"]["update_norm"]).sum()
-        slope = torch.lerp(old.slope, down / most.clamp(min=TINY), 1 - auto_lr.AVERAGE)
+        slope = torch.lerp(old.slope, -up / most.clamp(min=TINY), 1 - auto_lr.AVERAGE)
         network["slope"] = when(clock.slope, slope, old.slope)
         if clock.between(0, auto_lr.LONGEST) is not False:
             network["log_lr"] = auto_lr.log_lr(old, slope, clock.t, total_steps)
@@ -251,17 +253,19 @@ class WhitenedPolar(UpdateRule):
         updates: Weights,
         rate: Tensor,
         weight_decay: float | None | Mapping[str, float | None],
-        builtin: Tensor,
+        state: State,
     ) -> Weights:
         """The step of every tensor that has a gradient, less a share of its weights: its own, or what is asked for."""
         asked = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
-        own = dict(zip(layout.members, (rate * builtin).unbind(), strict=True))
-        matrices = {n for b in layout.batches if not b.factored for n in b.names}
+        own: dict[str, Tensor] = {}
+        for b, x in zip(layout.all, (rate * state["tensor"]["decay"]).split(layout.counts), strict=True):
+            if isinstance(b, TensorBatch) and not b.factored:
+                own |= zip(b.names, seen_rows(b, state[b.key], x).unbind(), strict=True)
         found = {}
         for n in grads:
             wd = asked.get(n)
-            share = own[n] if wd is None and n in matrices else rate * wd if wd else None
-            found[n] = -updates[n] if share is None else torch.addcmul(updates[n], params[n], share).neg()
+            share = own.get(n) if wd is None else rate * wd if wd else None
+            found[n] = updates[n] if share is None else torch.addcmul(updates[n], params[n], share, value=-1)
         return found
 
 
@@ -278,7 +282,7 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
     sizes, decays = [], []
     scale = BUILTIN_DECAY * auto_lr.decay_scale(clock.now, total_steps)
     for b in layout.all:
-        w = framed(b, b.gather(params), new[b.key], inverse=True)
+        w = framed(b, b.gather(params), new[b.key], False, inverse=True)
         if isinstance(b, FlatBatch):
             rms = root(b.sums(w.square()) / _per_tensor(b, "numel", w))
             usual = (rms * _per_tensor(b, "usual", w)).clamp(SMALLEST, 1.0)
@@ -297,7 +301,7 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
 
 
 def update_moments(
-    b: TensorBatch | FlatBatch, g: Tensor, own: Slots, clock: Clock, age: Number, in_place: bool
+    b: TensorBatch | FlatBatch, g: Tensor, own: Slots, square: Tensor, age: Number, clock: Clock, in_place: bool
 ) -> None:
     """Second moments: of entries and of embeddings' axes at every step, of matrices' axes and their roots when due."""
     if isinstance(b, FlatBatch):
@@ -307,26 +311,36 @@ def update_moments(
         for i in b.axes:
             own[f"diag{i}"] = lerp(own[f"diag{i}"], whitening.mean_square(b, g, i), 1 - BETA2, in_place)
         return
-    if clock.moments is False:
-        return
-    first = clock.now <= 3
-    every: Number = 1 if first is True else EVERY_MOMENTS
-    if isinstance(first, Tensor):  # in the precision of the clock
-        every = EVERY_MOMENTS - (EVERY_MOMENTS - 1) * first.to(clock.t.dtype)
     whitened = whitened_axes(b)
-    for i in b.axes:
-        slot, of = ("moment", whitening.second_moment) if i in whitened else ("diag", whitening.mean_square)
-        old = own[f"{slot}{i}"]
-        own[f"{slot}{i}"] = when(clock.moments, lerp(old, of(b, g, i), 1 - whitening.AVERAGE**every, in_place), old)
-        if i in whitened and clock.roots is not False:
+    if clock.moments is not False:
+        every = EVERY_MOMENTS - (EVERY_MOMENTS - 1) * (clock.now <= 3)
+        every = every.to(g.dtype) if isinstance(every, Tensor) else every
+        dtype = product_dtype(b, g)
+        for i in b.axes:
+            slot = f"moment{i}" if i in whitened else f"diag{i}"
+            found = whitening.second_moment(b, g, i, dtype) if i in whitened else whitening.mean_square(b, g, i)
+            found = lerp(own[slot], found, 1 - whitening.AVERAGE**every, in_place)
+            own[slot] = when(clock.moments, found, own[slot])
+        if b.biases:
+            v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
+            own["v_bias"] = when(clock.moments, v, own["v_bias"])
+            own["snr"] = when(clock.moments, snr_scale(own, square, age), own["snr"])
+        own |= preconditioners(b, own)
+    if clock.roots is not False:
+        for i in whitened:
+            d = b.shape[i]
             due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
-            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"], due)
-            own[f"root{i}"] = stored(found, own[f"root{i}"], in_place)
-    if b.biases:
-        v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
-        own["v_bias"] = when(clock.moments, v, own["v_bias"])
-        own["snr"] = when(clock.moments, snr_scale(own, age), own["snr"])
-    own |= preconditioners(b, own)
+            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"][..., :d, :d], due)
+            own[f"root{i}"] = stored(extended(b, i, found), own[f"root{i}"], in_place)
+
+
+def extended(b: TensorBatch, axis: int, root: Tensor) -> Tensor:
+    """A root of columns with one more for the bias, which is an input of size ``BIAS``."""
+    if not whitening.is_extended(b, axis):
+        return root
+    corner = torch.zeros(b.K, b.K, dtype=root.dtype, device=root.device)
+    corner[-1, -1] = BIAS
+    return functional.pad(root, (0, 1, 0, 1)) + corner
 
 
 def whitened_axes(b: TensorBatch) -> tuple[int, ...]:
@@ -358,13 +372,16 @@ def matrix_direction(
     x = preconditioned(b, n, own, roots).to(product_dtype(b, n))
     x = whitening.multiplied(b, x, roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
-    x = whitening.multiplied(b, x, roots)
-    if control and control.units:
-        x = b.scaled(x, *control.units)
+    x = whitening.multiplied(b, x, roots).to(n.dtype)
+    x = b.scaled(x, control.units) if control else x
     d = b.join([part * (_unit(part, b) * _repeated(size, part) / _norm(part)) for part in b.split(x)])
     if b.biases:
-        d[..., -1] *= BIAS * own["snr"][:, None]
+        d[..., -1] *= own["snr"][:, None] if _bias_in_root(b, roots) else BIAS * own["snr"][:, None]
     return d
+
+
+def _bias_in_root(b: TensorBatch, roots: Mapping[int, Tensor]) -> bool:
+    return any(whitening.is_extended(b, i) for i in roots)
 
 
 def preconditioners(b: TensorBatch, own: Slots) -> Slots:
@@ -379,11 +396,11 @@ def preconditioners(b: TensorBatch, own: Slots) -> Slots:
 
 
 def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Tensor]) -> Tensor:
-    """``n / v^(1/4)`` along axes that are not whitened; a bias, of an input of size ``BIAS``, as the matrix sees it."""
+    """``n / v^(1/4)`` along axes that are not whitened; a bias is the weight of an input of size ``BIAS``."""
     for i in b.axes:
         if i not in roots:
             n = along(b, n, i, own[f"scale{i}"])
-    if b.biases:
+    if b.biases and not _bias_in_root(b, roots):
         n[..., -1] *= BIAS
     return n
 
@@ -425,19 +442,25 @@ def fan_in_scale(fan_in: int) -> float:
     return (FAN_IN / fan_in) ** 0.25
 
 
+def seen_rows(b: TensorBatch, own: Slots, x: Tensor) -> Tensor:
+    """Numbers ``[N]`` for the rows that have had a gradient, zero for the others: ``[N, ...]`` like the tensors."""
+    x = x.view(-1, *[1] * len(b.shape))
+    for i in b.axes:
+        if b.is_row(i):
+            v = own[f"diag{i}"] if f"diag{i}" in own else own[f"moment{i}"].diagonal(dim1=-2, dim2=-1)
+            x = x * (v > 0).view(len(v), *[-1 if k == i else 1 for k in range(len(b.shape))])
+    return x
+
+
 def weight_rms_ratio(b: TensorBatch, rms: Tensor) -> Tensor:
     """The weights' RMS relative to usual ones, 1 for those that are not small: ``[N]``."""
     return (rms * (b.C**0.5 / USUAL)).clamp(SMALLEST, 1.0)
 
 
-def snr_scale(own: Slots, age: Number) -> Tensor:
-    """How much of their steps biases make: all, unless their gradients alternate, ``[N]``. Rounding noise (of keys'
-    biases beside those of queries and values) does not count.
-    """
-    v = own["v_bias"]
-    heard = v > (ROUNDING * torch.finfo(v.dtype).eps) ** 2 * v.amax(-1, keepdim=True)
-    square = (own["m"][..., -1].square() / v.clamp(min=TINY) * heard).sum(-1) / heard.sum(-1).clamp(min=1)
-    return (root(square) * (bias_correction(age) / SNR)).clamp(max=1.0)
+def snr_scale(own: Slots, square: Tensor, age: Number) -> Tensor:
+    """How much of their steps biases make: all, unless their gradients alternate, or are rounding noise: ``[N]``."""
+    v = (own["v_bias"] + 1e-16 * square[:, None]).clamp(min=TINY)
+    return (root((own["m"][..., -1].square() / v).mean(-1)) * (bias_correction(age) / SNR)).clamp(max=1.0)
 
 
 def bias_correction(age: Number) -> Number:
@@ -462,16 +485,21 @@ def factored_direction(b: TensorBatch, own: Slots, size: Tensor, square: Tensor,
 
 
 # --------------------------------------------------------------------------------- batches and their slots
-def framed(b: TensorBatch | FlatBatch, x: Tensor, own: Slots, inverse: bool = False) -> Tensor:
+def gathered(b: TensorBatch | FlatBatch, tensors: Weights, in_place: bool) -> Tensor:
+    """The tensors of a batch; new memory where it may be written to."""
+    return b.copied(tensors) if in_place and isinstance(b, TensorBatch) else b.gather(tensors)
+
+
+def framed(b: TensorBatch | FlatBatch, x: Tensor, own: Slots, in_place: bool, inverse: bool = False) -> Tensor:
     """Where gradients enter the frame and updates leave it; with ``inverse`` where weights enter it."""
     if b.scaling is None:
         return x
-    if isinstance(b, FlatBatch):
-        return x / own["scale"] if inverse else x * own["scale"]
-    r, c = own["row_scale"], own["col_scale"]
-    x = x if len(r) == len(x) else x.reshape(len(r), -1, x.shape[-1])
-    x = x / r / c if inverse else x * r * c
-    return x.reshape(-1, b.R, x.shape[-1])
+    shape = x.shape
+    for scale in (own[k] for k in ("scale", "row_scale", "col_scale") if k in own):
+        if isinstance(b, TensorBatch) and len(scale) != len(x):
+            x = x.reshape(len(scale), -1, shape[-1])
+        x = x / scale if inverse else torch.mul(x, scale, out=x if in_place and isinstance(b, TensorBatch) else None)
+    return x.reshape(shape)
 
 
 def norms(b: TensorBatch | FlatBatch, x: Tensor) -> Tensor:
@@ -533,8 +561,7 @@ def _per_tensor(b: FlatBatch, key: str, like: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.clamp(min=TINY)
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + TINY
 
 
 def _repeated(x: Tensor, parts: Tensor) -> Tensor:
@@ -544,11 +571,10 @@ def _repeated(x: Tensor, parts: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- tensors that sit a step out
-def _live(layout: BatchLayout, grads: Weights) -> Tensor | None:
-    """Which tensors move (a matrix only with its bias); None: all."""
-    paired = {n: b for batch in layout.batches for n, b in zip(batch.names, batch.biases, strict=False)}
-    live = [n in grads and paired.get(n, n) in grads for n in layout.members]
-    return None if all(live) else torch.tensor(live, device=next(iter(grads.values())).device)
+def _live(layout: BatchLayout, grads: Weights) -> dict[str, bool] | None:
+    """Which tensors have a gradient; None: all."""
+    live = {n: n in grads for n in layout.names}
+    return None if all(live.values()) else live
 
 
 def _complete(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> Weights:
@@ -560,16 +586,25 @@ def _complete(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> We
     return {n: grads[n] if n in grads else torch.zeros_like(params[n], dtype=like.dtype) for n in names}
 
 
-def _kept(layout: BatchLayout, old: State, new: State, live: Tensor) -> State:
-    """The new state, but the old one of tensors that sit this step out."""
+def _kept(layout: BatchLayout, old: State, new: State, live: dict[str, bool]) -> State:
+    """The new state, but the old one of tensors that sit this step out; what a pair shares is the matrix's."""
+
+    def mask(names: Collection[str]) -> Tensor:
+        return torch.tensor([live[n] for n in names], device=layout.device)
+
     kept: State = {"network": new["network"]}
-    kept["tensor"] = {k: torch.where(live, x, old["tensor"][k]) for k, x in new["tensor"].items()}
-    for b, own in zip(layout.all, live.split(layout.counts), strict=True):
-        mask = own.index_select(0, b.segment) if isinstance(b, FlatBatch) else own
-        kept[b.key] = {
-            k: x if "scale" in k else torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, old[b.key][k])
-            for k, x in new[b.key].items()
-        }
+    kept["tensor"] = {k: torch.where(mask(layout.members), x, old["tensor"][k]) for k, x in new["tensor"].items()}
+    for b in layout.all:
+        own, entries = mask(b.names), mask(b.names)
+        if isinstance(b, FlatBatch):
+            own = entries = own.index_select(0, b.segment)
+        elif b.biases:
+            entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), mask(b.biases)[:, None, None]], -1)
+        kept[b.key] = {}
+        for k, x in new[b.key].items():
+            moved = entries if k in ("m", "last_update") else mask(b.biases) if k in ("v_bias", "snr") else own
+            moved = moved if moved.ndim == x.ndim else moved.view(-1, *[1] * (x.ndim - 1))
+            kept[b.key][k] = x if "scale" in k else torch.where(moved, x, old[b.key][k])
     return kept
 
 
@@ -605,7 +640,8 @@ def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_
     for i in b.axes:
         d = b.shape[i]
         if i in whitened:
-            slots |= {f"moment{i}": zeros(n, d, d), f"root{i}": zeros(n, d, d, dtype=root_dtype(d, dtype))}
+            root_ = extended(b, i, zeros(n, d, d, dtype=root_dtype(d, dtype)))
+            slots |= {f"moment{i}": zeros(n, d, d), f"root{i}": root_}
         else:
             slots[f"diag{i}"] = zeros(n, d)
             slots |= {} if b.factored else {f"scale{i}": zeros(n, d) + 1}

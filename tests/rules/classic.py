@@ -1,56 +1,57 @@
-"""Adam, SGD and Muon as update rules: yardsticks with the numerics of ``torch.optim``.
+"""Adam, SGD and Muon as update rules, with the numerics of ``torch.optim``: rules of other kinds than our own.
 
-They need a learning rate like torch's. Weight decay is decoupled in all three: ``Adam`` with it is
-``torch.optim.AdamW``.
+They need a learning rate like torch's. Weight decay is decoupled in all three, none where it is None.
 """
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 from learned_opt.rules.base import State, UpdateRule, Weights
-from learned_opt.rules.polar import newton_schulz
-from learned_opt.symmetry import Symmetry
 
 Slots = dict[str, Tensor]  # the state of one tensor
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Classic(UpdateRule):
-    """A rule that goes tensor by tensor, without theta: subclasses say its slots and its update."""
+    """A rule that goes tensor by tensor, without weights of its own: subclasses say its slots and its update."""
 
     slots: tuple[str, ...]
 
     @abstractmethod
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
         """Update at unit learning rate, and next slots, of one tensor with gradient ``g``."""
 
-    def init(self, params: Weights) -> State:
+    def init(self, params, symmetry) -> State:
         return {name: self._fresh(p) for name, p in params.items()}
 
     def _fresh(self, p: Tensor) -> Slots:
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(p.dtype, torch.float32)
         step = torch.zeros((), dtype=dtype, device=p.device)
         return {"step": step, **{slot: torch.zeros_like(p, dtype=dtype) for slot in self.slots}}
 
     def forward(
         self,
-        params: Weights,
-        grads: Weights,
-        state: State,
-        symmetry: Symmetry,
+        params,
+        grads,
+        state,
+        symmetry,
         *,
-        total_steps: float | Tensor | None = None,
-        weight_decay: float | Mapping[str, float] = 0.0,
+        total_steps=None,
+        weight_decay=None,
+        names=None,
+        ages=None,
+        in_place=False,
     ) -> tuple[Weights, State]:
         updates, state = {}, dict(state)
         for name, g in grads.items():
             slots = {**state[name], "step": state[name]["step"] + 1}
             matrix = g.ndim == 2 and "lookup" not in symmetry.specs[name].roles
             update, state[name] = self.update(g.to(slots["step"].dtype), slots, matrix)
-            decay = weight_decay[name] if isinstance(weight_decay, Mapping) else weight_decay
+            decay = weight_decay[name] if isinstance(weight_decay, dict) else weight_decay
             updates[name] = update - decay * params[name] if decay else update
         return updates, state
 
@@ -64,7 +65,7 @@ class SGD(Classic):
         super().__init__()
         self.momentum = momentum
 
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
         m = self.momentum * s["momentum_buffer"] + g
         return -m, {**s, "momentum_buffer": m}
 
@@ -78,55 +79,42 @@ class Adam(Classic):
         super().__init__()
         self.betas, self.eps = betas, eps
 
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
         return adam(g, s, self.betas, self.eps)
 
 
-class Muon(Classic):
-    """Polar factor of Nesterov momentum on matrices, AdamW on all else (Jordan et al. 2024).
+class Gated(Adam):
+    """Adam, times a learned factor for matrices and another for the rest: a rule with weights of its own."""
 
-    On matrices it is ``torch.optim.Muon``.
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(1, 1)
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
+        update, s = super().update(g, s, matrix)
+        return (1 + self.gate(g.new_full((1,), float(matrix)))[0]).exp() * update, s
+
+
+class Muon(Classic):
+    """Polar factor of Nesterov momentum on matrices, AdamW on all else: ``torch.optim.Muon`` (Jordan et al. 2024).
 
     A matrix is a parameter with two dimensions that is no lookup table (the symmetry's roles tell).
-
-    Args:
-        momentum: of the matrices.
-        nesterov: take the polar factor of the look-ahead momentum.
-        ns_steps: Newton-Schulz iterations.
-        adjust: "match_rms_adamw", update ``0.2 sqrt(max(R, C)) polar``, so that one learning rate
-            serves the matrices and AdamW; or "original", ``sqrt(max(1, R / C)) polar``.
-        dtype: of the Newton-Schulz iteration.
-        betas, eps: of AdamW.
     """
 
     slots = Adam.slots  # the matrices' momentum is exp_avg; their exp_avg_sq stays zero
 
-    def __init__(
-        self,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-        adjust: str = "match_rms_adamw",
-        dtype: torch.dtype = torch.bfloat16,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        if adjust not in ("match_rms_adamw", "original"):
-            raise ValueError(f"adjust={adjust!r} is unknown; it is 'match_rms_adamw' or 'original'")
+    def __init__(self, momentum: float = 0.95) -> None:
         super().__init__()
-        self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
-        self.adjust, self.dtype = adjust, dtype
-        self.betas, self.eps = betas, eps
+        self.momentum = momentum
 
-    def update(self, g: Tensor, s: dict[str, Tensor], matrix: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, g: Tensor, s: Slots, matrix: bool) -> tuple[Tensor, Slots]:
         if not matrix:
-            return adam(g, s, self.betas, self.eps)
+            return adam(g, s, (0.9, 0.999), 1e-8)
         m = s["exp_avg"].lerp(g, 1 - self.momentum)
-        x = g.lerp(m, self.momentum) if self.nesterov else m
-        polar = newton_schulz(x, self.ns_steps, self.dtype)
-        rows, cols = g.shape
-        scale = max(1.0, rows / max(cols, 1)) ** 0.5 if self.adjust == "original" else 0.2 * max(rows, cols) ** 0.5
-        return -scale * polar.to(g.dtype), {**s, "exp_avg": m}
+        polar = _zeropower_via_newtonschulz(g.lerp(m, self.momentum), COEFFICIENTS, 5, 1e-7)
+        return -0.2 * max(g.shape) ** 0.5 * polar.to(g.dtype), {**s, "exp_avg": m}
 
 
 def adam(g: Tensor, s: Slots, betas: tuple[float, float], eps: float) -> tuple[Tensor, Slots]:
