@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,14 +63,14 @@ class Scaling:
     parts: tuple[tuple[Units, Units], ...]
     join: Callable[[list[Tensor]], Tensor] | None
 
-    def __call__(self, log_scale: Tensor) -> dict[str, Tensor]:
+    def __call__(self, log_scale: Tensor, read: Tensor | None = None) -> dict[str, Tensor]:
         """Factors of the scale: ``row_scale`` [N P, R / P, 1] and ``col_scale`` [N P, 1, K], or ``scale`` [N, R, K].
 
-        A side whose units have no scale has no factor.
+        A side whose units have no scale has no factor. ``read``: the log-scales of columns, where they are others.
         """
+        read = log_scale if read is None else read
         found = [
-            (_exp_sum(log_scale, rows).unsqueeze(2), _exp_sum(log_scale, cols).unsqueeze(1))
-            for rows, cols in self.parts
+            (_exp_sum(log_scale, rows).unsqueeze(2), _exp_sum(read, cols).unsqueeze(1)) for rows, cols in self.parts
         ]
         if self.join is not None:
             return {"scale": self.join([r * c for r, c in found])}
@@ -203,6 +203,13 @@ class TensorBatch:
         if len(parts) == 1:
             return parts[0] if len(self.parts) == 1 else parts[0].reshape(-1, self.R, parts[0].shape[-1])
         return torch.cat(list(parts), 1)
+
+    def scaled(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """``[N, R, K]`` times the factors of a :class:`Scaling`, in the precision of ``x``."""
+        y = x
+        for factor in factors.values():
+            y = y.reshape(len(factor), -1, x.shape[-1]) * factor
+        return y.reshape(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,17 +420,22 @@ def _batch(
         hidden=form.hidden,
         scaling=None,
     )
-    return replace(batch, scaling=_scaling(symmetry, batch, device)) if form.scaled else batch
+    return replace(batch, scaling=scaling_of(symmetry, batch, device, "scale")) if form.scaled else batch
 
 
-def _scaling(symmetry: Symmetry, batch: TensorBatch, device: str) -> Scaling:
-    tables, dummy = unit_tables(symmetry, "scale")
+def scaling_of(symmetry: Symmetry, batch: TensorBatch, device: str, of: Literal["label", "scale"]) -> Scaling:
+    """Where factors of a batch's rows and columns come from that belong to scales, or to units of labels."""
+    tables, dummy = unit_tables(symmetry, of)
+
+    def own(leaf: Leaf) -> list[tuple[Tensor, int]]:
+        if of == "scale":
+            return [(tables[s], e) for s, e in leaf.scale]
+        return [] if leaf.label is None or symmetry.labels[leaf.label].fixed else [(tables[leaf.label], 1)]
+
     n_blocks = len(symmetry.blocks[batch.names[0]])
 
     def units(blocks: Sequence[Block], side: str) -> Units:
-        parts = [
-            block_units(b, side, lambda leaf: [(tables[s], e) for s, e in leaf.scale], dummy, symmetry) for b in blocks
-        ]
+        parts = [block_units(b, side, own, dummy, symmetry) for b in blocks]
         k = max(index.shape[-1] for index, _ in parts)
         index = torch.cat([functional.pad(i, (0, k - i.shape[-1]), value=dummy) for i, _ in parts])
         exponent = torch.cat([functional.pad(e, (0, k - e.shape[-1])) for _, e in parts])

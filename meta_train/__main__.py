@@ -104,7 +104,7 @@ def evaluate(
 
     Args:
         optimizers: what to compare, separated by spaces or commas. nfnopt is NFNOpt, nfn:RULE NFNOpt with
-            another rule, by name (nominal ...) or .safetensors file; with @lr=3 at three times its rate,
+            another rule, by name (whitened_polar ...) or .safetensors file; with @lr=3 at three times its rate,
             with @without-total-steps without these. LABEL=NAME sets the label in tables; NAME@all chooses
             one learning rate for all tasks instead of one per task.
         suite: VALID, HELD_OUT, or package.module:DICT.
@@ -192,7 +192,7 @@ def throughput(recipe: str, /) -> None:
 
 
 def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> None:
-    """Meta-train for a minute to show the loop, then race the shipped NFNOpt against tuned Adam.
+    """Meta-train for a minute to show the loop, then race NFNOpt against tuned Adam.
 
     An MLP, a CNN and a transformer, one seed, Adam with the best of five learning rates.
 
@@ -206,7 +206,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> N
     at_least_one(workers=workers, steps=steps)
     print("1. Meta-training a fresh optimizer for about a minute (only to show the loop).", flush=True)
     _train("demo", recipe_named("demo"), out / "train", "never")
-    print("2. Training three networks with the shipped NFNOpt and with tuned Adam.", flush=True)
+    print("2. Training three networks with NFNOpt and with tuned Adam.", flush=True)
     _evaluate(
         ["nfnopt"],
         out,

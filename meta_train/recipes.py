@@ -21,7 +21,7 @@ from tasks.schedule import half_cosine
 from tasks.seeds import generator_of
 
 SHIPPED_THETA = "shipped"
-"""As ``start`` of a recipe: the theta in the package."""
+"""As ``start`` of a recipe: the theta in the package, of rules that have one."""
 
 
 RATES = ("lr", "warmup", "final_lr", "weight_decay", "validate_every", "curriculum")  # 0 or more, and finite
@@ -55,7 +55,7 @@ class Recipe:
         outer_steps: number of steps of theta.
         lr: outer learning rate at its peak; linear warm-up over ``warmup`` (a fraction of the outer
             steps), then cosine to ``final_lr`` times the peak.
-        weight_decay: of AdamW on theta; pulls a residual toward the nominal rule.
+        weight_decay: of AdamW on theta; pulls last maps toward zero, where the rule is the hand-made one.
         betas: of AdamW.
         clip_gradient: norm to which each task's gradient and then their mean is cut; in units of
             the family's typical norm if ``normalise``.
@@ -70,7 +70,7 @@ class Recipe:
         seed: of everything.
     """
 
-    rule: str = "nfn"
+    rule: str = "learned"
     start: str | None = None
     trained: tuple[str, ...] = ()
     families: dict[str, float] = field(
@@ -264,9 +264,9 @@ def es() -> Recipe:
 
 
 def shipped() -> Recipe:
-    """The recipe of the theta in the package: whole runs judged by where they end, on fresh tasks."""
+    """The recipe of a theta for the package: whole runs judged by where they end, on fresh tasks."""
     return Recipe(
-        trained=("gate", "unit_gain", "layer_gain", "blend"),
+        trained=("tensor_controls", "unit_controls"),
         families={
             "mlp-inputs": 4.0,  # what few inputs teach about rates is wrong for many
             "mlp": 3.0,
@@ -293,7 +293,7 @@ def shipped() -> Recipe:
 
 
 def finetune(*families: str) -> Recipe:
-    """From the shipped theta to one kind of task, in few outer steps.
+    """From the hand-made rule, where a fresh theta is, to one kind of task, in few outer steps.
 
     Many particles of one small network cost little more than a few, and say more of the gradient. The size of the
     perturbations is that of regressions (experiments, 45); residual MLPs wanted a third of it (46).
@@ -303,7 +303,6 @@ def finetune(*families: str) -> Recipe:
     """
     return replace(
         shipped(),
-        start=SHIPPED_THETA,
         families=dict.fromkeys(families or ("mlp",), 1.0),
         estimator=ES(particles=64, sigma=0.15),
         workers=max(4, len(families)),

@@ -205,7 +205,7 @@ class Unroll:
             raws.append(measured.detach())
             segments.append(segment)
 
-            params, state = advance(theta, params, state, grads, horizon)
+            params, state = advance(theta, params, state, grads, horizon, frozenset((step + 1).tolist()))
             step = step + 1
             done = step >= stop
             if done.any():
@@ -249,18 +249,22 @@ class Unroll:
         return loss, dict(zip(params, grads, strict=True))
 
     def _advance(self, batched: bool, remat: bool) -> Any:
-        def single(
-            theta: Weights, params: Weights, grads: Weights, state: State, total: Tensor
-        ) -> tuple[Weights, State]:
-            inputs = (params, grads, state, self.symmetry)
-            updates, state = functional_call(self.rule, theta, inputs, {"total_steps": total})
-            return {n: p + updates[n] for n, p in params.items()}, state
-
-        every = vmap(single, in_dims=(0 if batched else None, 0, 0, 0, 0))
-
         def advance(
-            theta: Weights, params: Weights, state: State, grads: Weights, horizon: Tensor
+            theta: Weights,
+            params: Weights,
+            state: State,
+            grads: Weights,
+            horizon: Tensor,
+            ages: frozenset[int] | None = None,
         ) -> tuple[Weights, State]:
+            def single(
+                theta: Weights, params: Weights, grads: Weights, state: State, total: Tensor
+            ) -> tuple[Weights, State]:
+                inputs = (params, grads, state, self.symmetry)
+                updates, state = functional_call(self.rule, theta, inputs, {"total_steps": total, "ages": ages})
+                return {n: p + updates[n] for n, p in params.items()}, state
+
+            every = vmap(single, in_dims=(0 if batched else None, 0, 0, 0, 0))
             total = horizon.to(next(iter(params.values())).dtype)
             inputs = (theta, params, grads, state, total)
             if not remat:

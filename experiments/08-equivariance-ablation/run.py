@@ -7,7 +7,7 @@ are best for the usual start (experiments/results/valid/report.md).
 
 from functools import partial
 
-from learned_opt import NFNOpt
+from learned_opt import NFNOpt, Symmetry
 from meta_train.augmentation import UnitsMoved
 from meta_train.bench.curves import run
 from meta_train.bench.optimizers import OPTIMIZERS
@@ -19,13 +19,14 @@ def main() -> None:
     """Print one row per optimizer."""
     task = VALID["mlp-digits-relu"]()
 
-    def nfn(rule: str):
+    def nfn(rule: str, symmetry: Symmetry):
         def make(model, *, steps):
-            return NFNOpt(model.named_parameters(), symmetry=symmetry_of(task), total_steps=steps, rule=rule), None
+            return NFNOpt(model.named_parameters(), symmetry=symmetry, total_steps=steps, rule=rule), None
 
         return make
 
-    optimizers = {name: nfn(name) for name in ("paced", "nominal", "nfn", "nominal-frameless")}
+    optimizers = {name: nfn(name, symmetry_of(task)) for name in ("auto_lr", "whitened_polar", "learned")}
+    optimizers["whitened_polar without the frame"] = nfn("whitened_polar", symmetry_of(task).without_scales)
     optimizers |= {name: partial(OPTIMIZERS[name].factory, lr=0.01) for name in ("adam", "muon-cosine")}
     for name, make in optimizers.items():
         usual, rescaled = (

@@ -3,7 +3,7 @@
     export PYTHONPATH=experiments/23-thin-matrices
     python experiments/18-polar-step-variants/run.py --suite regressions:SUITE rate=3 iterations=5 ...
     python -m meta_train evaluate --suite regressions:SUITE --out runs/regressions \
-      --optimizers paced=nfn:paced nominal=nfn:nominal polar=nfn:polar muon-cosine adamw-cosine
+      --optimizers auto_lr=nfn:auto_lr whitened_polar=nfn:whitened_polar muon-cosine adamw-cosine
 """
 
 from collections.abc import Callable

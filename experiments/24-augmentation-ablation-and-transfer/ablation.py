@@ -6,10 +6,10 @@ tasks, three meta-seeds each.
 
 Trains every cell with the recipe ``shipped`` cut to ``--outer-steps`` (runs of 150 to 400 steps, 8 particles), then
 runs its theta on VALID from the usual initial weights and from weights moved by the networks' symmetries (units
-rescaled by 0.1 to 10): the same functions. Prints the mean over tasks of log(final train loss / that of the nominal
-term in the frame from usual weights), and its spread over meta-seeds. An interrupted run goes on where it stopped.
+rescaled by 0.1 to 10): the same functions. Prints the mean over tasks of log(final train loss / that of the hand-made
+rule from usual weights), and its spread over meta-seeds. An interrupted run goes on where it stopped.
 
-For the monomial rule, moved units are the same tasks: it is not trained on them twice.
+For the learned rule with the frame, moved units are the same tasks: it is not trained on them twice.
 """
 
 import argparse
@@ -25,7 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from batched import final_losses
 
+from learned_opt.checkpoint import load_weights
 from learned_opt.rules import make_rule
+from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.rules.learned import LAST, Learned
+from learned_opt.symmetry import Symmetry
 from meta_train import jsonl
 from meta_train.augmentation import augmented
 from meta_train.estimators import ES
@@ -33,12 +37,34 @@ from meta_train.loop import train
 from meta_train.recipes import shipped
 from tasks.suites import VALID
 
+
+class WithoutScales(UpdateRule):
+    """A rule that knows the permutations of a network alone."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def init(self, params: Weights, symmetry: Symmetry) -> State:
+        return self.rule.init(params, symmetry.without_scales)
+
+    def forward(
+        self, params: Weights, grads: Weights, state: State, symmetry: Symmetry, **options
+    ) -> tuple[Weights, State]:
+        return self.rule(params, grads, state, symmetry.without_scales, **options)
+
+
+RULES = {
+    "learned-parameter": lambda: WithoutScales(Learned(pool=False)),
+    "learned-permutation": lambda: WithoutScales(Learned()),
+    "learned": Learned,
+}
 CELLS = (  # rule, augmentation
-    ("nfn-alone", "none"),
-    ("nfn-alone", "units"),
-    ("nfn-permutation", "none"),
-    ("nfn-permutation", "units"),
-    ("nfn", "none"),
+    ("learned-parameter", "none"),
+    ("learned-parameter", "units"),
+    ("learned-permutation", "none"),
+    ("learned-permutation", "units"),
+    ("learned", "none"),
 )
 STARTS = ("usual", "moved")
 SCALE = 10.0
@@ -57,6 +83,7 @@ def recipe(rule: str, augmentation: str, seed: int, outer_steps: int):
         estimator=ES(particles=8, sigma=0.05),
         horizon=(150, 400),
         lr=0.02,
+        trained=LAST if rule == "learned" else tuple(f"rule.{n}.{kind}" for n in LAST for kind in ("weight", "bias")),
     )
 
 
@@ -91,15 +118,18 @@ def main() -> None:
         per_task = [np.log(np.nan_to_num(found[start, n], nan=1e3, posinf=1e3).clip(max=1e3)).mean() for n in names]
         return float(np.mean(per_task))
 
-    zero = mean_log(measured(file, names, "nominal", make_rule("nominal")), "usual")
-    plain = measured(file, names, "nominal-frameless", make_rule("nominal-frameless"))
+    hand_made = make_rule("auto_lr")
+    zero = mean_log(measured(file, names, "hand-made", hand_made), "usual")
+    plain = measured(file, names, "hand-made, no frame", WithoutScales(hand_made))
     rows = {("nothing learned, no frame", "-"): [[mean_log(plain, s) - zero] for s in STARTS]}
     for rule, augmentation in CELLS:
         found = []
         for seed in range(args.seeds):
             folder = args.out / f"{rule}-{augmentation}-{seed}"
-            path = train(recipe(rule, augmentation, seed, args.outer_steps), folder)
-            found.append(measured(file, names, folder.name, make_rule(path)))
+            path = train(recipe(rule, augmentation, seed, args.outer_steps), folder, rules=RULES)
+            learned = RULES[rule]()
+            learned.load_state_dict(load_weights(path)[1])
+            found.append(measured(file, names, folder.name, learned.requires_grad_(False)))
             rows[rule, augmentation] = [[mean_log(f, s) - zero for f in found] for s in STARTS]
             show(rows)
 

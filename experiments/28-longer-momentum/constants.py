@@ -1,8 +1,8 @@
 """A rule with other constants, several seeds of a task in one batch.
 
-    python experiments/28-longer-momentum/constants.py paced.LONGER=0.05 nominal.SMALLEST=0.2,paced.AFTER=1 ...
+    python experiments/28-longer-momentum/constants.py auto_lr.LONGER=0.05 whitened_polar.SMALLEST=0.2,auto_lr.AFTER=1
     PYTHONPATH=experiments/23-thin-matrices python experiments/28-longer-momentum/constants.py \
-      --suite regressions:SUITE --rule nominal nominal.SIZE=2
+      --suite regressions:SUITE --rule whitened_polar whitened_polar.SIZE=2
 
 Each argument is a variant: constants of ``learned_opt.rules``' modules, by module and name, joined by commas. What it
 prints: ``batched.compare``.
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--suite", default="VALID", help="or package.module:DICT")
-    parser.add_argument("--rule", default="paced")
+    parser.add_argument("--rule", default="auto_lr")
     parser.add_argument("--out", type=Path, default=Path("runs/constants"))
     args = parser.parse_args()
     torch.set_num_threads(1)

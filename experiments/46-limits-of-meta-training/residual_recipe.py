@@ -4,7 +4,7 @@
       estimator:es --estimator.particles 32 --estimator.sigma 0.05
     PYTHONPATH=experiments/46-limits-of-meta-training python -m meta_train evaluate \
       --suite residual_recipe:validation --seeds 8 --out runs/compared \
-      --optimizers nfnopt nominal=nfn:nominal mine=nfn:runs/residual/theta.safetensors adamw-cosine
+      --optimizers nfnopt whitened_polar=nfn:whitened_polar mine=nfn:runs/residual/theta.safetensors adamw-cosine
 """
 
 from torch import Generator

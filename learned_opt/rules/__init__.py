@@ -6,12 +6,14 @@ from pathlib import Path
 
 from learned_opt.checkpoint import CheckpointError, load_weights, save_weights
 from learned_opt.rules.base import State, UpdateRule, Weights
+from learned_opt.rules.learned import Learned
 from learned_opt.rules.whitened_polar import WhitenedPolar
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
 RULES: dict[str, Callable[[], UpdateRule]] = {
     "auto_lr": WhitenedPolar,  # NFNOpt's default: whitened polar steps at a rate that it measures
+    "learned": Learned,  # auto_lr under the controls of a neural functional network
     "whitened_polar": partial(WhitenedPolar, measure_lr=False),
 }
 

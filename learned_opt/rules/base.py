@@ -48,8 +48,8 @@ class UpdateRule(nn.Module, ABC):
             total_steps: the horizon if it is known (sets the schedule), else None.
             weight_decay: decoupled, per step at unit rate; one number, or one per name. None: the rule's own.
             names: the tensors that the state is of; None: all of ``params``.
-            ages: the values of the state's clocks at this step, if they are known: then nothing is computed that is not
-                due.
+            ages: the values of the state's clocks at this step, if they are known (those of all runs of a batch): then
+                nothing is computed that is not due.
             in_place: whether the state may be changed where it is.
 
         Returns:

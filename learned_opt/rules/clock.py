@@ -1,7 +1,7 @@
 """When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Clock:
         t: the network's step, counted from 1 (0-d).
         step: of every tensor.
         moving: those of the tensors that move, which say what is due.
-        ages: the values of ``t`` and ``moving``, if they are known.
+        ages: the values of ``t`` and ``moving``, if they are known; in a batch of runs, those of all.
     """
 
     def __init__(self, t: Tensor, step: Tensor, moving: Tensor, ages: Collection[int] | None) -> None:
@@ -34,16 +34,25 @@ class Clock:
                 ages = None
         self.t, self.ages = t, ages
         self._moving = moving
-        self.now: Number = float(max(ages)) if ages is not None else t  # the network's step
+        self._apart = ages is not None and len(ages) > 1 and _is_batch(t)
+        self.now: Number = t if ages is None or self._apart else float(max(ages))  # the network's step
         self.age: Number = float(min(ages)) if ages is not None and len(ages) == 1 else step  # of every tensor
 
     def ages_of(self, counts: list[int]) -> Sequence[Number]:
         """Of the tensors of every batch: one number where all have the same, else those of each."""
         return [self.age] * len(counts) if isinstance(self.age, float) else self.age.split(counts)
 
+    def _known(self, due: Callable[[int], bool]) -> bool | None:
+        """Whether something is due at any of these ages; None: runs of a batch differ, or nothing is known of them."""
+        if self.ages is None:
+            return None
+        found = [due(t) for t in self.ages]
+        return None if self._apart and any(found) and not all(found) else any(found)
+
     def _due(self, every: int) -> Due:
-        if self.ages is not None:
-            return any(t <= 3 or t % every == 0 for t in self.ages)
+        known = self._known(lambda t: t <= 3 or t % every == 0)
+        if known is not None:
+            return known
         t = torch.cat([self.t[None], self._moving])
         return ((t <= 3) | (t % every == 0)).any()
 
@@ -60,8 +69,9 @@ class Clock:
     @property
     def roots(self) -> Due:
         """Roots of second moments: every ten steps, and more and more rarely after 50."""
-        if self.ages is not None:
-            return any(_roots_are_due(t) for t in self.ages)
+        known = self._known(_roots_are_due)
+        if known is not None:
+            return known
         t = torch.cat([self.t[None], self._moving])
         stage, before = (
             torch.floor(torch.log(x.clamp(min=1) / ROOTS_LATER) / math.log(LATER) + 1e-6) for x in (t, t - 1)
@@ -80,7 +90,7 @@ class Clock:
         return self._slope(1)
 
     def _slope(self, ahead: int) -> Due:
-        if self.ages is not None:
+        if self.ages is not None and not self._apart:
             t = max(self.ages) + ahead
             return t <= SLOPES_LATER or t % EVERY_SLOPE == 0
         t = self.t + ahead
@@ -88,9 +98,18 @@ class Clock:
 
     def between(self, low: Number, high: Number) -> Due:
         """Whether the network's step is above ``low`` and at most ``high``."""
-        if self.ages is not None and not isinstance(low, Tensor):
+        if self.ages is not None and not self._apart and not isinstance(low, Tensor):
             return low < max(self.ages) <= high
         return (self.t > low) & (self.t <= high)
+
+
+def _is_batch(t: Tensor) -> bool:
+    """Whether a 0-d tensor has one value for each run of a batch (``torch.func.vmap``)."""
+    try:
+        int(t)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _roots_are_due(t: int) -> bool:

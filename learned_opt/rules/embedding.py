@@ -73,11 +73,3 @@ class Embedding(nn.Module):
         ones = torch.cat([flat, torch.ones_like(flat[:1])])
         total = ones.new_zeros(len(ones), layout.n_units + 1).index_add(1, torch.cat(index), ones)
         return (total[:-1] / total[-1:].clamp(min=1)).T
-
-
-def broadcast(table: Tensor, units: Units) -> Tensor:
-    """Per-unit values back to the rows (columns) of a stack: ``[n_units + 1, F] -> [F, N, L]``, summed over labels."""
-    n, length, k = units.index.shape
-    if k == 0:
-        return table.new_zeros(table.shape[-1], n, length)
-    return table.index_select(0, units.index.flatten()).reshape(n, length, k, -1).sum(2).permute(2, 0, 1)

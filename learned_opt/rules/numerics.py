@@ -1,8 +1,9 @@
-"""Roots with a finite derivative at zero."""
+"""Roots with a finite derivative at zero, and what is too small to be more than rounding noise."""
 
 from torch import Tensor
 
 TINY = 1e-30
+ROUNDING = 256  # times the machine epsilon: a tensor's gradient below this share of the largest is rounding noise
 
 
 def root(x: Tensor) -> Tensor:

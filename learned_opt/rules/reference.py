@@ -318,12 +318,11 @@ def seen_rows(symmetry: Symmetry, name: str, own: dict[str, Tensor]) -> Tensor:
     return x
 
 
-def matrix_step(
-    symmetry: Symmetry, name: str, bias: str | None, g: Weights, state: State, beta1: Tensor
-) -> Weights:
+def matrix_step(symmetry: Symmetry, name: str, bias: str | None, g: Weights, state: State, beta1: Tensor) -> Weights:
     """``P polar(P n P) P`` of a matrix and of its bias at unit rate."""
     own, roles, roots = state[name], symmetry.specs[name].roles, whitened(symmetry, name)
     n = {k: beta1 * state[k]["m"] + (1 - beta1) * g[k] for k in ([name] if bias is None else [name, bias])}
+
     def times(n: Weights, root: Tensor, axis: int) -> Weights:
         of = [name] if is_read(roles[axis]) else list(n)
         return n | {k: torch.tensordot(root, n[k], ([1], [axis if k == name else 0])) for k in of}

@@ -20,6 +20,7 @@ of these are covariant functions of the state when they are taken, so holding th
 import math
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from learned_opt.rules.auto_lr import Measured, Number
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.clock import EVERY_MOMENTS, Clock, when
 from learned_opt.rules.newton_schulz import newton_schulz
-from learned_opt.rules.numerics import TINY, root, rsqrt
+from learned_opt.rules.numerics import ROUNDING, TINY, root, rsqrt
 from learned_opt.symmetry import Symmetry
 
 BETA2 = 0.99  # decay rate of mean squares
@@ -52,9 +53,22 @@ USUAL, SMALLEST = 0.5, 0.1  # RMS times root fan-in of usual weights; relative t
 CLIP_FACTOR = 4.0  # times the RMS of those before it: what a gradient counts at most
 BUILTIN_DECAY = 0.025  # of a matrix's step goes straight toward zero weights, over 800 steps and at FAN_IN
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
-ROUNDING = 256  # times the machine epsilon: a vector's gradient below this share of the largest is rounding noise
 
 Slots = dict[str, Tensor]
+
+
+class Control(NamedTuple):
+    """What a learned rule changes of the steps of a batch of N tensors.
+
+    Attributes:
+        gain: multiplies the size ``[N]``.
+        fresh: of matrices, multiplies the gradient where it joins the momentum ``[N]``.
+        units: of matrices, factors of rows and columns of directions, as from a ``Scaling``.
+    """
+
+    gain: Tensor
+    fresh: Tensor
+    units: Slots
 
 
 class WhitenedPolar(UpdateRule):
@@ -135,18 +149,21 @@ class WhitenedPolar(UpdateRule):
             self._correlate(layout, new, clock, total_steps)
         rate = self._rate(new, clock, total_steps)
 
+        controls = self.controls(layout, params, g, new, clock, total_steps)
+
         # directions and steps
         updates: Weights = {}
         lengths = []
         sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
         for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
-            own = new[b.key]
+            own, control = new[b.key], controls[b.key] if controls else None
+            size = size * control.gain if control else size  # noqa: PLW2901
             if isinstance(b, FlatBatch):
                 d = flat_direction(b, own, size, square, new["tensor"]["mean_square"].amax(), age)
             elif b.factored:
                 d = factored_direction(b, own, size, square, age)
             else:
-                d = matrix_direction(b, g[b.key], own, beta1, size)
+                d = matrix_direction(b, g[b.key], own, beta1, size, control)
             if clock.before_slope is not False:
                 own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
@@ -156,6 +173,18 @@ class WhitenedPolar(UpdateRule):
         if live is not None:
             new = _kept(layout, state, new, live)
         return self._decayed(layout, params, grads, updates, rate, weight_decay, new), new
+
+    def controls(
+        self,
+        layout: BatchLayout,
+        params: Weights,
+        g: Mapping[str, Tensor],
+        new: State,
+        clock: Clock,
+        total_steps: Number | None,
+    ) -> dict[str, Control] | None:
+        """What a learned rule changes of this step, by batch; None: nothing. It may change what ``new`` holds."""
+        return None
 
     def _clipped(
         self, layout: BatchLayout, g: dict[str, Tensor], new: State, clock: Clock
@@ -334,14 +363,17 @@ def clip_factor(norm: Tensor, mean_square: Tensor, step: Number, numel: Tensor) 
     return torch.where(usual > 0, most / norm.clamp(min=TINY), 1).clamp(max=1.0)
 
 
-def matrix_direction(b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, size: Tensor) -> Tensor:
+def matrix_direction(
+    b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, size: Tensor, control: Control | None = None
+) -> Tensor:
     """``P polar(P n P) P`` at its size, times ``size`` [N]: ``[N, R, K]``."""
-    n = torch.lerp(g, own["m"].to(g.dtype), beta1)
+    n = torch.lerp(times(b, g, control.fresh) if control else g, own["m"].to(g.dtype), beta1)
     roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
     x = preconditioned(b, n, own, roots).to(product_dtype(b, n))
     x = whitening.multiplied(b, x, roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
     x = whitening.multiplied(b, x, roots).to(n.dtype)
+    x = b.scaled(x, control.units) if control else x
     d = b.join([part * (_unit(part, b) * _repeated(size, part) / _norm(part)) for part in b.split(x)])
     if b.biases:
         d[..., -1] *= own["snr"][:, None] if _bias_in_root(b, roots) else BIAS * own["snr"][:, None]

@@ -10,14 +10,15 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from learned_opt.symmetry import plot, table
-from learned_opt.symmetry.axes import Leaf, choices, lay
+from learned_opt.symmetry.axes import Leaf, choices, lay, map_leaves
 from learned_opt.symmetry.labels import STATISTICS, AxisLabels, Label, Role, Spec, base_dim
 from learned_opt.text import counted
 
@@ -135,6 +136,15 @@ class Symmetry(AxisLabels):
         if label is None:
             return table
         return self._permute(g, table, [*self.labels[label].over, label])
+
+    @cached_property
+    def without_scales(self) -> "Symmetry":
+        """The group of the permutations alone; the same object every time."""
+        specs = {
+            n: Spec(tuple(map_leaves(lambda leaf: replace(leaf, scale=()), axis) for axis in spec.axes), spec.roles)
+            for n, spec in self.specs.items()
+        }
+        return replace(self, specs=specs, scales={})
 
     # -- checks
     def check(

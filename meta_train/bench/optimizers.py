@@ -168,7 +168,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "prodigy": Entry(prodigy, half_decades(-1.5, 1.5), "prodigyopt"),
     "prodigy-cosine": Entry(cosine(prodigy), half_decades(-1.5, 1.5), "prodigyopt"),
 }
-DEFAULT = "nfn:paced"  # what nfnopt is: NFNOpt with its default rule
+DEFAULT = "nfn:auto_lr"  # what nfnopt is: NFNOpt with its default rule
 
 
 @lru_cache(maxsize=64)

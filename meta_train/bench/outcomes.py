@@ -143,9 +143,7 @@ def outcomes(plan: Plan, runs: Runs, timings: TimingStore | None = None) -> list
     return found
 
 
-def _outcome(
-    plan: Plan, runs: Runs, task: str, label: str, seed: int, seconds: Mapping[str, StepSeconds]
-) -> Outcome:
+def _outcome(plan: Plan, runs: Runs, task: str, label: str, seed: int, seconds: Mapping[str, StepSeconds]) -> Outcome:
     info = plan.tasks[task]
     lr = tuned_rate(plan, runs, task, label)
     curve = final_curve(plan, runs, task, label, seed)

@@ -18,10 +18,10 @@ class Drive(UpdateRule):
         super().__init__()
         self.push = nn.Parameter(torch.tensor([0.05, -0.02], dtype=torch.float64))
 
-    def init(self, params):
+    def init(self, params, symmetry):
         return {n: {} for n in params}
 
-    def forward(self, params, grads, state, symmetry, *, total_steps=None, weight_decay=0.0):
+    def forward(self, params, grads, state, symmetry, *, total_steps=None, **options):
         return {n: -0.1 * p + self.push for n, p in params.items()}, state
 
 

@@ -155,7 +155,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import meta_train.loop as module
-from learned_opt.rules import RULES, SHIPPED
+from learned_opt.rules import RULES
 from tests.meta_train.test_loop import RECIPE, run
 number, function = int(sys.argv[2]), getattr(module, sys.argv[3])
 def deadly(*args):

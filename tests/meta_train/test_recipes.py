@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from learned_opt.checkpoint import load_weights
-from learned_opt.rules import SHIPPED
+from learned_opt.checkpoint import load_weights, save_weights
+from learned_opt.rules import RULES, make_rule
 from meta_train import checkpoint
 from meta_train.__main__ import _defined, main
+from meta_train.loop import train
 from meta_train.recipes import RECIPES, Recipe, chosen, families_of_workers, horizon_at, lr_at
 from tests.meta_train.test_loop import RECIPE, run
 
@@ -50,7 +51,21 @@ def test_impossible_recipes_and_unknown_names(tmp_path):
         run(replace(RECIPE, families={"x": 1.0}), tmp_path)
 
 
-def test_the_documented_recipe_fine_tunes_the_shipped_theta(tmp_path):
+def test_start_from_the_weights_in_the_package(tmp_path, monkeypatch):
+    weights = {n: p + 0.5 for n, p in RULES["learned"]().state_dict().items()}
+    save_weights(tmp_path / "learned.safetensors", "learned", weights, {})
+    for module in ("learned_opt.rules", "meta_train.recipes"):
+        monkeypatch.setattr(f"{module}.SHIPPED", tmp_path)
+    assert same(make_rule("learned").state_dict(), weights)
+    recipe = replace(RECIPES["tiny"](), start="shipped", minutes=0.0)
+    assert same(load_weights(train(recipe, tmp_path / "out"))[1], weights)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_the_documented_recipe_begins_at_the_hand_made_rule(tmp_path):
     document = (Path(__file__).parents[2] / "docs" / "meta_training.md").read_text(encoding="utf-8")
     mine = tmp_path / "my_recipe.py"
     mine.write_text(document.split("```python\n")[1].split("```")[0])
@@ -70,10 +85,10 @@ def test_the_documented_recipe_fine_tunes_the_shipped_theta(tmp_path):
         ]
     )
     name, _, provenance = load_weights(tmp_path / "out" / "theta.safetensors")
-    shipped = load_weights(SHIPPED / f"{name}.safetensors")[1]
+    start = RULES[name]().state_dict()
     # after the outer step, which validation may not choose
     theta = checkpoint.load(checkpoint.list_all(tmp_path / "out")[-1])["run"]["theta"]
-    moved = {n.split(".")[0] for n in theta if not torch.equal(theta[n], shipped[n])}
+    moved = {n.split(".")[0] for n in theta if not torch.equal(theta[n], start[n])}
     assert moved and moved <= set(provenance["recipe"]["trained"])
     assert [x["step"] for x in provenance["validation"]] == [0, 1]
     mine.write_text(mine.read_text() + "\nfamilies = [1]\n")

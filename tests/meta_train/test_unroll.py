@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
+from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
 from tasks.task import TaskError
 
@@ -18,11 +20,11 @@ class LearnedSGD(UpdateRule):
         self.log_rate = nn.Parameter(torch.tensor(rate, dtype=dtype).log())
         self.momentum = nn.Parameter(torch.tensor([0.5], dtype=dtype))
 
-    def init(self, params):
+    def init(self, params, symmetry):
         state = {n: {"m": torch.zeros_like(p)} for n, p in params.items()}
         return state | {"": {"step": torch.zeros((), dtype=next(iter(params.values())).dtype)}}
 
-    def forward(self, params, grads, state, symmetry, *, total_steps=None, weight_decay=0.0):
+    def forward(self, params, grads, state, symmetry, *, total_steps=None, **options):
         step = state[""]["step"]
         decay = 1 - 0.9 * step / total_steps
         moments = {n: self.momentum * state[n]["m"] + g for n, g in grads.items()}
@@ -72,6 +74,18 @@ class Deterministic(Regression):
         return x, x.prod(-1, keepdim=True)
 
 
+class Deep(Deterministic):
+    """With a matrix that is not thin."""
+
+    def __init__(self):
+        super().__init__()
+        layers = nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
+        self.model = nn.Sequential(*layers).double()
+
+    def init(self, generator):
+        return Regression.init(self, seeded(5))
+
+
 def make(task=None, rule=None, **options):
     task, rule = task or Regression(), rule or LearnedSGD()
     return Unroll(task, rule, None, **({"horizon": (10, 10), "clip": 1e6} | options))
@@ -90,7 +104,7 @@ def naive_losses(unroll, theta, seed, steps, detach):
     generator = seeded(seed)
     params = {n: p for n, p in unroll.init(1, generator)["params"].items()}
     params = {n: p[0].requires_grad_() for n, p in params.items()}
-    state = unroll.rule.init(params)
+    state = unroll.rule.init(params, unroll.symmetry)
     data = []
     for start in range(0, steps, 8):
         data += list(zip(*unroll.task.batches(generator, min(8, steps - start)), strict=True))
@@ -179,6 +193,34 @@ def test_unequal_horizons_in_one_batch_equal_separate_runs():
         assert episodes[0, -1] != episodes[0, 0]
     # The rule was told the horizon: equal starts, different courses.
     assert not torch.allclose(together[:3, 0], together[:3, 2])
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_runs_in_phase_are_what_they_are_beside_others(remat):
+    """A rule that is told the ages of all runs does for each what is due for it."""
+    task = Deep()
+    rule = RULES["learned"]().double()
+    with torch.no_grad():
+        for p in rule.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=seeded(1), dtype=p.dtype))
+    unroll = Unroll(task, rule, symmetry_of(task), (40, 40), clip=1e6)
+    theta = theta_of(unroll, grad=True)
+    particles = unroll.init(2, seeded(0))
+    late, _ = unroll(theta, unroll.init(1, seeded(0)), 4, seeded(0))
+    mixed = joined(particles, late)
+    _, alone = unroll(theta, particles, 22, seeded(1), remat=remat)
+    _, beside = unroll(theta, mixed, 22, seeded(1), remat=remat)
+    torch.testing.assert_close(beside.loss[:, :2], alone.loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(beside.loss[:18, 2], alone.loss[4:, 0], rtol=1e-9, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(t.loss[:, 0].mean(), list(theta.values())) for t in (alone, beside))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert any(g.any() for g in ours)
+
+
+def joined(a, b):
+    if isinstance(a, dict):
+        return {k: joined(a[k], b[k]) for k in a}
+    return torch.cat([a, b])
 
 
 def test_resets_inside_one_call_start_afresh():

@@ -82,6 +82,17 @@ few = settings(max_examples=40, deadline=None)
 
 @few
 @given(symmetries(), seeds)
+def test_without_scales_it_permutes_alike_and_scales_nothing(symmetry: Symmetry, seed: int) -> None:
+    plain, w = symmetry.without_scales, weights_of(symmetry, seed)
+    g = symmetry.sample(torch.Generator().manual_seed(seed))
+    only = Element(g.perms, symmetry.identity().scales)
+    assert_same(plain.act(Element(g.perms, {}), w), symmetry.act(only, w), rtol=0)
+    assert not plain.scales and plain.labels == symmetry.labels
+    assert symmetry.without_scales is plain
+
+
+@few
+@given(symmetries(), seeds)
 def test_identity_does_nothing(symmetry: Symmetry, seed: int) -> None:
     w = weights_of(symmetry, seed)
     assert_same(symmetry.act(symmetry.identity(), w), w, rtol=0)

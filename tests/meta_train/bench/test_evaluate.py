@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_horizon_speed_up_of_an_optimizer_without_total_steps_is_read_off_its_curve(tmp_path):
-    spec = "free=nfn:nominal@without-total-steps"
+    spec = "free=nfn:whitened_polar@without-total-steps"
     found = measure(tmp_path, [spec], tasks=["regression"], seeds=1, horizon=["free/adam"], grids={"adam": (1e-4,)})
     (free,) = (o for o in found if o.optimizer == "free")
     (adam,) = (o for o in found if o.optimizer == "adam")
@@ -44,7 +44,7 @@ def test_horizon_speed_up_of_an_optimizer_without_total_steps_is_read_off_its_cu
 
 
 @pytest.mark.parametrize(
-    ("spec", "rate"), [("sgdm", 100.0), ("sgdm", 1e-2), ("nfn:nominal@without-total-steps@lr=1e9", None)]
+    ("spec", "rate"), [("sgdm", 100.0), ("sgdm", 1e-2), ("nfn:whitened_polar@without-total-steps@lr=1e9", None)]
 )
 def test_horizon_speed_up_over_an_optimizer_that_diverged(tmp_path, spec, rate):
     grids = {"adam": (1e6,), "sgdm": (rate,)}

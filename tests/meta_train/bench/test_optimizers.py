@@ -124,37 +124,37 @@ def test_a_task_is_identified_by_what_it_computes(factor, same):
     assert (task_fingerprint(task) == task_fingerprint(Regression())) == same
 
 
-@pytest.mark.parametrize("name, value", [("AFTER", 1.3), ("LONGER", 0.06), ("CALM", 0.6)])
+@pytest.mark.parametrize("name, value", [("AFTER", 1.3), ("LONGER", 0.06), ("NOISE_LR", 0.6)])
 def test_a_rule_is_identified_by_its_later_steps_too(monkeypatch, name, value):
-    from learned_opt.rules import make_rule, paced
+    from learned_opt.rules import auto_lr, make_rule
 
-    before = op.rule_fingerprint(make_rule("paced"))
-    monkeypatch.setattr(paced, name, value)  # of steps after the 12th, the 50th and the 36th
-    assert op.rule_fingerprint(make_rule("paced")) != before
+    before = op.rule_fingerprint(make_rule("auto_lr"))
+    monkeypatch.setattr(auto_lr, name, value)  # of steps after the 12th, the 50th and the 36th
+    assert op.rule_fingerprint(make_rule("auto_lr")) != before
 
 
 def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
     from learned_opt import make_rule, save_weights
 
-    rule = make_rule("nfn")
-    assert op.rule_fingerprint(rule) == op.rule_fingerprint(make_rule("nfn"))
-    assert op.rule_fingerprint(rule) != op.rule_fingerprint(make_rule("nominal"))
-    save_weights(tmp_path / "s@me.safetensors", "nfn", rule.state_dict(), {})
+    rule = make_rule("learned")
+    assert op.rule_fingerprint(rule) == op.rule_fingerprint(make_rule("learned"))
+    assert op.rule_fingerprint(rule) != op.rule_fingerprint(make_rule("whitened_polar"))
+    save_weights(tmp_path / "s@me.safetensors", "learned", rule.state_dict(), {})
     with torch.no_grad():
         next(rule.parameters()).add_(0.1)
-    save_weights(tmp_path / "other.safetensors", "nfn", rule.state_dict(), {})
+    save_weights(tmp_path / "other.safetensors", "learned", rule.state_dict(), {})
     _, same = op.optimizer_named(f"nfn:{tmp_path / 's@me.safetensors'}")
     _, other = op.optimizer_named(f"nfn:{tmp_path / 'other.safetensors'}")
-    assert same == op.optimizer_named("nfn:nfn")[1] != other
+    assert same == op.optimizer_named("nfn:learned")[1] != other
 
 
 def test_learned_optimizers_are_evaluated_untuned_under_their_labels(tmp_path):
-    found = measure(tmp_path, ["mine=nfnopt", "polar=nfn:nominal"], tasks=["regression"])
+    found = measure(tmp_path, ["mine=nfnopt", "polar=nfn:whitened_polar"], tasks=["regression"])
     mine = [o for o in found if o.optimizer in ("mine", "polar")]
     assert [o.lr for o in mine] == [None] * 4
     assert all(o.curve.final_train < o.curve.train[0] for o in mine)
-    with pytest.raises(UnknownName, match="nominal"):
-        measure(tmp_path, ["nfn:nominall"])
+    with pytest.raises(UnknownName, match="whitened_polar"):
+        measure(tmp_path, ["nfn:whitened_polarr"])
 
 
 def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
@@ -163,21 +163,25 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     def group(name):
         return op.optimizer_named(name)[0].factory(model, None, steps=7)[0].param_groups[0]
 
-    assert (group("nfn:nominal")["lr"], group("nfn:nominal")["total_steps"]) == (1, 7)
-    assert (group("nfn:nominal@lr=0.3")["lr"], group("nfn:nominal@lr=0.3")["total_steps"]) == (0.3, 7)
-    free = "nfn:nominal@without-total-steps"
+    assert (group("nfn:whitened_polar")["lr"], group("nfn:whitened_polar")["total_steps"]) == (1, 7)
+    assert (group("nfn:whitened_polar@lr=0.3")["lr"], group("nfn:whitened_polar@lr=0.3")["total_steps"]) == (0.3, 7)
+    free = "nfn:whitened_polar@without-total-steps"
     assert (group(f"{free}@lr=3")["lr"], group(free)["total_steps"]) == (3, None)
     plan = ev.make_plan(
-        "VALID", ["vit-digits"], ["low=nfn:nominal@lr=0.3", "nfn:nominal@lr=3"], 1, 1, (), None, 9, None
+        "VALID", ["vit-digits"], ["low=nfn:whitened_polar@lr=0.3", "nfn:whitened_polar@lr=3"], 1, 1, (), None, 9, None
     )
-    assert [o.name for o in plan.optimizers.values()] == ["adam", "nfn:nominal@lr=0.3", "nfn:nominal@lr=3"]
-    assert list(plan.optimizers) == ["adam", "low", "nfn:nominal@lr=3"]
-    names = (free, *(f"nfn:nominal{option}" for option in ("", "@lr=3", "@lr=0.3")))
+    assert [o.name for o in plan.optimizers.values()] == [
+        "adam",
+        "nfn:whitened_polar@lr=0.3",
+        "nfn:whitened_polar@lr=3",
+    ]
+    assert list(plan.optimizers) == ["adam", "low", "nfn:whitened_polar@lr=3"]
+    names = (free, *(f"nfn:whitened_polar{option}" for option in ("", "@lr=3", "@lr=0.3")))
     thetas = {op.optimizer_named(name)[1] for name in names}
     assert len(thetas) == 4  # else one would take the other's runs for its own
     default = inspect.signature(learned_opt.NFNOpt).parameters["rule"].default
-    assert op.optimizer_named("nfnopt@lr=2")[1] == op.optimizer_named("nfn:paced@lr=2")[1]
+    assert op.optimizer_named("nfnopt@lr=2")[1] == op.optimizer_named("nfn:auto_lr@lr=2")[1]
     assert f"nfn:{default}" == op.DEFAULT
     for wrong in ("lr", "lr=fast", "told", "without-total-steps=1", "0.3"):
         with pytest.raises(UnknownName, match="@lr=NUMBER"):
-            op.optimizer_named(f"nfn:nominal@{wrong}")
+            op.optimizer_named(f"nfn:whitened_polar@{wrong}")

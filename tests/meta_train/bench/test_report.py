@@ -1,6 +1,5 @@
 """The report of an evaluation: tables, pictures, unfinished and foreign files."""
 
-
 import pytest
 
 from meta_train.__main__ import main
