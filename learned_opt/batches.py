@@ -63,15 +63,22 @@ class Scaling:
     parts: tuple[tuple[Units, Units], ...]
     join: Callable[[list[Tensor]], Tensor] | None
 
-    def __call__(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """``(r, c)``, whose product is the scale: ``[N P, R / P, 1]``, ``[N P, 1, K]``; or ``[N, R, K]`` and ones."""
+    def __call__(self, log_scale: Tensor) -> dict[str, Tensor]:
+        """Factors of the scale: ``row_scale`` [N P, R / P, 1] and ``col_scale`` [N P, 1, K], or ``scale`` [N, R, K].
+
+        A side whose units have no scale has no factor.
+        """
         found = [
             (_exp_sum(log_scale, rows).unsqueeze(2), _exp_sum(log_scale, cols).unsqueeze(1))
             for rows, cols in self.parts
         ]
-        if self.join is None:
-            return found[0]
-        return self.join([r * c for r, c in found]), log_scale.new_ones(1, 1, 1)
+        if self.join is not None:
+            return {"scale": self.join([r * c for r, c in found])}
+        return {
+            k: x
+            for k, x, (index, _) in zip(("row_scale", "col_scale"), found[0], self.parts[0], strict=True)
+            if index.shape[-1]
+        }
 
 
 def _exp_sum(log_scale: Tensor, units: Units) -> Tensor:
@@ -165,6 +172,14 @@ class TensorBatch:
             return x
         return torch.cat([x, _stacked([tensors[n] for n in self.biases])[..., None]], -1)
 
+    def copied(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`gather`, in one copy, without a graph."""
+        some = tensors[self.names[0]]
+        x = some.new_empty(len(self.names), self.R, self.K)
+        views = self.scatter(x)
+        torch._foreach_copy_(list(views.values()), [tensors[n] for n in views])
+        return x
+
     def scatter(self, x: Tensor) -> dict[str, Tensor]:
         """Inverse of :meth:`gather`: views."""
         found = dict(zip(self.names, self.tensors(x[..., : self.C]).unbind(), strict=True))
@@ -175,6 +190,8 @@ class TensorBatch:
         """``[N, R, K]`` -> the matrices ``[N', R', K']`` of its parts."""
         if self.pack is not None:
             return self.pack.cut(self.tensors(x))
+        if len(self.parts) == 1:
+            return [x]
         if len(set(self.parts)) == 1:
             return [x.reshape(-1, self.parts[0], x.shape[-1])]
         return list(x.split(self.parts, 1))
@@ -184,7 +201,7 @@ class TensorBatch:
         if self.pack is not None:
             return self.matrices(self.pack.joined(parts))
         if len(parts) == 1:
-            return parts[0].reshape(-1, self.R, parts[0].shape[-1])
+            return parts[0] if len(self.parts) == 1 else parts[0].reshape(-1, self.R, parts[0].shape[-1])
         return torch.cat(list(parts), 1)
 
 
@@ -236,9 +253,7 @@ def scales(b: TensorBatch | FlatBatch, log_scale: Tensor) -> dict[str, Tensor]:
     """What a batch keeps of the frame: ``row_scale`` and ``col_scale``, or the ``scale`` of every entry."""
     if b.scaling is None:
         return {}
-    if isinstance(b, FlatBatch):
-        return {"scale": b.scale(log_scale)}
-    return dict(zip(("row_scale", "col_scale"), b.scaling(log_scale), strict=True))
+    return {"scale": b.scale(log_scale)} if isinstance(b, FlatBatch) else b.scaling(log_scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,7 +87,7 @@ class Buffers:
                 own[f"diag{i}"] = whole.diagonal(dim1=-2, dim2=-1)
             made = {f"moment{i}": whole, f"root{i}": some.new_zeros(n, d, d, dtype=root_dtype(d, wide))}
         elif f"moment{i}" in own:
-            made = {k: own[k] for k in (f"moment{i}", f"root{i}")}
+            made = {f"moment{i}": own[f"moment{i}"], f"root{i}": own[f"root{i}"][:, :d, :d]}
         else:
             made = {f"diag{i}": own.get(f"diag{i}", own["m"].new_zeros(n, d))}
         for k, x in made.items():

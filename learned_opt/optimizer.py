@@ -269,9 +269,9 @@ class NFNOpt(torch.optim.Optimizer):
 
     def _step(self, entries: list[NamedParam], trained: list[NamedParam], symmetry: Symmetry) -> None:
         """Update ``trained``; the other tensors of ``entries`` are context, and those with a state age along."""
-        params = {e.name: e.param.detach() for e in entries if not e.param.is_complex()}
+        params = {e.name: e.param for e in entries if not e.param.is_complex()}
         factors = {e.name: -e.shrink if e.group["maximize"] else e.shrink for e in trained}
-        grads = {e.name: e.grad.detach() for e in trained}
+        grads = {e.name: e.grad for e in trained}
         for n, factor in factors.items():
             if factor != 1:
                 grads[n] = factor * grads[n].to(accumulator_dtype(grads[n]))
@@ -289,12 +289,7 @@ class NFNOpt(torch.optim.Optimizer):
             in_place=True,
         )
         buffers.take(state, moved=grads)
-        for entry in trained:
-            param, update, lr = entry.param.detach(), updates[entry.name], entry.group["lr"]
-            if param.dtype == update.dtype and not isinstance(lr, Tensor):
-                param.add_(update, alpha=lr)
-            else:
-                param.copy_(stepped(param, update, lr))
+        _add([e.param for e in trained], [updates[e.name] for e in trained], [e.group["lr"] for e in trained])
 
     def _buffered(self, entries: list[NamedParam], symmetry: Symmetry) -> Buffers:
         """The buffers of the tensors that have state, made anew where these, or what they hold, are others."""
@@ -472,12 +467,24 @@ def _refuse_unsupported(entry: NamedParam) -> None:
         )
 
 
+def _add(params: list[Tensor], updates: list[Tensor], rates: list[float | Tensor]) -> None:
+    """``params += rates * updates``, in place."""
+    same = all(p.dtype == u.dtype for p, u in zip(params, updates, strict=True))
+    if same and not isinstance(rates[0], Tensor) and rates.count(rates[0]) == len(rates):
+        torch._foreach_add_(params, updates, alpha=rates[0])
+        return
+    for param, update, lr in zip(params, updates, rates, strict=True):
+        param.copy_(stepped(param, update, lr))
+
+
 def _largest_magnitudes(tensors: list[Tensor]) -> list[float]:
-    """Largest magnitude of each (NaN if it has one). Not the 2-norm, which overflows."""
+    """A bound of the largest magnitude of each, NaN if it has one: the 2-norm, which is fast, unless it overflows."""
     largest = [0.0] * len(tensors)
     for device in {t.device for t in tensors}:
         here = [i for i, t in enumerate(tensors) if t.device == device]
-        norms = torch._foreach_norm([tensors[i] for i in here], math.inf)
+        norms = torch._foreach_norm([tensors[i] for i in here])
+        if not all(x < LARGEST for x in torch.stack([n.float() for n in norms]).tolist()):
+            norms = torch._foreach_norm([tensors[i] for i in here], math.inf)
         wide = any(n.dtype == torch.float64 for n in norms)
         stacked = torch.stack([n.to(torch.float64 if wide else torch.float32) for n in norms])
         for i, x in zip(here, stacked.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""The command line: ``python -m meta_train {train,evaluate,report,throughput,demo}``.
+"""The command line: ``python -m meta_train {train,evaluate,report,bench,throughput,demo}``.
 
 Heavy imports are inside the commands, so that ``--help`` is quick.
 """
@@ -46,6 +46,7 @@ def _main(argv: list[str]) -> None:
         "train": train,
         "evaluate": evaluate,
         "report": report,
+        "bench": bench,
         "throughput": throughput,
         "demo": demo,
     }
@@ -98,7 +99,8 @@ def evaluate(
     """Train tasks with optimizers and compare them: runs.jsonl, report.md and pictures in --out.
 
     Finished runs are kept in runs.jsonl and never repeated: the same command goes on after an
-    interruption, and a command with more optimizers, tasks or seeds only runs what is new.
+    interruption, and a command with more optimizers, tasks or seeds only runs what is new. At the end all
+    optimizers of a task make steps in turns, so that report.md also compares in CPU seconds.
 
     Args:
         optimizers: what to compare, separated by spaces or commas. nfnopt is NFNOpt, nfn:RULE NFNOpt with
@@ -146,7 +148,35 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
         if not (folder / "runs.jsonl").exists():
             return
     print(report(folder))
-    print("written: " + ", ".join(str(folder / n) for n in ("report.md", "curves.png", "speedups.png", "profile.png")))
+    written = ("report.md", "curves.png", "speedups.png", "profile.png", "seconds.png")
+    print("written: " + ", ".join(str(folder / name) for name in written if (folder / name).exists()))
+
+
+def bench(
+    what: Literal["step"],
+    /,
+    only: tuple[str, ...] = (),
+    optimizers: tuple[str, ...] = ("adamw", "muon", "soap", "nfnopt"),
+    steps: int = 50,
+    large: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Measure what a step of an optimizer costs: time, operations, memory, beside AdamW, Muon and SOAP.
+
+    On three networks (mlp-small, mlp, gpt), three single tensors (matrix-1024, matrix-4096, embedding) and, on
+    demand, gpt-2 (124 million weights) and matrix-8192. All optimizers make their steps in turns, on one thread.
+
+    Args:
+        what: step.
+        only: names of networks and tensors; all but the large ones if not given.
+        optimizers: what to measure, by names as in evaluate.
+        steps: how many are timed, a multiple of 50; of the large ones a fifth.
+        large: also gpt-2 and matrix-8192.
+        out: JSON file of all that was measured.
+    """
+    from meta_train.bench.step import bench_step
+
+    bench_step(_split(only), _split(optimizers), steps, large, out)
 
 
 def throughput(recipe: str, /) -> None:

@@ -47,7 +47,7 @@ class Processes:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """``make()`` of process 0; elsewhere a copy of it. An error there is raised everywhere."""
-        value: Any = None  # of type T, once it is made or told
+        value: Any = None  # of type T, once it is made or received
         error: Exception | None = None
         if self.rank == 0:
             try:
@@ -55,9 +55,9 @@ class Processes:
             except Exception as raised:
                 value, error = None, raised
         if self.count > 1:
-            told = [(value, None if error is None else (type(error), error.args))]
-            dist.broadcast_object_list(told, src=0)
-            value, failed = told[0]
+            sent = [(value, None if error is None else (type(error), error.args))]
+            dist.broadcast_object_list(sent, src=0)
+            value, failed = sent[0]
             if self.rank and failed is not None:
                 raise SystemExit(1)  # process 0 says why
         if error is not None:

@@ -122,5 +122,5 @@ def lr_scale(measured: Measured, t: Tensor, total_steps: Number | None) -> Tenso
     end = warmup_steps(total_steps)
     after = AFTER if total_steps is None else AFTER * horizon_scale(total_steps)
     noise = NOISE_LR ** ((OTHER - (measured.correlation - 1).abs()) / (OTHER - SAME)).clamp(0.0, 1.0)
-    rest = torch.where(t > end, after * torch.ones_like(t), 1) * torch.where(t > 3 * end, noise, 1)
-    return torch.exp(START + measured.log_lr) * rest
+    later = torch.where(t > end, after * torch.ones_like(t), 1)
+    return torch.exp(START + measured.log_lr) * later * torch.where(t > 3 * end, noise, 1)

@@ -23,6 +23,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from learned_opt.batches import (
     BFLOAT16_ABOVE,
@@ -115,7 +116,8 @@ class WhitenedPolar(UpdateRule):
         refresh_frame(layout, params, new, clock, total_steps)
 
         # gradients in the frame, none far larger than usual
-        g = {b.key: framed(b, b.gather(_complete(b, grads, params)), new[b.key]) for b in layout.all}
+        whole = {b.key: gathered(b, _complete(b, grads, params), in_place) for b in layout.all}
+        g = {b.key: framed(b, whole[b.key], new[b.key], in_place) for b in layout.all}
         g, norm = self._clipped(layout, g, new, clock)
 
         # the rate, from the slope along the last step (slow clock)
@@ -136,7 +138,7 @@ class WhitenedPolar(UpdateRule):
         # directions and steps
         updates: Weights = {}
         lengths = []
-        sizes = (rate * new["tensor"]["size"]).split(layout.counts)
+        sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
         for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
             own = new[b.key]
             if isinstance(b, FlatBatch):
@@ -148,7 +150,7 @@ class WhitenedPolar(UpdateRule):
             if clock.before_slope is not False:
                 own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
-            updates |= b.scatter(framed(b, d, own))
+            updates |= b.scatter(framed(b, d, own, in_place))
         if lengths:
             new["tensor"]["update_norm"] = torch.cat(lengths)
         if live is not None:
@@ -182,9 +184,9 @@ class WhitenedPolar(UpdateRule):
             return
         network = new["network"]
         old = Measured(*(network[k] for k in Measured._fields))
-        down = torch.stack([(g[b.key] * new[b.key]["last_update"]).sum() for b in layout.all]).sum()
+        up = torch.stack([(g[b.key] * new[b.key]["last_update"]).sum() for b in layout.all]).sum()
         most = (norm * new["tensor"]["update_norm"]).sum()
-        slope = torch.lerp(old.slope, down / most.clamp(min=TINY), 1 - auto_lr.AVERAGE)
+        slope = torch.lerp(old.slope, -up / most.clamp(min=TINY), 1 - auto_lr.AVERAGE)
         network["slope"] = when(clock.slope, slope, old.slope)
         if clock.between(0, auto_lr.LONGEST) is not False:
             network["log_lr"] = auto_lr.log_lr(old, slope, clock.t, total_steps)
@@ -234,7 +236,7 @@ class WhitenedPolar(UpdateRule):
         for n in grads:
             wd = asked.get(n)
             share = own.get(n) if wd is None else rate * wd if wd else None
-            found[n] = -updates[n] if share is None else torch.addcmul(updates[n], params[n], share).neg()
+            found[n] = updates[n] if share is None else torch.addcmul(updates[n], params[n], share, value=-1)
         return found
 
 
@@ -251,7 +253,7 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
     sizes, decays = [], []
     scale = BUILTIN_DECAY * auto_lr.decay_scale(clock.now, total_steps)
     for b in layout.all:
-        w = framed(b, b.gather(params), new[b.key], inverse=True)
+        w = framed(b, b.gather(params), new[b.key], False, inverse=True)
         if isinstance(b, FlatBatch):
             rms = root(b.sums(w.square()) / _per_tensor(b, "numel", w))
             usual = (rms * _per_tensor(b, "usual", w)).clamp(SMALLEST, 1.0)
@@ -284,11 +286,12 @@ def update_moments(
     if clock.moments is not False:
         every = EVERY_MOMENTS - (EVERY_MOMENTS - 1) * (clock.now <= 3)
         every = every.to(g.dtype) if isinstance(every, Tensor) else every
+        dtype = product_dtype(b, g)
         for i in b.axes:
-            slot, of = ("moment", whitening.second_moment) if i in whitened else ("diag", whitening.mean_square)
-            old = own[f"{slot}{i}"]
-            found = lerp(old, of(b, g, i), 1 - whitening.AVERAGE**every, in_place)
-            own[f"{slot}{i}"] = when(clock.moments, found, old)
+            slot = f"moment{i}" if i in whitened else f"diag{i}"
+            found = whitening.second_moment(b, g, i, dtype) if i in whitened else whitening.mean_square(b, g, i)
+            found = lerp(own[slot], found, 1 - whitening.AVERAGE**every, in_place)
+            own[slot] = when(clock.moments, found, own[slot])
         if b.biases:
             v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
             own["v_bias"] = when(clock.moments, v, own["v_bias"])
@@ -296,9 +299,19 @@ def update_moments(
         own |= preconditioners(b, own)
     if clock.roots is not False:
         for i in whitened:
+            d = b.shape[i]
             due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
-            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"], due)
-            own[f"root{i}"] = stored(found, own[f"root{i}"], in_place)
+            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"][..., :d, :d], due)
+            own[f"root{i}"] = stored(extended(b, i, found), own[f"root{i}"], in_place)
+
+
+def extended(b: TensorBatch, axis: int, root: Tensor) -> Tensor:
+    """A root of columns with one more for the bias, which is an input of size ``BIAS``."""
+    if not whitening.is_extended(b, axis):
+        return root
+    corner = torch.zeros(b.K, b.K, dtype=root.dtype, device=root.device)
+    corner[-1, -1] = BIAS
+    return functional.pad(root, (0, 1, 0, 1)) + corner
 
 
 def whitened_axes(b: TensorBatch) -> tuple[int, ...]:
@@ -328,11 +341,15 @@ def matrix_direction(b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, size:
     x = preconditioned(b, n, own, roots).to(product_dtype(b, n))
     x = whitening.multiplied(b, x, roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
-    x = whitening.multiplied(b, x, roots)
+    x = whitening.multiplied(b, x, roots).to(n.dtype)
     d = b.join([part * (_unit(part, b) * _repeated(size, part) / _norm(part)) for part in b.split(x)])
     if b.biases:
-        d[..., -1] *= BIAS * own["snr"][:, None]
+        d[..., -1] *= own["snr"][:, None] if _bias_in_root(b, roots) else BIAS * own["snr"][:, None]
     return d
+
+
+def _bias_in_root(b: TensorBatch, roots: Mapping[int, Tensor]) -> bool:
+    return any(whitening.is_extended(b, i) for i in roots)
 
 
 def preconditioners(b: TensorBatch, own: Slots) -> Slots:
@@ -347,11 +364,11 @@ def preconditioners(b: TensorBatch, own: Slots) -> Slots:
 
 
 def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Tensor]) -> Tensor:
-    """``n / v^(1/4)`` along axes that are not whitened; a bias, of an input of size ``BIAS``, as the matrix sees it."""
+    """``n / v^(1/4)`` along axes that are not whitened; a bias is the weight of an input of size ``BIAS``."""
     for i in b.axes:
         if i not in roots:
             n = along(b, n, i, own[f"scale{i}"])
-    if b.biases:
+    if b.biases and not _bias_in_root(b, roots):
         n[..., -1] *= BIAS
     return n
 
@@ -436,16 +453,21 @@ def factored_direction(b: TensorBatch, own: Slots, size: Tensor, square: Tensor,
 
 
 # --------------------------------------------------------------------------------- batches and their slots
-def framed(b: TensorBatch | FlatBatch, x: Tensor, own: Slots, inverse: bool = False) -> Tensor:
+def gathered(b: TensorBatch | FlatBatch, tensors: Weights, in_place: bool) -> Tensor:
+    """The tensors of a batch; new memory where it may be written to."""
+    return b.copied(tensors) if in_place and isinstance(b, TensorBatch) else b.gather(tensors)
+
+
+def framed(b: TensorBatch | FlatBatch, x: Tensor, own: Slots, in_place: bool, inverse: bool = False) -> Tensor:
     """Where gradients enter the frame and updates leave it; with ``inverse`` where weights enter it."""
     if b.scaling is None:
         return x
-    if isinstance(b, FlatBatch):
-        return x / own["scale"] if inverse else x * own["scale"]
-    r, c = own["row_scale"], own["col_scale"]
-    x = x if len(r) == len(x) else x.reshape(len(r), -1, x.shape[-1])
-    x = x / r / c if inverse else x * r * c
-    return x.reshape(-1, b.R, x.shape[-1])
+    shape = x.shape
+    for scale in (own[k] for k in ("scale", "row_scale", "col_scale") if k in own):
+        if isinstance(b, TensorBatch) and len(scale) != len(x):
+            x = x.reshape(len(scale), -1, shape[-1])
+        x = x / scale if inverse else torch.mul(x, scale, out=x if in_place and isinstance(b, TensorBatch) else None)
+    return x.reshape(shape)
 
 
 def norms(b: TensorBatch | FlatBatch, x: Tensor) -> Tensor:
@@ -507,8 +529,7 @@ def _per_tensor(b: FlatBatch, key: str, like: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.clamp(min=TINY)
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + TINY
 
 
 def _repeated(x: Tensor, parts: Tensor) -> Tensor:
@@ -587,7 +608,8 @@ def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_
     for i in b.axes:
         d = b.shape[i]
         if i in whitened:
-            slots |= {f"moment{i}": zeros(n, d, d), f"root{i}": zeros(n, d, d, dtype=root_dtype(d, dtype))}
+            root_ = extended(b, i, zeros(n, d, d, dtype=root_dtype(d, dtype)))
+            slots |= {f"moment{i}": zeros(n, d, d), f"root{i}": root_}
         else:
             slots[f"diag{i}"] = zeros(n, d)
             slots |= {} if b.factored else {f"scale{i}": zeros(n, d) + 1}

@@ -30,12 +30,12 @@ def unfolded(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
     return batch.tensors(x).movedim(axis + 1, 1).flatten(2)
 
 
-def second_moment(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
-    """``G G^T / n`` along an axis: ``[N, d, d]``."""
+def second_moment(batch: TensorBatch, x: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """``G G^T / n`` along an axis, from products in ``dtype``: ``[N, d, d]``."""
     if batch.is_plain and batch.kernel == 1 and not batch.is_row(axis):
-        x = x[..., : batch.C]
+        x = x[..., : batch.C].to(dtype)
         return torch.bmm(x.mT, x) / batch.R
-    x = unfolded(batch, x, axis)
+    x = unfolded(batch, x, axis).to(dtype)
     return torch.bmm(x, x.mT) / x.shape[-1]
 
 
@@ -45,7 +45,10 @@ def mean_square(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
 
 
 def multiplied(batch: TensorBatch, x: Tensor, roots: dict[int, Tensor]) -> Tensor:
-    """``[N, R, K]`` times symmetric ``[N, d, d]`` along each of some axes; biases have the rows of their matrices."""
+    """``[N, R, K]`` times symmetric roots along each of some axes; biases have the rows of their matrices.
+
+    A root of columns with a bias is ``[N, K, K]`` (see :func:`extended`).
+    """
     for axis, root in roots.items():
         root = root.to(x.dtype)
         if not batch.is_plain:
@@ -54,13 +57,18 @@ def multiplied(batch: TensorBatch, x: Tensor, roots: dict[int, Tensor]) -> Tenso
             x = batch.matrices(product.movedim(1, axis + 1))
         elif batch.is_row(axis):
             x = torch.bmm(root, x)
-        elif batch.kernel == 1 and not batch.biases:
+        elif batch.kernel == 1:
             x = torch.bmm(x, root)
         else:  # the columns of every kernel position; the bias stays
             w = x[..., : batch.C].reshape(len(x), -1, root.shape[-1])
             product = torch.bmm(w, root).reshape(len(x), batch.R, batch.C)
             x = torch.cat([product, x[..., batch.C :]], -1) if batch.biases else product
     return x
+
+
+def is_extended(batch: TensorBatch, axis: int) -> bool:
+    """Whether the root of an axis has a row and a column for the bias, which it leaves alone."""
+    return bool(batch.biases) and batch.is_plain and batch.kernel == 1 and not batch.is_row(axis)
 
 
 def inverse_root(moment: Tensor, old: Tensor, due: Tensor | bool, power: float = POWER) -> Tensor:

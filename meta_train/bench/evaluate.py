@@ -1,26 +1,32 @@
 """Optimizers x tasks x seeds -> curves -> measures, in ordinary ``torch.optim`` loops.
 
-    plan -> tuning runs (learning-rate grids) -> runs at the chosen rate, Adam to 6x -> outcomes
+    plan -> tuning runs (learning-rate grids) -> runs at the chosen rate, Adam to 6x -> horizon searches
+         -> CPU seconds of a step, all optimizers in turns -> outcomes
 
 Every finished run is one line of ``runs.jsonl``; a run that is already there is never repeated, so
 an interrupted evaluation goes on where it stopped and a second one pays only for what is new.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from learned_opt.symmetry import Symmetry
 from meta_train.bench.curves import CAP, Curve, run
 from meta_train.bench.jobs import do_missing, job_progress, pool
-from meta_train.bench.optimizers import OPTIMIZERS, optimizer_named
-from meta_train.bench.outcomes import REFERENCE, Outcome, job, outcomes, search_horizon, tuned_rate
+from meta_train.bench.optimizers import OPTIMIZERS, MakeOptimizer, optimizer_named
+from meta_train.bench.outcomes import REFERENCE, Outcome, job, outcomes, search_horizon, timing_job, tuned_rate
 from meta_train.bench.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
 from meta_train.bench.suites import suite_named, task_fingerprint, task_named
+from meta_train.bench.timing import Contender, TimingJob, Timings, TimingStore, time_steps
 from meta_train.errors import UnknownName, UsageError, at_least_one
-from meta_train.symmetries import symmetry_of
+from meta_train.symmetries import inferred_symmetry, symmetry_of
 from tasks.task import check_ceiling
 
 _LABEL = re.compile("([^=:@]+)=")  # but for nfn:RULE@lr=0.3
@@ -71,7 +77,8 @@ def evaluate(
     at_least_one(workers=workers)
     optimizer_named.cache_clear()  # a checkpoint may have been overwritten since the last call
     plan = make_plan(suite, tasks, optimizers, seeds, tuning_seeds, horizon, data, steps, grids)
-    return outcomes(plan, carry_out(plan, Path(out), workers=workers, data=data, steps=steps, say=say))
+    runs = carry_out(plan, Path(out), workers=workers, data=data, steps=steps, say=say)
+    return outcomes(plan, runs, TimingStore(Path(out) / "runs.jsonl"))
 
 
 def carry_out(
@@ -96,6 +103,9 @@ def carry_out(
         do("final runs", final_jobs(plan, store.runs))
         while jobs := horizon_jobs(plan, store.runs):
             do("shorter horizons", jobs)
+        timings = TimingStore(store.path)
+        unknown = [job for task in plan.tasks if timings.of(job := timing_job(plan, store.runs, task)) is None]
+        do_missing("seconds a step", unknown, partial(time_job, data=data, steps=steps), timings, execute, progress)
     return store.runs
 
 
@@ -184,18 +194,43 @@ def horizon_jobs(plan: Plan, runs: Runs) -> list[Job]:
 
 
 def work(job: Job, data: str | None, steps: int | None) -> Curve:
-    """Do one job on one thread; everything is rebuilt from names (cached per process)."""
-    entry, theta = optimizer_named(job.optimizer)
-    if theta != job.theta:
+    """Do one run on one thread; everything is rebuilt from names (cached per process)."""
+    with one_thread():
+        task = task_named(job.suite, job.task, data, steps)
+        make, _ = _maker(Contender(job.optimizer, job.theta, job.lr), lambda: symmetry_of(task))
+        return run(task, make, job.seed, job.steps)
+
+
+def time_job(job: TimingJob, data: str | None, steps: int | None) -> Timings:
+    """Measure the seconds of a step of all contenders, on one thread; the first steps include symmetry inference."""
+    with one_thread():
+        task = task_named(job.suite, job.task, data, steps)
+        start = time.process_time()
+        symmetry = inferred_symmetry(task)
+        inference = time.process_time() - start
+        makers = {c.identity: _maker(c, lambda: symmetry) for c in job.contenders}
+        found = time_steps(task, {name: make for name, (make, _) in makers.items()})
+        return {n: replace(s, first=s.first + inference) if makers[n][1] else s for n, s in found.items()}
+
+
+def _maker(contender: Contender, symmetry: Callable[[], Symmetry]) -> tuple[MakeOptimizer, bool]:
+    """The factory of an optimizer at its rate, and whether it is given the symmetry."""
+    entry, theta = optimizer_named(contender.optimizer)
+    if theta != contender.theta:
         raise RuntimeError(
-            f"{job.optimizer} changed while it was evaluated (its file was overwritten?). "
+            f"{contender.optimizer} changed while it was evaluated (its file was overwritten?). "
             "Evaluate a copy of the checkpoint."
         )
+    known = {"symmetry": symmetry()} if entry.grid is None else {}
+    return partial(entry.factory, lr=contender.lr, **known), bool(known)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        task = task_named(job.suite, job.task, data, steps)
-        known = {"symmetry": symmetry_of(task)} if entry.grid is None else {}
-        return run(task, partial(entry.factory, lr=job.lr, **known), job.seed, job.steps)
+        yield
     finally:
         torch.set_num_threads(threads)

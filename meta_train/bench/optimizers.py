@@ -65,7 +65,8 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     Layers are the weights with two or more axes in the order in which the model registers them; a
     bare parameter of a transformer (positions) is no layer.
     """
-    layers = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and name.rpartition(".")[2] == "weight"]
+    named = model.named_parameters(remove_duplicate=False)  # a head that is tied to the embedding is the last layer
+    layers = [(name, p) for name, p in named if p.ndim >= 2 and name.rpartition(".")[2] == "weight"]
     embeddings = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     return {name for name, p in layers[1:-1] if p.ndim == 2 and name not in embeddings}
 

@@ -1,8 +1,8 @@
 """Runs -> the measures of an evaluation: chosen rates, horizon searches, one outcome an optimizer, task and seed."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from meta_train.bench.curves import (
@@ -17,6 +17,7 @@ from meta_train.bench.curves import (
     speed_up,
 )
 from meta_train.bench.store import Job, Plan, Runs
+from meta_train.bench.timing import Contender, StepSeconds, TimingJob, TimingStore
 
 HORIZONS = (0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5, 0.67, 0.8, 1.0, 1.25, 1.6, 2.0)  # times a task's own steps
 HORIZON_CAP = 1 / HORIZONS[0]  # the largest horizon speed-up
@@ -125,20 +126,26 @@ class Outcome:
     capped: bool  # Adam did not get there in CAP times the steps: speed_up is CAP, "6+"
     loss_ratio: float  # tuned Adam's final train loss / this one's
     horizon_speed_ups: dict[str, float]  # opponent -> over it, where it is asked for and no runs are missing
+    seconds: StepSeconds | None = None  # of a training step, if they were measured
+    time_speed_up: float | None = None  # as speed_up, in CPU seconds
+    time_speed_ups: dict[str, float] = field(default_factory=dict)  # as horizon_speed_ups, in CPU seconds
 
 
-def outcomes(plan: Plan, runs: Runs) -> list[Outcome]:
+def outcomes(plan: Plan, runs: Runs, timings: TimingStore | None = None) -> list[Outcome]:
     """All outcomes whose runs are in the store: every one, unless it was interrupted."""
+    seconds = {task: step_seconds(plan, runs, task, timings) for task in plan.tasks} if timings else {}
     found = []
     for task, label, seed in _cells(plan):
         try:
-            found.append(_outcome(plan, runs, task, label, seed))
+            found.append(_outcome(plan, runs, task, label, seed, seconds.get(task, {})))
         except KeyError:  # a run that is not there yet
             continue
     return found
 
 
-def _outcome(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> Outcome:
+def _outcome(
+    plan: Plan, runs: Runs, task: str, label: str, seed: int, seconds: Mapping[str, StepSeconds]
+) -> Outcome:
     info = plan.tasks[task]
     lr = tuned_rate(plan, runs, task, label)
     curve = final_curve(plan, runs, task, label, seed)
@@ -152,7 +159,61 @@ def _outcome(plan: Plan, runs: Runs, task: str, label: str, seed: int) -> Outcom
     grid = plan.optimizers[label].grid
     at_edge = grid is not None and len(grid) > 1 and lr in (min(grid), max(grid))
     ratio = loss_ratio(adam_final, curve, info.ceiling)
-    return Outcome(label, task, seed, lr, at_edge, curve, factor, capped, ratio, horizon)
+    mine = seconds.get(label)
+    timed = {other: x for other, x in horizon.items() if other in seconds}
+    in_time = {other: time_speed_up(x, mine, seconds[other]) for other, x in timed.items()} if mine else {}
+    over_adam = time_speed_up(factor, mine, seconds[REFERENCE]) if mine and REFERENCE in seconds else None
+    return Outcome(
+        label,
+        task,
+        seed,
+        lr,
+        at_edge,
+        curve,
+        factor,
+        capped,
+        ratio,
+        horizon,
+        mine,
+        over_adam,
+        in_time,
+    )
+
+
+def time_speed_up(in_steps: float, mine: StepSeconds, other: StepSeconds) -> float:
+    """CPU seconds of the other's whole run over those that the optimizer needs to its final loss.
+
+    Args:
+        in_steps: the other's steps over those that the optimizer needs.
+        mine: of a step of the optimizer.
+        other: of a step of the other.
+    """
+    return in_steps * other.whole / mine.whole
+
+
+# ------------------------------------------------------------------------------------------- seconds
+
+
+def timing_job(plan: Plan, runs: Runs, task: str) -> TimingJob:
+    """All optimizers of the plan on a task, each at its chosen rate. Raises KeyError while tuning runs are missing."""
+    planned = {label: _contender(plan, runs, task, label) for label in plan.optimizers}
+    unlike = {c.identity: c for c in planned.values()}  # two labels may stand for one optimizer at one rate
+    return TimingJob(plan.suite, task, plan.tasks[task].fingerprint, tuple(unlike.values()))
+
+
+def _contender(plan: Plan, runs: Runs, task: str, label: str) -> Contender:
+    optimizer = plan.optimizers[label]
+    return Contender(optimizer.name, optimizer.theta, tuned_rate(plan, runs, task, label))
+
+
+def step_seconds(plan: Plan, runs: Runs, task: str, timings: TimingStore) -> dict[str, StepSeconds]:
+    """By label; empty while they are not measured, without those whose loss became infinite."""
+    try:
+        found = timings.of(timing_job(plan, runs, task)) or {}
+    except KeyError:
+        return {}
+    identities = {label: _contender(plan, runs, task, label).identity for label in plan.optimizers}
+    return {label: found[i] for label, i in identities.items() if i in found}
 
 
 def _cells(plan: Plan) -> Iterator[tuple[str, str, int]]:

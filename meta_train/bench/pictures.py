@@ -1,8 +1,9 @@
 """The pictures of an evaluation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,21 +15,14 @@ from meta_train.bench.store import Plan
 
 def draw_curves(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
     """One panel a task: train loss solid, held-out dashed, bands from least to largest seed; one line a colour."""
-    from matplotlib.lines import Line2D
-
     tasks = [task for task in plan.tasks if any(o.task == task for o in found)]
-    columns = min(3, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
-    figure = new_figure(5 * columns, 3.6 * rows + 0.6)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(tasks) :]:
-        axis.axis("off")
+    figure, axes = _panels(tasks, 3.6)
     colours = colours_of(plan, found)
-    for axis, task in zip(axes.flat, tasks, strict=False):
+    for axis, task in zip(axes, tasks, strict=True):
         for label, colour in colours.items():
             curves = [o.curve for o in of_label(found, label) if o.task == task]
             if curves:
-                _draw_seeds(axis, curves, colour, label)
+                _draw_seeds(axis, curves, colour)
         axis.set_yscale("log")
         axis.set_ylim(
             *_limits([o.curve for o in found if o.task == task and o.optimizer in colours], plan.tasks[task].ceiling)
@@ -37,26 +31,73 @@ def draw_curves(plan: Plan, found: Sequence[Outcome], path: Path) -> None:
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
         axis.grid(alpha=0.25)
-    handles = [Line2D([], [], color=c, label=label) for label, c in colours.items()]
-    handles += [
-        Line2D([], [], color="grey", linestyle="-", label="train"),
-        Line2D([], [], color="grey", linestyle="--", label="held-out"),
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 3 * columns))
+    _legend_above(figure, colours, len(tasks), {"train": "-", "held-out": "--"})
     write_figure(figure, path)
 
 
-def _draw_seeds(axis, curves, colour: str, label: str) -> None:
-    at = curves[0].at
-    for measure, style in (("train", "-"), ("held_out", "--")):
+def _panels(tasks: Sequence[str], height: float):
+    """A figure, and an empty panel for each task."""
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = new_figure(5 * columns, height * rows + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    return figure, list(axes.flat[: len(tasks)])
+
+
+def _legend_above(figure, colours: Mapping[str, str], panels: int, styles: Mapping[str, Any] | None = None) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=c, label=label) for label, c in colours.items()]
+    handles += [Line2D([], [], color="grey", linestyle=style, label=n) for n, style in (styles or {}).items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 3 * min(3, panels)))
+
+
+def draw_seconds(plan: Plan, found: Sequence[Outcome], path: Path) -> bool:
+    """One panel a task: train loss against the CPU seconds spent, bands from least to largest seed.
+
+    False, and no picture, where no seconds were measured.
+    """
+    timed = [o for o in found if o.seconds is not None]
+    tasks = [task for task in plan.tasks if any(o.task == task for o in timed)]
+    if not tasks:
+        return False
+    figure, axes = _panels(tasks, 3.6)
+    colours = colours_of(plan, found)
+    for axis, task in zip(axes, tasks, strict=True):
+        shown = [o for o in timed if o.task == task and o.optimizer in colours]
+        for label, colour in colours.items():
+            mine = [o for o in shown if o.optimizer == label]
+            if mine and mine[0].seconds is not None:
+                _draw_seeds(axis, [o.curve for o in mine], colour, mine[0].seconds.whole, ("train",))
+        axis.set_yscale("log")
+        axis.set_ylim(*_limits([o.curve for o in shown], plan.tasks[task].ceiling))
+        axis.set_xlim(left=0)
+        axis.set_title(task)
+        axis.set_xlabel("CPU seconds of training, one thread")
+        axis.set_ylabel("train loss")
+        axis.grid(alpha=0.25)
+    _legend_above(figure, colours, len(tasks))
+    write_figure(figure, path)
+    return True
+
+
+STYLES = {"train": "-", "held_out": "--"}
+
+
+def _draw_seeds(axis, curves, colour: str, per_step: float = 1.0, measures: Sequence[str] = tuple(STYLES)) -> None:
+    """Lines of measures of the curves; a step is ``per_step`` long on the axis."""
+    at = per_step * np.array(curves[0].at)
+    for measure in measures:
         values = np.array([getattr(curve, measure) for curve in curves], dtype=float)
         values[~np.isfinite(values)] = np.nan  # a diverged run ends where it diverged
         there = ~np.isnan(values).any(axis=0)
-        steps, values = np.array(at)[there], values[:, there]
+        steps, values = at[there], values[:, there]
         if not len(steps):
             continue
         width = 1.8 if measure == "train" else 1.1
-        axis.plot(steps, np.median(values, axis=0), style, color=colour, linewidth=width)
+        axis.plot(steps, np.median(values, axis=0), STYLES[measure], color=colour, linewidth=width)
         if len(curves) > 1:
             low, high = values.min(axis=0), values.max(axis=0)
             axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)

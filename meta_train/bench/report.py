@@ -11,13 +11,15 @@ from learned_opt.checkpoint import write_atomically
 from meta_train.bench.curves import CAP, iqm, iqm_interval
 from meta_train.bench.outcomes import HORIZON_CAP, REFERENCE, Outcome, by_task, of_label, outcomes, ranked
 from meta_train.bench.output import table
-from meta_train.bench.pictures import draw_curves, draw_profile, draw_speed_ups
+from meta_train.bench.pictures import draw_curves, draw_profile, draw_seconds, draw_speed_ups
 from meta_train.bench.store import Plan, Store
+from meta_train.bench.timing import PERIOD, WARM_UP, StepSeconds, TimingStore
 from meta_train.errors import UnknownName
 
 
 def report(folder: Path) -> str:
-    """Write ``report.md``, ``curves.png``, ``speedups.png``, ``profile.png`` into ``folder``; return the Markdown.
+    """Write ``report.md`` and the pictures ``curves.png``, ``speedups.png``, ``profile.png``, and ``seconds.png`` where
+    seconds were measured, into ``folder``; return the Markdown.
 
     The last plan in ``runs.jsonl`` decides what is shown; of an unfinished one, what is there.
 
@@ -31,7 +33,7 @@ def report(folder: Path) -> str:
             f"no evaluation in {folder}: it holds no runs.jsonl, or one without a plan. "
             f"Make one with: python -m meta_train evaluate --out {folder}"
         )
-    found = outcomes(store.plan, store.runs)
+    found = outcomes(store.plan, store.runs, TimingStore(store.path))
     if not found:
         raise UnknownName(
             f"{len(store.runs)} runs in {folder}, but no optimizer has all that its measures need. "
@@ -45,6 +47,7 @@ def report(folder: Path) -> str:
     draw_curves(store.plan, found, folder / "curves.png")
     draw_speed_ups(store.plan, found, folder / "speedups.png")
     draw_profile(store.plan, found, folder / "profile.png")
+    draw_seconds(store.plan, found, folder / "seconds.png")
     return text
 
 
@@ -60,11 +63,15 @@ def markdown(plan: Plan, found: Sequence[Outcome]) -> str:
             f"**Incomplete: {len(found)} of {expected} (task, optimizer, seed) are there.**",
             "",
         ]
-    parts += [summary_table(plan, found), "", _legend(plan), ""]
+    parts += [summary_table(plan, found), "", _legend(plan, found), ""]
     parts += ["## Speed-up per task (median over seeds)", "", speed_up_table(plan, found), ""]
     for label, other in plan.horizon:
         parts += [f"## Horizon speed-up of {label} over {other} (median over seeds)", ""]
         parts += [horizon_table(plan, found, label, other), ""]
+    if any(o.seconds for o in found):
+        parts += ["## Milliseconds of a training step: data + gradient + optimizer", "", step_table(plan, found), ""]
+        parts += [f"## CPU seconds until the optimizer has made its first {WARM_UP} steps", ""]
+        parts += [_seconds_table(plan, found, lambda s: f"{s.first:.2f}"), ""]
     parts += ["## Final train loss per task", "", loss_table(plan, found, "final_train"), ""]
     parts += ["## Final held-out loss per task", "", loss_table(plan, found, "final_held_out"), ""]
     parts += ["## Best held-out loss per task", "", loss_table(plan, found, "best_held_out"), ""]
@@ -78,6 +85,8 @@ def summary_table(plan: Plan, found: Sequence[Outcome]) -> str:
     header += ["held-out best", "diverged", "time per step"]
     opponents = list(dict.fromkeys(other for _, other in plan.horizon))
     header += [f"horizon speed-up over {other}" for other in opponents]
+    timed = any(o.seconds for o in found)
+    header += ["time speed-up", *(f"time speed-up over {other}" for other in opponents)] if timed else []
     rows = []
     for label in ranked(plan, found):
         mine = of_label(found, label)
@@ -92,6 +101,11 @@ def summary_table(plan: Plan, found: Sequence[Outcome]) -> str:
         for other in opponents:
             there = all(other in o.horizon_speed_ups for o in mine)
             row += [_iqm_text(mine, partial(_horizon, other), HORIZON_CAP) if there else "-"]
+        if timed:
+            row += [_iqm_text(mine, _time_speed_up) if all(o.time_speed_up is not None for o in mine) else "-"]
+        for other in opponents if timed else ():
+            there = all(other in o.time_speed_ups for o in mine)
+            row += [_iqm_text(mine, partial(_time, other)) if there else "-"]
         rows.append(row)
     return table(header, rows)
 
@@ -100,7 +114,25 @@ def _horizon(opponent: str, outcome: Outcome) -> float:
     return outcome.horizon_speed_ups[opponent]
 
 
-def _legend(plan: Plan) -> str:
+def _time(opponent: str, outcome: Outcome) -> float:
+    return outcome.time_speed_ups[opponent]
+
+
+def _time_speed_up(outcome: Outcome) -> float:
+    assert outcome.time_speed_up is not None  # asked for where it is there
+    return outcome.time_speed_up
+
+
+_TIME = (
+    "Time speed-up: CPU seconds, on one thread, of Adam's steps to the optimizer's final train loss over those of the "
+    "optimizer's run (a lower bound where the speed-up has a plus). Over another: CPU seconds of the other's run over "
+    "those that the optimizer needs to its final train loss: its horizon speed-up, times the other's seconds of a "
+    "training step, over its own. Below 1 the optimizer is slower. Seconds of a step are means over whole multiples of "
+    f"{PERIOD} steps, which all optimizers made in turns, in one process; the first {WARM_UP} steps are reported apart."
+)
+
+
+def _legend(plan: Plan, found: Sequence[Outcome]) -> str:
     lines = [
         f"Interquartile means over task x seed ({len(plan.tasks)} tasks, {plan.seeds} seeds), with "
         "95 % bootstrap intervals that resample seeds within tasks, not tasks (with three seeds a task they "
@@ -111,6 +143,7 @@ def _legend(plan: Plan) -> str:
         "of held-out losses, at the end and at the best point of the run (above 1 beats Adam). "
         "Time per step: processor time of a training step (data, gradient, optimizer; one thread) "
         "over Adam's, median over tasks.",
+        *([_TIME] if any(o.seconds for o in found) else []),
         f"Tuned: by the mean final train loss of the first {plan.tuning_seeds} of these seeds.",
     ]
     if any(o.shared for o in plan.optimizers.values()):
@@ -138,13 +171,37 @@ def speed_up_table(plan: Plan, found: Sequence[Outcome]) -> str:
 
 
 def horizon_table(plan: Plan, found: Sequence[Outcome], label: str, other: str) -> str:
-    """Median over seeds, of one optimizer over another."""
+    """Medians over seeds, of one optimizer over another: in steps, in time, and where it is slower in time."""
     over = [o for o in found if o.optimizer == label and other in o.horizon_speed_ups]
+    timed = [o for o in over if other in o.time_speed_ups]
+    rows, slower = [["in steps"], ["in time"]], []
+    for task in plan.tasks:
+        steps = [o.horizon_speed_ups[other] for o in over if o.task == task]
+        times = [o.time_speed_ups[other] for o in timed if o.task == task]
+        rows[0].append(_number(float(np.median(steps)), HORIZON_CAP) if steps else "-")
+        rows[1].append(f"{np.median(times):.2f}" if times else "-")
+        slower += [task] if times and np.median(times) < 1 else []
+    text = table([label, *plan.tasks], rows if timed else rows[:1])
+    if timed:
+        text += f"\n\nIn time slower than {other} on: {', '.join(slower) or 'no task'}."
+    return text
 
+
+def step_table(plan: Plan, found: Sequence[Outcome]) -> str:
+    """Milliseconds of the three parts of a training step, and the spread of their sum."""
+
+    def cell(s: StepSeconds) -> str:
+        parts = " + ".join(f"{1e3 * x:.3g}" for x in (s.data, s.gradient, s.step))
+        return f"{parts} (± {1e3 * s.spread:.2g})"
+
+    return _seconds_table(plan, found, cell) + f"\n\n±: standard deviation of the sum over periods of {PERIOD} steps."
+
+
+def _seconds_table(plan: Plan, found: Sequence[Outcome], text: Callable[[StepSeconds], str]) -> str:
     def cell(mine: Sequence[Outcome]) -> str:
-        return _number(float(np.median([o.horizon_speed_ups[other] for o in mine])), HORIZON_CAP)
+        return "-" if mine[0].seconds is None else text(mine[0].seconds)
 
-    return _task_table(plan, over, cell, [label])
+    return _task_table(plan, found, cell)
 
 
 def loss_table(plan: Plan, found: Sequence[Outcome], measure: str) -> str:
@@ -204,12 +261,16 @@ def _against_adam(found: Sequence[Outcome], mine: Sequence[Outcome], measure: st
     return f"{iqm(ratios):.2f}"
 
 
-def _step_seconds(outs: Sequence[Outcome], task: str) -> float:
-    return float(np.median([o.curve.cpu_seconds / max(o.curve.ran, 1) for o in outs if o.task == task]))
+def _step_seconds(outs: Sequence[Outcome], task: str, interleaved: bool) -> float:
+    own = [o for o in outs if o.task == task]
+    if interleaved and own[0].seconds is not None:
+        return own[0].seconds.whole
+    return float(np.median([o.curve.cpu_seconds / max(o.curve.ran, 1) for o in own]))
 
 
 def _time_ratio(found: Sequence[Outcome], mine: Sequence[Outcome]) -> str:
     adam = of_label(found, REFERENCE)
     tasks = {o.task for o in mine}
-    ratios = [_step_seconds(mine, t) / max(_step_seconds(adam, t), 1e-12) for t in tasks]
+    timed = all(o.seconds for o in (*mine, *adam))
+    ratios = [_step_seconds(mine, t, timed) / max(_step_seconds(adam, t, timed), 1e-12) for t in tasks]
     return f"{np.median(ratios):.1f}x"

@@ -81,7 +81,7 @@ Runs = dict[Hashable, Curve]
 
 
 class Store(jobs.Store[Job, Curve]):
-    """``runs.jsonl`` of an evaluation: one line a plan or a finished run."""
+    """``runs.jsonl`` of an evaluation: one line a plan, a finished run, or what a TimingStore reads."""
 
     holds = "of an evaluation"
 
@@ -93,7 +93,7 @@ class Store(jobs.Store[Job, Curve]):
         """A plan or a run."""
         if "plan" in record:
             self.plan = Plan.from_dict(record["plan"])
-        else:
+        elif "timing" not in record:  # those are the TimingStore's
             self.runs[Job(**record["job"]).key] = _curve_from(record["curve"])
 
     def add_plan(self, plan: Plan) -> None:

@@ -128,16 +128,16 @@ def recipe(folder: Path, activation: zoos.Activation) -> tuple[zoos.Settings, in
     Raises:
         ZooError: it is one of other networks.
     """
-    told = chunks.settings_of(folder)
-    if not told:
+    made_with = chunks.settings_of(folder)
+    if not made_with:
         return zoos.Settings(activation=activation, precision="bfloat16"), zoos.CHUNK
-    found = (told.get("kind"), told.get("activation"))
+    found = (made_with.get("kind"), made_with.get("activation"))
     if found != ("cnn", activation):
         raise ZooError(f"{folder} holds a zoo of {found}, not of {('cnn', activation)}. Name another folder.")
-    known = {f.name: told[f.name] for f in fields(zoos.Settings) if f.name in told}
+    known = {f.name: made_with[f.name] for f in fields(zoos.Settings) if f.name in made_with}
     if "checkpoints" in known:
         known["checkpoints"] = tuple(known["checkpoints"])
-    return zoos.Settings(**known), told["chunk"]
+    return zoos.Settings(**known), made_with["chunk"]
 
 
 def largest(weights: Mapping[str, Tensor]) -> list[float]:
@@ -257,7 +257,7 @@ def generalisation(
         report(grid.out, stored(Store(grid.out / "runs.jsonl").runs.values(), jobs), settings)
         return
     activations = list(dict.fromkeys(DATASETS[d][0] for d in datasets))
-    for activation in activations:  # a wrong folder is told of before another zoo is generated
+    for activation in activations:  # a wrong folder is named before another zoo is generated
         recipe(folders[activation], activation)
     digests = {a: zoo_digest(whole_zoo(folders[a], a, settings.count, data)) for a in activations}
     jobs = [replace(job, settings={**job.settings, "zoo": digests[DATASETS[job.dataset][0]]}) for job in jobs]

@@ -308,8 +308,8 @@ def run_job(job: Job, folders: Mapping[str, Path], device: str = "cpu") -> Measu
     sizes = {f"{name}_rows": float(len(y)) for name, (_, y) in parts.items()}
     if method.kind in ("forest", "boosting"):
         fitted, score = tree(method, *parts["train"], job.seed), Loss.of("mse")
-        told = {n: torch.tensor(fitted.predict(rows(method, x))) for n, (x, _) in parts.items()}
-        found = {n: score.measures(told[n].unsqueeze(1), y.double().unsqueeze(1)) for n, (_, y) in parts.items()}
+        predicted = {n: torch.tensor(fitted.predict(rows(method, x))) for n, (x, _) in parts.items()}
+        found = {n: score.measures(predicted[n].unsqueeze(1), y.double().unsqueeze(1)) for n, (_, y) in parts.items()}
     else:
         predictor = WeightSpacePredictor(module=network(method, parts["train"][0], spec, job.seed))
         fit = Fit(
@@ -404,8 +404,8 @@ def report(out: Path, runs: Sequence[Run], settings: Settings) -> None:
     title = "Generalisation of small transformers"
     titles = {run.job.dataset: title_of(run) for run in runs}
     sizes = {title_of(run): [int(run.measures[f"{n}_rows"]) for n in ("train", "val", "test")] for run in runs}
-    told = ", ".join(f"{name} {a} / {b} / {c}" for name, (a, b, c) in sizes.items())
-    note = f"{NOTE} Rows to train, validate and test in the last split: {told}."
+    rows_text = ", ".join(f"{name} {a} / {b} / {c}" for name, (a, b, c) in sizes.items())
+    note = f"{NOTE} Rows to train, validate and test in the last split: {rows_text}."
     text = write_results(out, runs, "tau", title=title, note=note, published=PUBLISHED, titles=titles, about=about)
     draw(out / "picture.png", cells(runs, "tau"), PUBLISHED, label="Kendall's tau", titles=titles)
     print(text)
