@@ -247,7 +247,9 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
         return
     network, tensor = new["network"], new["tensor"]
     if "log_scale" in network:
-        network["log_scale"] = when(clock.frame, potentials(layout.symmetry, params), network["log_scale"])
+        found = potentials(layout.symmetry, params)
+        assert found is not None
+        network["log_scale"] = when(clock.frame, found, network["log_scale"])
         for b in layout.all:
             new[b.key] |= scales(b, network["log_scale"])
     sizes, decays = [], []
@@ -563,14 +565,15 @@ def _kept(layout: BatchLayout, old: State, new: State, live: dict[str, bool]) ->
     kept: State = {"network": new["network"]}
     kept["tensor"] = {k: torch.where(mask(layout.members), x, old["tensor"][k]) for k, x in new["tensor"].items()}
     for b in layout.all:
-        own, entries = mask(b.names), mask(b.names)
+        own = biases = entries = mask(b.names)
         if isinstance(b, FlatBatch):
             own = entries = own.index_select(0, b.segment)
         elif b.biases:
-            entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), mask(b.biases)[:, None, None]], -1)
+            biases = mask(b.biases)
+            entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), biases[:, None, None]], -1)
         kept[b.key] = {}
         for k, x in new[b.key].items():
-            moved = entries if k in ("m", "last_update") else mask(b.biases) if k in ("v_bias", "snr") else own
+            moved = entries if k in ("m", "last_update") else biases if k in ("v_bias", "snr") else own
             moved = moved if moved.ndim == x.ndim else moved.view(-1, *[1] * (x.ndim - 1))
             kept[b.key][k] = x if "scale" in k else torch.where(moved, x, old[b.key][k])
     return kept
