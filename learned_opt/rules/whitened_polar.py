@@ -344,9 +344,11 @@ def matrix_direction(b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, size:
     x = whitening.multiplied(b, x, roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
     x = whitening.multiplied(b, x, roots).to(n.dtype)
+    if _bias_in_root(b, roots):  # the size is that of the matrix with its bias over BIAS
+        x[..., -1] /= BIAS
     d = b.join([part * (_unit(part, b) * _repeated(size, part) / _norm(part)) for part in b.split(x)])
     if b.biases:
-        d[..., -1] *= own["snr"][:, None] if _bias_in_root(b, roots) else BIAS * own["snr"][:, None]
+        d[..., -1] *= BIAS * own["snr"][:, None]
     return d
 
 
