@@ -108,9 +108,9 @@ class Reference(UpdateRule):
         # the slope along the last step, the momentum that it asks for, and what the rate gains by it
         if self.measure_lr and (int(t) <= 51 or int(t) % 5 == 0):
             down = sum((g[n] * state[n]["last_update"]).sum() for n in names)
-            most = torch.stack([norm[n] * state[n]["update_norm"] for n in owners]).sum()
+            length = torch.stack([norm[n] * state[n]["update_norm"] for n in owners]).sum()
             old = Measured(*(network[k] for k in Measured._fields))
-            network["slope"] = 0.8 * old.slope + 0.2 * (down / most if most > 0 else 0 * t)
+            network["slope"] = 0.8 * old.slope + 0.2 * (down / length if length > 0 else 0 * t)
             network["log_lr"] = auto_lr.log_lr(old, network["slope"], t, total_steps)
             network["beta1"] = auto_lr.beta1(t, network["slope"])
         beta1 = network["beta1"]
