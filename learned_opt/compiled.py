@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learned_opt.functional import computing_dtype
 from learned_opt.layout import ByIdentity
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.symmetry import Symmetry
@@ -63,7 +64,8 @@ class Compiled:
         """
         apart = {"names": names, "ages": ages, "in_place": in_place}
         theta = {n: t.detach() for n, t in [*rule.named_parameters(), *rule.named_buffers()]}
-        horizon = {} if total_steps is None else {"total_steps": torch.as_tensor(total_steps, dtype=torch.float32)}
+        dtype = computing_dtype([params[n] for n in names])
+        horizon = {} if total_steps is None else {"total_steps": torch.as_tensor(total_steps, dtype=dtype)}
         inputs, groups = _flat([params, grads, theta, horizon, *state.values()])
 
         def step(*inputs: Tensor) -> list[Tensor]:
