@@ -7,12 +7,13 @@ steps take anew, are one operator), so a trace of one step holds for all: what i
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from learned_opt.functional import computing_dtype
 from learned_opt.layout import ByIdentity
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.symmetry import Symmetry
@@ -31,7 +32,7 @@ class Compiled:
     step once a compilation has failed, which a warning tells.
 
     Args:
-        apply: of the form of :func:`learned_opt.optimizer.apply_rule`, and pure.
+        apply: of the form of :func:`learned_opt.functional.apply_rule`, and pure.
     """
 
     def __init__(self, apply: Callable[..., Result]) -> None:
@@ -52,26 +53,37 @@ class Compiled:
         symmetry: Symmetry,
         *,
         total_steps: float | Tensor | None,
-        weight_decay: Mapping[str, float],
+        weight_decay: Mapping[str, float | None],
+        names: tuple[str, ...],
+        ages: Collection[int],
+        in_place: bool,
     ) -> Result:
-        """As ``apply``. Compiles anew where names, shapes, ``rule``, ``symmetry`` or ``weight_decay`` are new."""
+        """As ``apply``. Compiles anew where names, shapes, ``rule``, ``symmetry`` or ``weight_decay`` are new.
+
+        A graph serves every age: in it, what is due is a mask. It writes to none of its inputs.
+        """
+        apart = {"names": names, "ages": ages, "in_place": in_place}
         theta = {n: t.detach() for n, t in [*rule.named_parameters(), *rule.named_buffers()]}
-        horizon = {} if total_steps is None else {"total_steps": torch.as_tensor(total_steps, dtype=torch.float32)}
-        inputs, names = _flat([params, grads, theta, horizon, *state.values()])
+        dtype = computing_dtype([params[n] for n in names])
+        horizon = {} if total_steps is None else {"total_steps": torch.as_tensor(total_steps, dtype=dtype)}
+        inputs, groups = _flat([params, grads, theta, horizon, *state.values()])
 
         def step(*inputs: Tensor) -> list[Tensor]:
-            params, grads, theta, horizon, *slots = _grouped(inputs, names)
-            told = {"total_steps": horizon.get("total_steps"), "weight_decay": weight_decay, "theta": theta}
+            params, grads, theta, horizon, *slots = _grouped(inputs, groups)
+            told = {"total_steps": horizon.get("total_steps"), "weight_decay": weight_decay, "weights": theta}
             arguments = params, grads, dict(zip(state, slots, strict=True)), symmetry
-            updates, new = self._apply(rule, *arguments, **told)
+            updates, new = self._apply(rule, *arguments, **told, names=names)
             return _flat([{n: updates[n] for n in grads}, *({k: new[n][k] for k in s} for n, s in state.items())])[0]
 
         kinds = tuple((x.shape, x.dtype, x.device, x.stride()) for x in inputs)
-        key = (names, tuple(state), kinds, tuple(weight_decay.items()), rule, ByIdentity(symmetry))
+        key = (groups, names, tuple(state), kinds, tuple(weight_decay.items()), rule, ByIdentity(symmetry))
         again, self._last = key == self._last, key
         if key not in self._graphs and again and self._works and len(self._graphs) < MOST:
             self._compile(key, step, inputs)
-        outputs = self._graphs.get(key, step)(*inputs)
+        if key not in self._graphs:
+            told = {"total_steps": total_steps, "weight_decay": weight_decay}
+            return self._apply(rule, params, grads, state, symmetry, **told, **apart)
+        outputs = self._graphs[key](*inputs)
         updates, *new = _grouped(outputs, (tuple(grads), *(tuple(s) for s in state.values())))
         return updates, dict(zip(state, new, strict=True))
 

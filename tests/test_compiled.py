@@ -12,6 +12,7 @@ from learned_opt.optimizer import NFNOpt
 from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
 from tests.inferred import infer
+from tests.rules.classic import Adam
 from tests.states import MODELS, noise_like
 
 STEPS = 13  # roots of second moments are due at steps 1 to 3 and 10
@@ -24,10 +25,10 @@ class Scaled(UpdateRule):
         super().__init__()
         self.size = nn.Parameter(torch.tensor(0.1))
 
-    def init(self, params):
+    def init(self, params, symmetry):
         return {n: {"step": torch.zeros(())} for n in params}
 
-    def forward(self, params, grads, state, symmetry, *, total_steps=None, weight_decay=0.0):
+    def forward(self, params, grads, state, symmetry, *, total_steps=None, **_):
         return {n: -self.size / total_steps * g for n, g in grads.items()}, state
 
 
@@ -50,10 +51,11 @@ def graphs(monkeypatch):
     return calls
 
 
-def make(kind="mlp", rule="adam", **options):
+def make(kind="mlp", rule=Adam, **options):
     torch.manual_seed(0)
     model = MODELS[kind]().double()
     named, symmetry = model.named_parameters(), infer(model)
+    rule = Adam() if rule is Adam else rule
     return model, NFNOpt(named, symmetry=symmetry, rule=rule, **{"total_steps": 20, **options})
 
 
@@ -74,7 +76,7 @@ def assert_alike(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-SOME = [("tanh", "paced", {"total_steps": None}), ("mlp", "nominal", {"lr": torch.tensor(0.5)})]
+SOME = [("tanh", "auto_lr", {"total_steps": None}), ("mlp", "whitened_polar", {"lr": torch.tensor(0.5)})]
 ALL = [(kind, rule, {}) for kind in MODELS for rule in RULES]
 
 
@@ -147,5 +149,5 @@ def test_a_copy_compiles_for_itself(copier, graphs):
 @pytest.mark.slow
 def test_inductor_computes_the_same():
     torch._dynamo.reset()
-    theirs, ours = (train(*make(rule="paced", compile=c)) for c in (False, True))
+    theirs, ours = (train(*make(rule="auto_lr", compile=c)) for c in (False, True))
     assert_alike(ours, theirs)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from learned_opt.batches import BatchLayout
 from learned_opt.symmetry import Symmetry
 
 Weights = dict[str, Tensor]
@@ -23,6 +24,9 @@ class UpdateRule(nn.Module, ABC):
     @abstractmethod
     def init(self, params: Weights, symmetry: Symmetry) -> State:
         """Fresh state of these tensors: batches of slots."""
+
+    def derive(self, layout: BatchLayout, state: State) -> None:  # noqa: B027
+        """Set the slots of a state in batches that follow from others, after these were loaded."""
 
     @abstractmethod
     def forward(

@@ -91,8 +91,8 @@ class Clock:
 
     def _slope(self, ahead: int) -> Due:
         if self.ages is not None and not self._apart:
-            t = max(self.ages) + ahead
-            return t <= SLOPES_LATER or t % EVERY_SLOPE == 0
+            now = max(self.ages) + ahead
+            return now <= SLOPES_LATER or now % EVERY_SLOPE == 0
         t = self.t + ahead
         return (t <= SLOPES_LATER) | (t % EVERY_SLOPE == 0)
 

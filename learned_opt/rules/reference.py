@@ -106,11 +106,11 @@ class Reference(UpdateRule):
             new[n]["mean_square"] = BETA2 * new[n]["mean_square"] + (1 - BETA2) * norm[n] ** 2 / numel[n]
 
         # the slope along the last step, the momentum that it asks for, and what the rate gains by it
-        if self.measure_lr and (t <= 51 or t % 5 == 0):
+        if self.measure_lr and (int(t) <= 51 or int(t) % 5 == 0):
             down = sum((g[n] * state[n]["last_update"]).sum() for n in names)
-            most = sum(norm[n] * state[n]["update_norm"] for n in owners)
+            length = torch.stack([norm[n] * state[n]["update_norm"] for n in owners]).sum()
             old = Measured(*(network[k] for k in Measured._fields))
-            network["slope"] = 0.8 * old.slope + 0.2 * (down / most if most > 0 else 0 * t)
+            network["slope"] = 0.8 * old.slope + 0.2 * (down / length if length > 0 else 0 * t)
             network["log_lr"] = auto_lr.log_lr(old, network["slope"], t, total_steps)
             network["beta1"] = auto_lr.beta1(t, network["slope"])
         beta1 = network["beta1"]
@@ -143,7 +143,7 @@ class Reference(UpdateRule):
             correlation = (1 + beta1) / (1 - beta1) * m2 / v if v > 0 else 0 * t
             network["correlation"] = auto_lr.mean_correlation(old, correlation, t, total_steps)
             old = old._replace(correlation=network["correlation"])
-        scale_of_lr = auto_lr.lr_scale(old, t, total_steps)
+        scale_of_lr: Number = auto_lr.lr_scale(old, t, total_steps)
         if not self.measure_lr:
             scale_of_lr = 1.0 if total_steps is None else auto_lr.horizon_scale(total_steps)
         rate = scale_of_lr * auto_lr.RATE * auto_lr.decay(t, total_steps)
@@ -160,7 +160,7 @@ class Reference(UpdateRule):
             if t + 1 <= 51 or (t + 1) % 5 == 0:
                 for k, d in steps.items():
                     new[k]["last_update"] = rate * own["size"] * d
-                own["update_norm"] = sum(new[k]["last_update"].square().sum() for k in steps).sqrt()
+                own["update_norm"] = torch.stack([new[k]["last_update"].norm() for k in steps]).norm()
             for k, d in steps.items():
                 updates[k] = -scale[k] * rate * own["size"] * d
                 asked = weight_decay.get(k) if isinstance(weight_decay, Mapping) else weight_decay

@@ -276,7 +276,9 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
         return
     network, tensor = new["network"], new["tensor"]
     if "log_scale" in network:
-        network["log_scale"] = when(clock.frame, potentials(layout.symmetry, params), network["log_scale"])
+        found = potentials(layout.symmetry, params)
+        assert found is not None
+        network["log_scale"] = when(clock.frame, found, network["log_scale"])
         for b in layout.all:
             new[b.key] |= scales(b, network["log_scale"])
     sizes, decays = [], []
@@ -335,11 +337,11 @@ def update_moments(
 
 
 def extended(b: TensorBatch, axis: int, root: Tensor) -> Tensor:
-    """A root of columns with one more for the bias, which is an input of size ``BIAS``."""
+    """A root of columns with one more for the bias, which it leaves alone."""
     if not whitening.is_extended(b, axis):
         return root
     corner = torch.zeros(b.K, b.K, dtype=root.dtype, device=root.device)
-    corner[-1, -1] = BIAS
+    corner[-1, -1] = 1
     return functional.pad(root, (0, 1, 0, 1)) + corner
 
 
@@ -376,12 +378,8 @@ def matrix_direction(
     x = b.scaled(x, control.units) if control else x
     d = b.join([part * (_unit(part, b) * _repeated(size, part) / _norm(part)) for part in b.split(x)])
     if b.biases:
-        d[..., -1] *= own["snr"][:, None] if _bias_in_root(b, roots) else BIAS * own["snr"][:, None]
+        d[..., -1] *= BIAS * own["snr"][:, None]
     return d
-
-
-def _bias_in_root(b: TensorBatch, roots: Mapping[int, Tensor]) -> bool:
-    return any(whitening.is_extended(b, i) for i in roots)
 
 
 def preconditioners(b: TensorBatch, own: Slots) -> Slots:
@@ -400,7 +398,7 @@ def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Te
     for i in b.axes:
         if i not in roots:
             n = along(b, n, i, own[f"scale{i}"])
-    if b.biases and not _bias_in_root(b, roots):
+    if b.biases:
         n[..., -1] *= BIAS
     return n
 
@@ -595,14 +593,15 @@ def _kept(layout: BatchLayout, old: State, new: State, live: dict[str, bool]) ->
     kept: State = {"network": new["network"]}
     kept["tensor"] = {k: torch.where(mask(layout.members), x, old["tensor"][k]) for k, x in new["tensor"].items()}
     for b in layout.all:
-        own, entries = mask(b.names), mask(b.names)
+        own = biases = entries = mask(b.names)
         if isinstance(b, FlatBatch):
             own = entries = own.index_select(0, b.segment)
         elif b.biases:
-            entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), mask(b.biases)[:, None, None]], -1)
+            biases = mask(b.biases)
+            entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), biases[:, None, None]], -1)
         kept[b.key] = {}
         for k, x in new[b.key].items():
-            moved = entries if k in ("m", "last_update") else mask(b.biases) if k in ("v_bias", "snr") else own
+            moved = entries if k in ("m", "last_update") else biases if k in ("v_bias", "snr") else own
             moved = moved if moved.ndim == x.ndim else moved.view(-1, *[1] * (x.ndim - 1))
             kept[b.key][k] = x if "scale" in k else torch.where(moved, x, old[b.key][k])
     return kept

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from learned_opt.rules.nominal import DecayingPolar, Nominal, schedule
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import linear
 
@@ -11,7 +12,6 @@ from learned_opt import features
 from learned_opt.rules import RULES
 from learned_opt.rules.embedding import broadcast
 from learned_opt.rules.nfn import N_ODD, N_TIME, NFN, time_features
-from learned_opt.rules.nominal import DecayingPolar, Nominal, schedule
 from tests.inferred import infer
 from tests.states import MODELS, assert_same, every_model, make, noise_like
 
