@@ -115,7 +115,7 @@ def test_two_networks_with_the_same_names_fit_one_optimizer():
     assert not torch.equal(b[0].weight, before[1]["0.weight"])
 
 
-@pytest.mark.parametrize(("name", "most"), [("whitened_polar", 0.3), ("auto_lr", 0.9)])  # paced begins at a part of its rate
+@pytest.mark.parametrize(("name", "most"), [("whitened_polar", 0.3), ("auto_lr", 0.9)])  # that begins at a lower rate
 def test_the_schedule_goes_on_where_other_tensors_were_trained_before(name, most):
     model = make_model()
     optimizer = make(name, model, total_steps=10)
@@ -129,7 +129,7 @@ def test_the_schedule_goes_on_where_other_tensors_were_trained_before(name, most
     train(other, make(name, other, total_steps=10), 1)
     last, first = (weights(m)["0.weight"] - before for m in (model, other))
     assert last.norm() < most * first.norm(), "the last of ten steps, though this tensor's first"
-    assert [optimizer.state[model[i].weight]["clock"] for i in (0, 2)] == [10, 10]
+    assert [optimizer.state[model[i].weight]["step"] for i in (0, 2)] == [1, 9]
 
 
 @every_rule
