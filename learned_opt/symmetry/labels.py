@@ -161,7 +161,8 @@ class AxisLabels:
         """
         axes = [list(leaves_of(axis)) for axis in self.specs[name].axes]
         labels = [{leaf.label for leaf in leaves} for leaves in axes]
-        bases = [{b for leaf in leaves for b in self.over(leaf)} - own for leaves, own in zip(axes, labels, strict=True)]
+        over = [{b for leaf in leaves for b in self.over(leaf)} for leaves in axes]
+        bases = [b - own for b, own in zip(over, labels, strict=True)]
         fibres = frozenset(i for i, b in enumerate(bases) if any(b & own for own in labels))
         return fibres, frozenset(j for j, own in enumerate(labels) if any(bases[i] & own for i in fibres))
 
