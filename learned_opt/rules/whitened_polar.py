@@ -46,7 +46,7 @@ from learned_opt.rules.numerics import ROUNDING, TINY, root, rsqrt
 from learned_opt.symmetry import Symmetry
 
 BETA2 = 0.99  # decay rate of mean squares
-ITERATIONS, SIZE = 3, 0.9  # of Newton and Schulz, and the size of their result over sqrt(min(R, K))
+ITERATIONS, SIZE = 4, 0.9  # of Newton and Schulz, and the size of their result over sqrt(min(R, K))
 VECTOR = 2.0  # times the Adam direction of gains, embeddings and vectors that are no matrix's bias
 BIAS, SNR = 3.0, 0.2  # size of the input that a bias stands for; RMS of Adam's direction below which biases step less
 USUAL, SMALLEST = 0.5, 0.1  # RMS times root fan-in of usual weights; relative to that, what smaller ones count as
@@ -78,7 +78,7 @@ class WhitenedPolar(UpdateRule):
         measure_lr: whether the rate is measured (:mod:`learned_opt.rules.auto_lr`), or the schedule's.
     """
 
-    ends = True
+    ends = sets_rate = True
 
     def __init__(self, measure_lr: bool = True) -> None:
         super().__init__()
