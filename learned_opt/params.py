@@ -1,8 +1,8 @@
 """The tensors of an optimizer: their names, their options, and their symmetry (given, inferred or independent)."""
 
 import logging
-import warnings
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
