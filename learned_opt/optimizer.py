@@ -75,15 +75,14 @@ class NFNOpt(torch.optim.Optimizer):
             axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it
             may describe more tensors than are optimised. Named parameters are matched with it by name,
             others by position.
-        lr: multiplies the update (also per group); a number or a 1-element tensor. "paced", "nominal" and
-            the learned rules set their own rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
-        weight_decay: decoupled as AdamW's, times the rate (also per group): ``lr`` times what the rule sets,
-            which is about 0.01 and decays; 1 for "adam", "sgd" and "muon".
-        total_steps: how many steps the training takes, if that is known; it sets the schedule of
-            "paced", "nominal" and the learned rules.
-        rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "paced" is
-            "nominal", what the learned rules start from, at a rate that the first steps measure; it is the
-            default until a theta is better (experiments, 18 to 20).
+        lr: multiplies the update (also per group); a number or a 1-element tensor. The rules set their own rate, so
+            it is 1.
+        weight_decay: decoupled as AdamW's, times the rate (also per group): ``lr`` times what the rule sets, which is
+            about 0.01 and decays. None: the rule's own, which is small.
+        total_steps: how many steps the training takes, if that is known; it sets the schedule.
+        rule: a name in ``RULES``, the path of a ``.safetensors`` file of learned weights, or an :class:`UpdateRule`.
+            "auto_lr" is "whitened_polar" at a rate that the first steps measure; "learned" is "auto_lr" under controls
+            of a neural functional network.
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
             out, weights and averages unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is
