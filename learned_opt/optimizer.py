@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers
-from learned_opt.compiled import Compiled
 from learned_opt.functional import apply_rule, stepped
 from learned_opt.params import (
     NamedParam,
@@ -76,24 +75,20 @@ class NFNOpt(torch.optim.Optimizer):
             axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it
             may describe more tensors than are optimised. Named parameters are matched with it by name,
             others by position.
-        lr: multiplies the update (also per group); a number or a 1-element tensor. "paced", "nominal" and
-            the learned rules set their own rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
-        weight_decay: decoupled as AdamW's, times the rate (also per group): ``lr`` times what the rule sets,
-            which is about 0.01 and decays; 1 for "adam", "sgd" and "muon".
-        total_steps: how many steps the training takes, if that is known; it sets the schedule of
-            "paced", "nominal" and the learned rules.
-        rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "paced" is
-            "nominal", what the learned rules start from, at a rate that the first steps measure; it is the
-            default until a theta is better (experiments, 18 to 20).
+        lr: multiplies the update (also per group); a number or a 1-element tensor. The rules set their own rate, so
+            it is 1.
+        weight_decay: decoupled as AdamW's, times the rate (also per group): ``lr`` times what the rule sets, which is
+            about 0.01 and decays. None: the rule's own, which is small.
+        total_steps: how many steps the training takes, if that is known; it sets the schedule.
+        rule: a name in ``RULES``, the path of a ``.safetensors`` file of learned weights, or an :class:`UpdateRule`.
+            "auto_lr" is "whitened_polar" at a rate that the first steps measure; "learned" is "auto_lr" under controls
+            of a neural functional network.
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
             out, weights and averages unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is
             checked. (Where it is checked, a gradient with entries over 1e15 is scaled down to that,
             lest squares overflow.)
         maximize: ascend instead (also per group).
-        compile: have ``torch.compile`` make one graph of the rule's step. That takes one to three minutes at the second
-            step (seconds where torch's cache on disk has it), and again where other tensors have gradients or the
-            weight decay changes; then a step of a small network takes a third of its time.
 
     Attributes:
         rule: the :class:`UpdateRule`, with theta.
@@ -117,7 +112,6 @@ class NFNOpt(torch.optim.Optimizer):
         rule: str | Path | UpdateRule = "auto_lr",
         nan_policy: NanPolicy = "skip",
         maximize: bool = False,
-        compile: bool = False,
     ) -> None:
         if nan_policy not in ("skip", "raise", "propagate"):
             raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
@@ -125,7 +119,6 @@ class NFNOpt(torch.optim.Optimizer):
             raise ValueError(f"symmetry={symmetry!r} is unknown; it is a Symmetry, 'infer' or 'independent'")
         self.rule = make_rule(rule)
         self.nan_policy = nan_policy
-        self._apply = Compiled(apply_rule) if compile else apply_rule
         self.skipped_steps: Counter[str] = Counter()
         self._given: Symmetry | Mode = symmetry
         self._known: ParamMap | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
@@ -223,8 +216,9 @@ class NFNOpt(torch.optim.Optimizer):
         return calls
 
     # -- the step
+    @torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler with this module
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient.
+        """One update of every parameter that has a gradient. ``torch.compile`` leaves it as it is.
 
         Args:
             closure: reevaluates the model, calls ``backward`` and returns the loss; run with
@@ -279,7 +273,7 @@ class NFNOpt(torch.optim.Optimizer):
             if factor != 1:
                 grads[n] = factor * grads[n].to(accumulator_dtype(grads[n]))
         buffers = self._buffered(entries, symmetry)
-        updates, state = self._apply(
+        updates, state = apply_rule(
             self.rule,
             params,
             grads,
@@ -413,7 +407,7 @@ class NFNOpt(torch.optim.Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "nan_policy", "skipped_steps", "_apply", "_given", "_steps", "_outlasted")
+        own = ("rule", "nan_policy", "skipped_steps", "_given", "_steps", "_outlasted")
         kept = {k: getattr(self, k) for k in own} | {"_known": self._placed(), "_network": self._networks()}
         return super().__getstate__() | kept
 
