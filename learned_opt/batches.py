@@ -101,8 +101,10 @@ class TensorBatch:
         reads: sizes of the axes of what is read.
         parts: rows of the matrices that a tensor holds; empty: ``pack`` cuts it.
         pack: cuts a tensor whose matrices are no blocks of rows.
+        thin: whether it is a thin matrix: every entry has a second moment.
         factored: whether it is no matrix (an embedding): second moments of rows and columns scale its entries.
         hidden: axes (of the tensor) that a label permutes: they are whitened.
+        fibres: axes that every index of another permutes in its own way: they have no second moments.
         scaling: of its entries; None: no unit has a scale.
     """
 
@@ -117,8 +119,15 @@ class TensorBatch:
     parts: Shape
     pack: Pack | None
     factored: bool
+    thin: bool
     hidden: frozenset[int]
+    fibres: frozenset[int]
     scaling: Scaling | None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it takes polar steps."""
+        return not self.factored and not self.thin
 
     @cached_property
     def R(self) -> int:  # noqa: N802
@@ -139,7 +148,7 @@ class TensorBatch:
     def axes(self) -> tuple[int, ...]:
         """Axes of the tensors that have second moments."""
         kernel = self.order[len(self.rows) : len(self.order) - len(self.reads)]
-        return tuple(i for i in self.order if i in moment_axes(self.shape) and i not in kernel)
+        return tuple(i for i in self.order if i in moment_axes(self.shape) and i not in (*kernel, *self.fibres))
 
     def is_row(self, axis: int) -> bool:
         """Whether an axis of the tensors is one of the rows."""
@@ -214,19 +223,17 @@ class TensorBatch:
 
 @dataclass(frozen=True, eq=False)
 class FlatBatch:
-    """Gains, other vectors and thin matrices, one after the other: ``[Z]``.
+    """Gains and other vectors, one after the other: ``[Z]``.
 
     Attributes:
         names: the tensors.
         shapes: of each.
-        thin: whether each is a thin matrix.
         scaling: index and exponent ``[Z, k]`` of the scale of every entry; None: no unit has one.
         segment: of every entry, its tensor [Z].
     """
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    thin: tuple[bool, ...]
     scaling: tuple[Tensor, Tensor] | None
     segment: Tensor
     key: str = "flat"
@@ -298,7 +305,7 @@ def batches_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device)
 @lru_cache(maxsize=256)
 def _batches(key: ByIdentity, names: tuple[str, ...], device: str) -> BatchLayout:
     symmetry = key.symmetry
-    matrices = {n: _form(symmetry, n) for n in names if not is_thin(symmetry.specs[n].shape)}
+    matrices = {n: _form(symmetry, n) for n in names if not _is_vector(symmetry, n)}
     bias_of = _biases(symmetry, names, matrices)
     groups: dict[Any, list[str]] = {}
     for n, form in matrices.items():
@@ -315,6 +322,11 @@ def _batches(key: ByIdentity, names: tuple[str, ...], device: str) -> BatchLayou
     )
 
 
+def _is_vector(symmetry: Symmetry, name: str) -> bool:
+    shape = symmetry.specs[name].shape
+    return len(shape) < 2 or (is_thin(shape) and any(b.kind != "matrix" for b in symmetry.blocks[name]))
+
+
 @dataclass(frozen=True)
 class _Form:
     """What tensors must share to be one batch."""
@@ -326,33 +338,28 @@ class _Form:
     parts: Shape
     cut: str  # of the axes, where the parts are no blocks of rows
     factored: bool
+    thin: bool
     hidden: frozenset[int]
+    fibres: frozenset[int]
     scaled: bool
 
 
 def _form(symmetry: Symmetry, name: str) -> _Form:
     spec, blocks = symmetry.specs[name], symmetry.blocks[name]
     dims = range(len(spec.shape))
+    fibres, bases = symmetry.entangled(name)
     hidden = frozenset(i for i in dims if any(leaf.label is not None for leaf in leaves_of(spec.axes[i])))
+    hidden -= fibres | bases
     scaled = any(leaf.scale for axis in spec.axes for leaf in leaves_of(axis))
     sizes = str([map_leaves(lambda leaf: Leaf(leaf.size), a) for a in spec.axes])
     if any(b.kind != "matrix" for b in blocks):
-        return _Form(spec.shape, tuple(dims), 1, 0, (), sizes, True, hidden, scaled)
+        return _Form(spec.shape, tuple(dims), 1, 0, (), sizes, True, False, hidden, fibres, scaled)
     rows = [i for i in dims if spec.roles[i] in ("out", "gain")]
     kernel = [i for i in dims if spec.roles[i] == "kernel"]
     reads = [i for i in dims if i not in rows and i not in kernel]
     parts = _parts(symmetry, name, rows)
-    return _Form(
-        spec.shape,
-        (*rows, *kernel, *reads),
-        len(rows),
-        len(kernel),
-        parts,
-        "" if parts else sizes,
-        False,
-        hidden,
-        scaled,
-    )
+    order, cut, thin = (*rows, *kernel, *reads), "" if parts else sizes, is_thin(spec.shape)
+    return _Form(spec.shape, order, len(rows), len(kernel), parts, cut, False, thin, hidden, fibres, scaled)
 
 
 def _parts(symmetry: Symmetry, name: str, rows: list[int]) -> Shape:
@@ -389,7 +396,7 @@ def _biases(symmetry: Symmetry, names: tuple[str, ...], forms: Mapping[str, _For
         bias = path + dot + last.replace("weight", "bias")
         rows, reads = form.order[: form.n_rows], form.order[form.n_rows + form.n_kernel :]
         plain = len(rows) == 1 and sum(form.shape[i] > 1 for i in reads) <= 1
-        if form.factored or form.cut or not plain or bias == name or bias not in names:
+        if form.factored or form.thin or form.cut or not plain or bias == name or bias not in names:
             continue
         if len(symmetry.specs[bias].shape) != 1:
             continue
@@ -417,7 +424,9 @@ def _batch(
         parts=form.parts,
         pack=Pack(names, spec.axes, symmetry.blocks[names[0]], ()) if form.cut else None,
         factored=form.factored,
+        thin=form.thin,
         hidden=form.hidden,
+        fibres=form.fibres,
         scaling=None,
     )
     return replace(batch, scaling=scaling_of(symmetry, batch, device, "scale")) if form.scaled else batch
@@ -464,10 +473,9 @@ def _flat(symmetry: Symmetry, names: tuple[str, ...], device: str) -> FlatBatch:
     shapes = tuple(symmetry.specs[n].shape for n in names)
     sizes = [math.prod(s) for s in shapes]
     segment = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(sizes)).to(device)
-    thin = tuple(all(b.kind == "matrix" for b in symmetry.blocks[n]) for n in names)
     scaled = any(leaf.scale for n in names for axis in symmetry.specs[n].axes for leaf in leaves_of(axis))
     scaling = _flat_scaling(symmetry, names, device) if scaled else None
-    return FlatBatch(names, shapes, thin, scaling, segment)
+    return FlatBatch(names, shapes, scaling, segment)
 
 
 def _flat_scaling(symmetry: Symmetry, names: tuple[str, ...], device: str) -> Units:

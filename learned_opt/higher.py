@@ -53,7 +53,6 @@ def _differentiable(base: Any) -> type:  # the class of a package that is option
             buffers = next(iter(other._buffers.values()), None)
             self._known: tuple[str, ...] = buffers.names if buffers else ()
             self._rule_state = tree_map(torch.clone, buffers.state) if buffers else {}
-            self._slots = buffers.slots if buffers else {}
             names = {id(e.param): e.name for e in entries}
             self._names = [[names.get(id(p)) for p in group["params"]] for group in other.param_groups]
             super().__init__(other, *args, **kwargs)
@@ -101,7 +100,10 @@ def _differentiable(base: Any) -> type:  # the class of a package that is option
             if lacking:
                 names = [n for n in params if n in self._known or n in lacking]
                 fresh = Buffers(self.rule, {n: params[n].detach() for n in names}, self.symmetry)
-                fresh.fill(self._slots, self._rule_state.get("network"))
-                self._known, self._rule_state, self._slots = fresh.names, fresh.state, fresh.slots
+                if self._known:
+                    old = Buffers(self.rule, {n: params[n].detach() for n in self._known}, self.symmetry)
+                    old.take(self._rule_state, moved=())
+                    fresh.fill(old.slots, old.state.get("network"))
+                self._known, self._rule_state = fresh.names, fresh.state
 
     return DifferentiableNFNOpt

@@ -237,15 +237,16 @@ def test_layers_trained_in_turn_age_alike_in_all_forms(higher, name):
     optimizer = optimizer_for(model, rule, symmetry, lr)
 
     def in_turn(params, step):
-        return loss_of(model, {n: p if (n[0] == "2") == (step < 4) else p.detach() for n, p in params.items()})
+        alone = {4: "0", 5: "0"}.get(step, "2")  # the first layer's turn, after which the second's state goes on
+        return loss_of(model, {n: p if n[0] == alone else p.detach() for n, p in params.items()})
 
     with higher.innerloop_ctx(model, optimizer, track_higher_grads=False) as (fmodel, diffopt):
-        for step in range(6):
+        for step in range(8):
             diffopt.step(in_turn(dict(fmodel.named_parameters()), step))
         theirs = {n: p.detach() for n, p in fmodel.named_parameters()}
     init, update = functional(rule, symmetry, lr=lr, weight_decay=0.1, total_steps=30)
     params, state = start, init({n: p.detach() for n, p in start.items()})
-    for step in range(6):
+    for step in range(8):
         grads = torch.autograd.grad(in_turn(params, step), list(params.values()), allow_unused=True)
         grads = {n: g for n, g in zip(params, grads, strict=True) if g is not None}
         params, state = update(params, grads, state)
@@ -255,7 +256,8 @@ def test_layers_trained_in_turn_age_alike_in_all_forms(higher, name):
         optimizer.step()
     ours = {n: p.detach() for n, p in model.named_parameters()}
     assert_same(theirs, ours)
-    assert_same({n: p.detach() for n, p in params.items()}, ours)
+    if name != "learned":  # which sees all tensors that have state: in the pure form from the first step
+        assert_same({n: p.detach() for n, p in params.items()}, ours)
 
 
 def test_higher_in_test_mode_keeps_no_graph(higher):

@@ -15,6 +15,7 @@ from learned_opt import NFNOpt
 from learned_opt.symmetry import Spec, Symmetry
 from learned_opt.symmetry.axes import Leaf
 from tests.inferred import infer
+from tests.rules.classic import Adam
 from tests.test_equivariance import distance, element, transformer, weights
 from tests.test_recorder import WAYS, Net, batch, hooks, names, net, train
 
@@ -29,7 +30,7 @@ def lone(model):
 def test_without_a_forward_pass_axes_are_independent_and_one_warning_says_so(asked, said):
     model = net()
     for forward in (lambda: None, lambda: model.head(model.body(batch()))):
-        optimizer = NFNOpt(list(model.parameters()), rule="adam", lr=1e-2)
+        optimizer = NFNOpt(list(model.parameters()), rule=Adam(), lr=1e-2)
         forward()
         for _ in range(2):
             for p in model.parameters():
@@ -46,7 +47,7 @@ def test_an_inference_that_fails_does_not_stop_training(asked, said):
     model = net()
     model.train()
     before = copy.deepcopy(model.state_dict())
-    optimizer = NFNOpt(model.named_parameters(), rule="adam", lr=1e-2)
+    optimizer = NFNOpt(model.named_parameters(), rule=Adam(), lr=1e-2)
     train(model, optimizer, steps=3)
     (line,) = said(logging.WARNING)
     assert "RuntimeError: data-dependent control flow" in line and "infer_symmetry" in line
@@ -58,7 +59,7 @@ def test_a_symmetry_of_other_shapes_is_an_inference_that_failed(monkeypatch, ask
     wrong = Symmetry({"weight": Spec((Leaf(4), Leaf(4)), ("out", "in"))})
     monkeypatch.setattr(sys.modules["learned_opt.symmetry.infer"], "infer_symmetry", lambda *_, **__: wrong)
     model = nn.Linear(5, 3)
-    train(model, NFNOpt(model, rule="adam"))
+    train(model, NFNOpt(model, rule=Adam()))
     assert len(said(logging.WARNING)) == 1 and "(3, 5)" in said(logging.WARNING)[0]
 
 
@@ -66,11 +67,11 @@ def test_a_symmetry_of_other_shapes_is_an_inference_that_failed(monkeypatch, ask
 def test_scripted_modules_are_trained_and_passed_by(asked, said):
     scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.ReLU()))
     model = net()
-    optimizer = NFNOpt(model, rule="adam")
+    optimizer = NFNOpt(model, rule=Adam())
     model(scripted(batch())).sum().backward()
     optimizer.step()
     assert len(asked) == 1 and not said(logging.WARNING)
-    optimizer = NFNOpt(scripted.parameters(), rule="adam", lr=1e-2)
+    optimizer = NFNOpt(scripted.parameters(), rule=Adam(), lr=1e-2)
     before = scripted(batch())
     before.square().sum().backward()
     optimizer.step()
@@ -80,7 +81,7 @@ def test_scripted_modules_are_trained_and_passed_by(asked, said):
 
 def test_independent_asks_nobody(asked, said):
     model = net()
-    optimizer = NFNOpt(model.parameters(), symmetry="independent", rule="adam")
+    optimizer = NFNOpt(model.parameters(), symmetry="independent", rule=Adam())
     assert optimizer._recorder is None and optimizer.symmetry is not None and "independent axes" in repr(optimizer)
     train(model, optimizer)
     assert not asked and not said(logging.INFO) and not said(logging.WARNING)
@@ -100,7 +101,7 @@ def through_disk(x):
 def test_a_resumed_run_keeps_its_symmetry_and_asks_nobody(extra, asked):
     def build(model):
         beside = [{"params": [model.beside]}] if extra else []
-        return NFNOpt([{"params": model.parameters()}, *beside], rule="nominal")
+        return NFNOpt([{"params": model.parameters()}, *beside], rule="whitened_polar")
 
     def fresh(seed):
         model = net(seed)
@@ -127,12 +128,12 @@ def test_a_resumed_run_keeps_its_symmetry_and_asks_nobody(extra, asked):
 
 def test_what_was_inferred_before_gives_way_to_what_is_loaded(asked):
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     train(model, optimizer)
     saved = optimizer.state_dict()
-    other = NFNOpt(model.parameters(), symmetry="independent", rule="adam")
+    other = NFNOpt(model.parameters(), symmetry="independent", rule=Adam())
     train(model, other)
-    late = NFNOpt(list(model.parameters()), rule="adam")
+    late = NFNOpt(list(model.parameters()), rule=Adam())
     train(model, late)
     late.load_state_dict(other.state_dict())
     assert "independent axes" in repr(late)
@@ -145,9 +146,9 @@ def test_what_was_inferred_before_gives_way_to_what_is_loaded(asked):
 def test_independent_axes_for_want_of_better_are_kept_too(asked, said):
     asked.error = RuntimeError("no")
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     train(model, optimizer)
-    again = NFNOpt(model.parameters(), rule="adam")
+    again = NFNOpt(model.parameters(), rule=Adam())
     again.load_state_dict(through_disk(optimizer.state_dict()))
     train(model, again)
     assert len(asked) == 1 and len(said(logging.WARNING)) == 1 and "independent axes" in repr(again)
@@ -155,7 +156,7 @@ def test_independent_axes_for_want_of_better_are_kept_too(asked, said):
 
 def test_a_state_dict_from_before_the_first_step_leaves_it_open(asked):
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()  # no gradients: not a step
     for p in model.parameters():
@@ -172,7 +173,7 @@ def test_a_state_dict_from_before_the_first_step_leaves_it_open(asked):
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_copy_knows_or_finds_out(copier, steps, asked, said):
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     train(model, optimizer, steps=steps)
     twin_model, twin = copier((model, optimizer))
     assert not any(hooks(twin_model))
@@ -185,7 +186,7 @@ def test_a_copy_knows_or_finds_out(copier, steps, asked, said):
 
 def test_a_given_symmetry_needs_no_forward_pass(asked):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    optimizer = NFNOpt(model, symmetry=infer(model), rule="adam")
+    optimizer = NFNOpt(model, symmetry=infer(model), rule=Adam())
     assert optimizer._recorder is None and optimizer.symmetry == infer(model)
 
 
@@ -274,9 +275,9 @@ def test_the_model_is_left_as_it_is(said):
 
 def test_an_inference_is_no_forward_pass_for_an_optimizer_that_waits(said):
     model = net()
-    optimizer = NFNOpt(list(model.parameters()), rule="adam")
+    optimizer = NFNOpt(list(model.parameters()), rule=Adam())
     model(batch()).sum().backward()
-    others = [NFNOpt(how(model), rule="adam") for how in (WAYS["list"], WAYS["parameters"])]
+    others = [NFNOpt(how(model), rule=Adam()) for how in (WAYS["list"], WAYS["parameters"])]
     optimizer.step()
     assert not any(o._recorder.calls for o in others) and len(torch_modules._global_forward_pre_hooks) == 2
     train(model, others[0])
@@ -290,7 +291,7 @@ def test_what_cannot_be_exported_is_trained_all_the_same(said):
             return super().forward(x) if x.sum() > 0 else -super().forward(x)
 
     model = Branch()
-    optimizer = NFNOpt(model.parameters(), rule="adam", lr=1e-2)
+    optimizer = NFNOpt(model.parameters(), rule=Adam(), lr=1e-2)
     train(model, optimizer, steps=2)
     assert "independent axes" in repr(optimizer) and optimizer.state[model.head.weight]["step"] == 2
     assert len(said(logging.WARNING)) == 1 and "InferenceError" in said(logging.WARNING)[0]

@@ -21,6 +21,7 @@ from tests.optimizer_contract import (
     train,
     weights,
 )
+from tests.rules.classic import Adam
 
 
 @every_rule
@@ -63,7 +64,7 @@ def test_a_network_relabelled_trains_relabelled(name):
 def test_wrappers_prefixes_do_not_hide_a_name():
     model = make_model()
     wrapped = [(f"module._orig_mod.{n}", p) for n, p in model.named_parameters()]
-    optimizer = NFNOpt(wrapped, symmetry=chain_symmetry(model), rule="adam")
+    optimizer = NFNOpt(wrapped, symmetry=chain_symmetry(model), rule=Adam())
     train(model, optimizer, 1)
     assert len(optimizer.state) == 4
 
@@ -73,7 +74,7 @@ def test_a_symmetry_may_describe_more_than_is_trained():
     optimizer = NFNOpt(
         [(n, p) for n, p in model.named_parameters() if n != "2.bias"],
         symmetry=chain_symmetry(model),
-        rule="nominal",
+        rule="whitened_polar",
     )
     before = weights(model)
     train(model, optimizer, 2)
@@ -86,26 +87,26 @@ def test_a_symmetry_that_does_not_fit_is_refused_with_names_and_shapes():
     symmetry = chain_symmetry(model)
     other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     with pytest.raises(SymmetryError, match=r"0\.weight.*\(7, 5\).*\(6, 5\)"):
-        NFNOpt(other.named_parameters(), symmetry=symmetry, rule="adam")
+        NFNOpt(other.named_parameters(), symmetry=symmetry, rule=Adam())
     with pytest.raises(SymmetryError, match="extra.*not described"):
         NFNOpt(
             [*model.named_parameters(), ("extra", nn.Parameter(torch.ones(2)))],
             symmetry=symmetry,
-            rule="adam",
+            rule=Adam(),
         )
     with pytest.raises(SymmetryError, match=r"several.*0\.bias"):
         NFNOpt(
             [("0.bias", model[0].bias), ("module.0.bias", other[0].bias)],
             symmetry=symmetry,
-            rule="adam",
+            rule=Adam(),
         )
     with pytest.raises(SymmetryError, match="named_parameters"):
-        NFNOpt(list(model.parameters())[::-1], symmetry=symmetry, rule="adam")
+        NFNOpt(list(model.parameters())[::-1], symmetry=symmetry, rule=Adam())
 
 
 def test_two_networks_with_the_same_names_fit_one_optimizer():
     a, b = make_model(seed=0), make_model(seed=1)
-    optimizer = NFNOpt([*a.named_parameters(), *b.named_parameters()], rule="adam", lr=0.01)
+    optimizer = NFNOpt([*a.named_parameters(), *b.named_parameters()], rule=Adam(), lr=0.01)
     before = weights(a), weights(b)
     backward(a)
     backward(b)
@@ -114,7 +115,7 @@ def test_two_networks_with_the_same_names_fit_one_optimizer():
     assert not torch.equal(b[0].weight, before[1]["0.weight"])
 
 
-@pytest.mark.parametrize(("name", "most"), [("nominal", 0.3), ("paced", 0.9)])  # paced begins at a part of its rate
+@pytest.mark.parametrize(("name", "most"), [("whitened_polar", 0.3), ("auto_lr", 0.9)])  # that begins at a lower rate
 def test_the_schedule_goes_on_where_other_tensors_were_trained_before(name, most):
     model = make_model()
     optimizer = make(name, model, total_steps=10)
@@ -128,7 +129,7 @@ def test_the_schedule_goes_on_where_other_tensors_were_trained_before(name, most
     train(other, make(name, other, total_steps=10), 1)
     last, first = (weights(m)["0.weight"] - before for m in (model, other))
     assert last.norm() < most * first.norm(), "the last of ten steps, though this tensor's first"
-    assert [optimizer.state[model[i].weight]["clock"] for i in (0, 2)] == [10, 10]
+    assert [optimizer.state[model[i].weight]["step"] for i in (0, 2)] == [1, 9]
 
 
 @every_rule
@@ -146,7 +147,7 @@ def test_parameters_can_be_added_in_mid_training(name):
 
 def test_parameters_that_the_symmetry_lacks_are_not_added():
     model = make_model()
-    optimizer = NFNOpt(model.named_parameters(), symmetry=chain_symmetry(model), rule="adam")
+    optimizer = NFNOpt(model.named_parameters(), symmetry=chain_symmetry(model), rule=Adam())
     with pytest.raises(SymmetryError, match="extra"):
         optimizer.add_param_group({"params": [("extra", nn.Parameter(torch.ones(2)))]})
     assert len(optimizer.param_groups) == 1
@@ -203,7 +204,7 @@ def test_running_statistics_do_not_count_as_positions():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     symmetry = infer_symmetry(model, torch.randn(2, 1, 4, 4))
     assert "1.running_mean" in symmetry.specs
-    optimizer = NFNOpt(model.parameters(), symmetry=symmetry, rule="adam")
+    optimizer = NFNOpt(model.parameters(), symmetry=symmetry, rule=Adam())
     model(torch.randn(2, 1, 4, 4)).sum().backward()
     optimizer.step()
     assert [e.name for e in optimizer._bind()[0]] == [n for n, _ in model.named_parameters()]

@@ -15,6 +15,7 @@ from learned_opt import NFNOpt
 from learned_opt.recorder import ForwardRecorder, modules_behind
 from learned_opt.symmetry import SymmetryError
 from learned_opt.symmetry.axes import Leaf
+from tests.rules.classic import Adam
 
 pytestmark = pytest.mark.usefixtures("no_hook_is_left")
 
@@ -96,7 +97,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_module_is_found_however_the_parameters_are_passed(way, asked, said):
     model = net()
-    optimizer = NFNOpt(WAYS[way](model), rule="adam", lr=1e-2)
+    optimizer = NFNOpt(WAYS[way](model), rule=Adam(), lr=1e-2)
     assert optimizer.symmetry is None and "to be inferred at the first step" in repr(optimizer) and not asked
     train(model, optimizer, steps=3, scale=2.0)
     ((found, args, kwargs, _),) = asked
@@ -136,7 +137,7 @@ def test_a_compiled_model_is_found_and_compiled_once(make, when, how, asked, sai
         counter, model = CompileCounter(), make()
         call = COMPILED[how](model, counter) if when != "after" else None
         params = call.parameters() if when == "before, through the wrapper" else model.parameters()
-        optimizer = NFNOpt(params, rule="adam") if ours else torch.optim.Adam(params)
+        optimizer = NFNOpt(params, rule=Adam()) if ours else torch.optim.Adam(params)
         call = COMPILED[how](model, counter) if call is None else call
         train(call, optimizer, steps=3)
         frames[ours] = counter.frame_count
@@ -148,7 +149,7 @@ def test_a_compiled_model_is_found_and_compiled_once(make, when, how, asked, sai
 
 def test_a_model_compiled_in_place_later_is_not_seen_which_is_said(asked, said):
     model = net()
-    optimizer = NFNOpt(model, rule="adam")
+    optimizer = NFNOpt(model, rule=Adam())
     model.compile(backend="eager")
     train(model, optimizer, steps=2)
     assert not asked and len(said(logging.WARNING)) == 1 and "compiled" in said(logging.WARNING)[0]
@@ -159,7 +160,7 @@ def test_a_model_compiled_in_place_later_is_not_seen_which_is_said(asked, said):
 def test_a_wrapped_model_is_found(wrap, through, asked, said):
     model = net()
     wrapped = wrap(model)
-    optimizer = NFNOpt((wrapped if through else model).parameters(), rule="adam")
+    optimizer = NFNOpt((wrapped if through else model).parameters(), rule=Adam())
     train(wrapped, optimizer, steps=2, scale=2.0)
     ((found, args, kwargs, _),) = asked
     assert found is (model if wrap is nn.DataParallel else wrapped) and kwargs == {"scale": 2.0} and len(args) == 1
@@ -171,7 +172,7 @@ def test_a_wrapped_model_is_found(wrap, through, asked, said):
 def test_a_functional_call_is_seen(other, asked, said):
     """Also with other tensors in the place of the parameters, if the optimizer was told the module."""
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     params = {n: p * 1.0 if other else p for n, p in model.named_parameters()}
     torch.func.functional_call(model, params, (batch(),), {"scale": 2.0}).square().mean().backward()
     optimizer.step()
@@ -191,7 +192,7 @@ def test_the_outermost_module_is_taken():
 
     model = Language()
     for params in (model.parameters(), list(model.parameters()), model.body.parameters()):
-        optimizer = NFNOpt(params, rule="adam")
+        optimizer = NFNOpt(params, rule=Adam())
         model(torch.tensor([1, 2])).sum().backward()
         assert [c.module for c in optimizer._recorder.release()] == [model]
 
@@ -215,7 +216,7 @@ def test_generators_tell_their_module():
 def test_only_the_call_that_is_trained_counts_in_its_modes(asked):
     model = net()
     model.body.eval()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     with torch.no_grad():
         model(batch(7))
     with torch.inference_mode():
@@ -231,7 +232,7 @@ def test_only_the_call_that_is_trained_counts_in_its_modes(asked):
 
 def test_inputs_are_detached_and_let_go(asked):
     model, x = net(), batch().requires_grad_()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     features = x * 2
     seen = weakref.ref(features)
     model(features).sum().backward()
@@ -245,7 +246,7 @@ def test_inputs_are_detached_and_let_go(asked):
 
 def test_gradients_may_accumulate_first(asked):
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     for k in range(3):
         model(batch(k)).sum().backward()
     optimizer.step()
@@ -254,7 +255,7 @@ def test_gradients_may_accumulate_first(asked):
 
 def test_a_forward_pass_inside_of_the_step_counts(asked, said):
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam", lr=1e-2)
+    optimizer = NFNOpt(model.parameters(), rule=Adam(), lr=1e-2)
 
     def closure():
         optimizer.zero_grad()
@@ -268,7 +269,7 @@ def test_a_forward_pass_inside_of_the_step_counts(asked, said):
 
 def test_a_forward_pass_that_fails_may_be_repeated(asked):
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     with pytest.raises(RuntimeError):
         model(torch.ones(4, 9))
     train(model, optimizer)
@@ -277,7 +278,7 @@ def test_a_forward_pass_that_fails_may_be_repeated(asked):
 
 def test_hooks_are_gone_after_the_first_forward_pass(asked):
     model = net()
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     assert len(torch_modules._global_forward_pre_hooks) == 1 and not any(hooks(model))
     loss = model(batch()).sum()
     assert not torch_modules._global_forward_pre_hooks and not any(hooks(model))
@@ -290,7 +291,7 @@ def test_an_optimizer_that_is_dropped_leaves_nothing(forward):
     model = net()
     model.compile(backend="eager")
     compiled = model._compiled_call_impl
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
     assert model._compiled_call_impl is not compiled
     if forward:
         model(batch())
@@ -307,7 +308,7 @@ def test_an_optimizer_that_is_dropped_leaves_nothing(forward):
 # ------------------------------------------------------------------------------- several, shared, missing
 def test_two_optimizers_find_their_own_models(asked, said):
     generator, critic = nn.Sequential(nn.Linear(5, 5)), net()
-    ours = NFNOpt(generator.parameters(), rule="adam"), NFNOpt(list(critic.parameters()), rule="adam")
+    ours = NFNOpt(generator.parameters(), rule=Adam()), NFNOpt(list(critic.parameters()), rule=Adam())
     fake = generator(batch())
     critic(fake).sum().backward()
     for optimizer in ours:
@@ -317,7 +318,7 @@ def test_two_optimizers_find_their_own_models(asked, said):
 
 def test_two_optimizers_may_share_a_model(asked, said):
     model = net()
-    first, second = NFNOpt(model.body.parameters(), rule="adam"), NFNOpt(model.head.parameters(), rule="adam")
+    first, second = NFNOpt(model.body.parameters(), rule=Adam()), NFNOpt(model.head.parameters(), rule=Adam())
     model(batch()).sum().backward()
     first.step()
     second.step()
@@ -329,14 +330,14 @@ def test_two_optimizers_may_share_a_model(asked, said):
 def test_a_shared_parameter_has_its_first_name(asked):
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     model[1].weight = model[0].weight
-    optimizer = NFNOpt(list(model.parameters()), rule="adam")
+    optimizer = NFNOpt(list(model.parameters()), rule=Adam())
     train(model, optimizer, steps=2)
     assert names(optimizer) == ["0.weight", "0.bias", "1.bias"]
 
 
 def test_what_the_module_lacks_stands_beside_it(asked, said):
     model, temperature = net(), nn.Parameter(torch.ones(2))
-    optimizer = NFNOpt([{"params": model.parameters()}, {"params": [temperature]}], rule="adam", lr=1e-2)
+    optimizer = NFNOpt([{"params": model.parameters()}, {"params": [temperature]}], rule=Adam(), lr=1e-2)
     (model(batch()).sum() * temperature.sum()).backward()
     optimizer.step()
     assert names(optimizer)[:1] == ["body.0.weight"] and names(optimizer)[4:] == ["4"]
@@ -347,7 +348,7 @@ def test_what_the_module_lacks_stands_beside_it(asked, said):
 
 def test_what_is_added_later_stands_beside_it(asked, said):
     model, more = net(), nn.Linear(3, 2)
-    optimizer = NFNOpt(model.parameters(), rule="adam", lr=1e-2)
+    optimizer = NFNOpt(model.parameters(), rule=Adam(), lr=1e-2)
     train(model, optimizer)
     optimizer.add_param_group({"params": more})
     train(lambda x: more(model(x)), optimizer, steps=2)
@@ -358,7 +359,7 @@ def test_what_is_added_later_stands_beside_it(asked, said):
 
 def test_what_is_added_before_the_first_step_is_looked_for_too(asked):
     model = net()
-    optimizer = NFNOpt(model.body.parameters(), rule="adam")
+    optimizer = NFNOpt(model.body.parameters(), rule=Adam())
     optimizer.add_param_group({"params": model.head.parameters()})
     train(model, optimizer)
     assert asked[0][0] is model and len(names(optimizer)) == len(optimizer.symmetry.specs) == 4
@@ -366,7 +367,7 @@ def test_what_is_added_before_the_first_step_is_looked_for_too(asked):
 
 def test_modules_without_a_common_parent_are_inferred_one_by_one(asked, said):
     encoder, head = nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, 3)
-    optimizer = NFNOpt([{"params": encoder.parameters()}, {"params": head.parameters()}], rule="adam")
+    optimizer = NFNOpt([{"params": encoder.parameters()}, {"params": head.parameters()}], rule=Adam())
     train(lambda x: head(encoder(x)), optimizer, steps=2)
     assert [c[0] for c in asked] == [encoder, head] and not said(logging.WARNING)
     assert names(optimizer) == ["0/0.weight", "0/0.bias", "1/weight", "1/bias"]

@@ -73,9 +73,10 @@ def warmup_steps(total_steps: Number | None) -> Number:
     return min(max(SHARE * total_steps, SHORTEST), LONGEST)
 
 
-def warmup_weight(t: Tensor, total_steps: Number | None) -> Tensor:
-    """1 in the warm-up, then a line to zero that is as long (0-d)."""
-    return (2 - t / warmup_steps(total_steps)).clamp(0.0, 1.0)
+def warmup_weight(t: Number, total_steps: Number | None) -> Number:
+    """1 in the warm-up, then a line to zero that is as long."""
+    left = 2 - t / warmup_steps(total_steps)
+    return left.clamp(0.0, 1.0) if isinstance(left, Tensor) else min(max(left, 0.0), 1.0)
 
 
 def horizon_scale(total_steps: Number) -> Number:

@@ -189,5 +189,5 @@ def _unit_scalings(layout: BatchLayout) -> dict[str, Scaling]:
     return {
         b.key: scaling_of(layout.symmetry, b, str(layout.device), "label")
         for b in layout.all
-        if not isinstance(b, FlatBatch) and not b.factored and b.hidden
+        if not isinstance(b, FlatBatch) and b.is_matrix and b.hidden
     }

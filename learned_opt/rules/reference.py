@@ -49,7 +49,7 @@ class Reference(UpdateRule):
                 own["v"] = torch.zeros_like(p)
             if n in matrix_of:
                 own["snr"] = p.new_ones(())
-            for i in axes(symmetry, n) if kind(symmetry, n) != "thin" else ():
+            for i in axes(symmetry, n) if kind(symmetry, n) != "thin" else whitened(symmetry, n):
                 d = p.shape[i]
                 if i in whitened(symmetry, n):
                     own |= {f"moment{i}": p.new_zeros(d, d), f"root{i}": p.new_zeros(d, d)}
@@ -116,6 +116,7 @@ class Reference(UpdateRule):
         beta1 = network["beta1"]
 
         # momentum, second moments
+        warmup = float(auto_lr.warmup_weight(t, total_steps))
         kept = MOMENT_BETA ** (1 if t <= 3 else 5), BETA2 ** (1 if t <= 3 else 5)
         for n in names:
             own = new[n]
@@ -132,8 +133,12 @@ class Reference(UpdateRule):
                 own["snr"] = (rms / 0.2).clamp(max=1.0)
             elif n not in matrix_of and "v" in own:
                 own["v"] = BETA2 * own["v"] + (1 - BETA2) * g[n].square()
-            if any(map(roots_are_due, now)):
-                own |= {f"root{i}": root(own[f"moment{i}"]) for i in whitened(symmetry, n)}
+                if moments_due and warmup > 0:
+                    update_moments(own, g[n], whitened(symmetry, n), kept[0])
+            thin = kind(symmetry, n) == "thin"
+            if any(map(roots_are_due, now)) and (warmup > 0 or not thin):
+                power = -0.75 if thin else -0.125
+                own |= {f"root{i}": root(own[f"moment{i}"], power) for i in whitened(symmetry, n)}
 
         # the rate
         old, end = Measured(*(network[k] for k in Measured._fields)), auto_lr.warmup_steps(total_steps)
@@ -156,7 +161,8 @@ class Reference(UpdateRule):
             if kind(symmetry, n) == "matrix":
                 steps = matrix_step(symmetry, n, bias, g, new, beta1)
             else:
-                steps = {n: vector_step(symmetry, n, own, loudest)}
+                momentum = beta1 * own["m"] + (1 - beta1) * g[n]
+                steps = {n: vector_step(symmetry, n, own, momentum, loudest, warmup)}
             if t + 1 <= 51 or (t + 1) % 5 == 0:
                 for k, d in steps.items():
                     new[k]["last_update"] = rate * own["size"] * d
@@ -210,16 +216,17 @@ def joined(symmetry: Symmetry, names: tuple[str, ...]) -> dict[str, str]:
 
 def axes(symmetry: Symmetry, name: str) -> list[int]:
     """Axes with second moments: those of more than four units, kernel positions left out."""
-    spec = symmetry.specs[name]
-    return [i for i, d in enumerate(spec.shape) if d > THIN and spec.roles[i] != "kernel"]
+    spec, (fibres, _) = symmetry.specs[name], symmetry.entangled(name)
+    return [i for i, d in enumerate(spec.shape) if d > THIN and spec.roles[i] != "kernel" and i not in fibres]
 
 
 def whitened(symmetry: Symmetry, name: str) -> list[int]:
     """Those of hidden units, if they are not too many."""
     spec = symmetry.specs[name]
     hidden = [any(leaf.label is not None for leaf in leaves_of(a)) for a in spec.axes]
-    matrix = kind(symmetry, name) == "matrix"
-    return [i for i in axes(symmetry, name) if matrix and hidden[i] and spec.shape[i] <= BOUND]
+    _, bases = symmetry.entangled(name)
+    matrix = len(hidden) > 1 and all(b.kind == "matrix" for b in symmetry.blocks[name])
+    return [i for i in axes(symmetry, name) if matrix and hidden[i] and i not in bases and spec.shape[i] <= BOUND]
 
 
 def scales(symmetry: Symmetry, log_scale: Tensor, like: Weights) -> Weights:
@@ -249,11 +256,11 @@ def update_moments(own: dict[str, Tensor], g: Tensor, of: list[int], kept: float
             own[f"diag{i}"] = kept * own[f"diag{i}"] + (1 - kept) * x.square().mean(1)
 
 
-def root(moment: Tensor) -> Tensor:
-    """``(A / mean of its diagonal + 1e-4)^(-1/8)``; units without gradients are mixed with none."""
+def root(moment: Tensor, power: float) -> Tensor:
+    """``(A / mean of its diagonal + 1e-4)^power``; units without gradients are mixed with none."""
     mean, eye = moment.diagonal().mean(), torch.eye(len(moment), dtype=moment.dtype)
     values, vectors = torch.linalg.eigh(moment / (mean if mean > 0 else 1) + 1e-4 * eye)
-    result = (vectors * values.clamp(min=1e-4) ** -0.125) @ vectors.mT
+    result = (vectors * values.clamp(min=1e-4) ** power) @ vectors.mT
     seen = moment.diagonal() > 0
     return torch.where(torch.outer(seen, seen) | (eye > 0), result, 0)
 
@@ -298,15 +305,24 @@ def size_and_decay(
     return {"size": size, "decay": share * norm * size / w.norm()}
 
 
-def vector_step(symmetry: Symmetry, name: str, own: dict[str, Tensor], loudest: Tensor) -> Tensor:
-    """Adam's direction of vectors, thin matrices, and embeddings (with v of rank one)."""
+def vector_step(
+    symmetry: Symmetry, name: str, own: dict[str, Tensor], momentum: Tensor, loudest: Tensor, warmup: float
+) -> Tensor:
+    """Adam's direction of vectors, of embeddings (with v of rank one) and of thin matrices (turned in the warm-up)."""
     d, square = own["m"] * correction(own["step"]), own["mean_square"]
     if kind(symmetry, name) == "table":
         for i in axes(symmetry, name):
             d = along(d, i, (own[f"diag{i}"] / square.clamp(min=TINY) + 1e-16).rsqrt())
         return d / square.clamp(min=TINY).sqrt()
-    heard = square > (256 * torch.finfo(d.dtype).eps) ** 2 * loudest
-    return heard * d / (own["v"] + 1e-16 * square).clamp(min=TINY).sqrt()
+    adam = d / (own["v"] + 1e-16 * square).clamp(min=TINY).sqrt()
+    if not all(b.kind == "matrix" for b in symmetry.blocks[name]):
+        return adam * (square > (256 * torch.finfo(d.dtype).eps) ** 2 * loudest)
+    if whitened(symmetry, name) and warmup > 0 and adam.norm() > 0:
+        for i in whitened(symmetry, name):
+            momentum = torch.tensordot(own[f"root{i}"], momentum, ([1], [i])).movedim(0, i)
+        turned = torch.lerp(adam, momentum * adam.norm() / momentum.norm(), warmup)
+        return turned * adam.norm() / turned.norm()
+    return adam
 
 
 def seen_rows(symmetry: Symmetry, name: str, own: dict[str, Tensor]) -> Tensor:

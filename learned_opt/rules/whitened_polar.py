@@ -97,7 +97,7 @@ class WhitenedPolar(UpdateRule):
         for b in layout.all:
             if "log_scale" in state["network"]:
                 state[b.key] |= scales(b, state["network"]["log_scale"])
-            if isinstance(b, TensorBatch) and not b.factored:
+            if isinstance(b, TensorBatch) and b.is_matrix:
                 state[b.key] |= preconditioners(b, state[b.key])
 
     def forward(
@@ -140,11 +140,12 @@ class WhitenedPolar(UpdateRule):
         beta1 = new["network"]["beta1"]
 
         # momentum; second moments and roots (slow clock)
+        warmup = auto_lr.warmup_weight(clock.now, total_steps)
         squares, ages_ = new["tensor"]["mean_square"].split(layout.counts), clock.ages_of(layout.counts)
         for b, square, age in zip(layout.all, squares, ages_, strict=True):
             own = new[b.key]
             own["m"] = lerp(own["m"], g[b.key], 1 - beta1, in_place)
-            update_moments(b, g[b.key], own, square, age, clock, in_place)
+            update_moments(b, g[b.key], own, square, age, clock, warmup, in_place)
         if self.measure_lr:
             self._correlate(layout, new, clock, total_steps)
         rate = self._rate(new, clock, total_steps)
@@ -162,6 +163,8 @@ class WhitenedPolar(UpdateRule):
                 d = flat_direction(b, own, size, square, new["tensor"]["mean_square"].amax(), age)
             elif b.factored:
                 d = factored_direction(b, own, size, square, age)
+            elif b.thin:
+                d = thin_direction(b, g[b.key], own, beta1, size, square, age, warmup)
             else:
                 d = matrix_direction(b, g[b.key], own, beta1, size, control)
             if clock.before_slope is not False:
@@ -259,7 +262,7 @@ class WhitenedPolar(UpdateRule):
         asked = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
         own: dict[str, Tensor] = {}
         for b, x in zip(layout.all, (rate * state["tensor"]["decay"]).split(layout.counts), strict=True):
-            if isinstance(b, TensorBatch) and not b.factored:
+            if isinstance(b, TensorBatch) and b.is_matrix:
                 own |= zip(b.names, seen_rows(b, state[b.key], x).unbind(), strict=True)
         found = {}
         for n in grads:
@@ -286,10 +289,8 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
     for b in layout.all:
         w = framed(b, b.gather(params), new[b.key], False, inverse=True)
         if isinstance(b, FlatBatch):
-            rms = root(b.sums(w.square()) / _per_tensor(b, "numel", w))
-            usual = (rms * _per_tensor(b, "usual", w)).clamp(SMALLEST, 1.0)
-            sizes.append(torch.where(_per_tensor(b, "thin", w) > 0, usual, VECTOR))
-            decays.append(torch.zeros_like(rms))
+            sizes.append(w.new_full([len(b.names)], VECTOR))
+            decays.append(w.new_zeros(len(b.names)))
         elif b.factored:
             sizes.append(w.new_full([len(w)], VECTOR))
             decays.append(w.new_zeros(len(w)))
@@ -297,17 +298,26 @@ def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock
             norm = torch.linalg.vector_norm(w[..., : b.C], dim=(-2, -1))
             ratio = weight_rms_ratio(b, norm / math.sqrt(b.R * b.C))
             sizes.append(ratio)
-            decays.append(scale * fan_in_scale(b.C) * step_norm(b) * ratio / norm.clamp(min=TINY) * (norm > 0))
+            relative = step_norm(b) * ratio / norm.clamp(min=TINY) * (norm > 0)
+            decays.append(torch.zeros_like(norm) if b.thin else scale * fan_in_scale(b.C) * relative)
     tensor["size"] = when(clock.frame, torch.cat(sizes), tensor["size"])
     tensor["decay"] = when(clock.frame, torch.cat(decays), tensor["decay"])
 
 
 def update_moments(
-    b: TensorBatch | FlatBatch, g: Tensor, own: Slots, square: Tensor, age: Number, clock: Clock, in_place: bool
+    b: TensorBatch | FlatBatch,
+    g: Tensor,
+    own: Slots,
+    square: Tensor,
+    age: Number,
+    clock: Clock,
+    warmup: Number,
+    in_place: bool,
 ) -> None:
     """Second moments: of entries and of embeddings' axes at every step, of matrices' axes and their roots when due."""
-    if isinstance(b, FlatBatch):
+    if isinstance(b, FlatBatch) or b.thin:
         own["v"] = lerp(own["v"], g.square(), 1 - BETA2, in_place)
+    if isinstance(b, FlatBatch) or (b.thin and isinstance(warmup, float) and warmup == 0):
         return
     if b.factored:
         for i in b.axes:
@@ -318,7 +328,7 @@ def update_moments(
         every = EVERY_MOMENTS - (EVERY_MOMENTS - 1) * (clock.now <= 3)
         every = every.to(g.dtype) if isinstance(every, Tensor) else every
         dtype = product_dtype(b, g)
-        for i in b.axes:
+        for i in whitened if b.thin else b.axes:
             slot = f"moment{i}" if i in whitened else f"diag{i}"
             found = whitening.second_moment(b, g, i, dtype) if i in whitened else whitening.mean_square(b, g, i)
             found = lerp(own[slot], found, 1 - whitening.AVERAGE**every, in_place)
@@ -327,12 +337,13 @@ def update_moments(
             v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
             own["v_bias"] = when(clock.moments, v, own["v_bias"])
             own["snr"] = when(clock.moments, snr_scale(own, square, age), own["snr"])
-        own |= preconditioners(b, own)
+        own |= preconditioners(b, own) if b.is_matrix else {}
     if clock.roots is not False:
         for i in whitened:
             d = b.shape[i]
             due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
-            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"][..., :d, :d], due)
+            power = whitening.WARMUP_POWER if b.thin else whitening.POWER
+            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"][..., :d, :d], due, power)
             own[f"root{i}"] = stored(extended(b, i, found), own[f"root{i}"], in_place)
 
 
@@ -474,6 +485,31 @@ def flat_direction(b: FlatBatch, own: Slots, size: Tensor, square: Tensor, loude
     return own["m"].to(factor.dtype) * rsqrt(own["v"] + epsilon) * factor
 
 
+def thin_direction(
+    b: TensorBatch,
+    g: Tensor,
+    own: Slots,
+    beta1: Tensor,
+    size: Tensor,
+    square: Tensor,
+    age: Number,
+    warmup: Number,
+) -> Tensor:
+    """Adam's direction of thin matrices, ``[N, R, C]``; in the warm-up turned to ``A^(-3/4) n``, at its size.
+
+    They read the network's inputs or write its outputs, and the first gradients of all hidden units agree on where to
+    go: a long way along that saturates a policy for good, before it has learned anything else (experiments, 48).
+    """
+    adam = own["m"].to(g.dtype) * rsqrt(own["v"] + 1e-16 * square[:, None, None])
+    roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
+    if roots and not (isinstance(warmup, float) and warmup == 0):
+        whitened = whitening.multiplied(b, torch.lerp(g, own["m"].to(g.dtype), beta1), roots)
+        norm = _norm(adam)
+        turned = torch.lerp(adam, whitened * (norm / _norm(whitened)), warmup)
+        adam = turned * (norm / _norm(turned))
+    return adam * (size * bias_correction(age))[:, None, None]
+
+
 def factored_direction(b: TensorBatch, own: Slots, size: Tensor, square: Tensor, age: Number) -> Tensor:
     """Adam's direction with v of rank one: ``[N, R, K]``."""
     d = own["m"].to(square.dtype)
@@ -545,17 +581,6 @@ def _numel(layout: BatchLayout, dtype: torch.dtype) -> Tensor:
     """Entries of every tensor, its bias among them: ``[T]``."""
     sizes = [x for b in layout.all for x in (b.sizes if isinstance(b, FlatBatch) else len(b.names) * [b.R * b.K])]
     return torch.tensor(sizes, dtype=dtype, device=layout.device)
-
-
-@lru_cache(maxsize=256)
-def _flat_constants(b: FlatBatch, dtype: torch.dtype) -> dict[str, Tensor]:
-    fan_in = [1 if len(s) < 2 else math.prod(s[1:]) for s in b.shapes]
-    found = {"numel": [max(n, 1) for n in b.sizes], "usual": [c**0.5 / USUAL for c in fan_in], "thin": list(b.thin)}
-    return {k: torch.tensor(x, dtype=dtype, device=b.segment.device) for k, x in found.items()}
-
-
-def _per_tensor(b: FlatBatch, key: str, like: Tensor) -> Tensor:
-    return _flat_constants(b, like.dtype)[key]
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -635,8 +660,10 @@ def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_
     slots = {"m": zeros(n, b.R, b.K), "last_update": zeros(n, b.R, b.K, dtype=narrow(dtype))}
     if b.biases:
         slots |= {"v_bias": zeros(n, b.R), "snr": zeros(n) + 1}
+    if b.thin:
+        slots["v"] = zeros(n, b.R, b.C)
     whitened = () if b.factored else whitened_axes(b)
-    for i in b.axes:
+    for i in whitened if b.thin else b.axes:
         d = b.shape[i]
         if i in whitened:
             root_ = extended(b, i, zeros(n, d, d, dtype=root_dtype(d, dtype)))

@@ -20,6 +20,7 @@ from learned_opt.batches import TensorBatch
 AVERAGE = 0.98  # decay rate of the second moments, a step
 FLOOR = 1e-4  # added to second moments of mean 1
 POWER = -0.125
+WARMUP_POWER = -0.75  # of thin matrices
 
 
 def unfolded(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:

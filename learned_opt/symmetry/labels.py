@@ -21,6 +21,7 @@ from learned_opt.symmetry.axes import (
     axis_from_data,
     axis_to_data,
     choices,
+    leaves_of,
     pieces_of,
     size_of,
 )
@@ -152,6 +153,18 @@ class AxisLabels:
             kind = "gain" if "gain" in roles else "vector"
         pick = lambda index: tuple(leaves[i] for i in index)  # noqa: E731
         return Block(name, pick(batch), pick(rows), pick(cols), tuple(batch + rows + cols), kind)
+
+    def entangled(self, name: str) -> tuple[frozenset[int], frozenset[int]]:
+        """Axes of a tensor whose units are permuted differently for every index of another axis, and those others.
+
+        So it is in a convolution by groups: what each group reads has a permutation of its own.
+        """
+        axes = [list(leaves_of(axis)) for axis in self.specs[name].axes]
+        labels = [{leaf.label for leaf in leaves} for leaves in axes]
+        over = [{b for leaf in leaves for b in self.over(leaf)} for leaves in axes]
+        bases = [b - own for b, own in zip(over, labels, strict=True)]
+        fibres = frozenset(i for i, b in enumerate(bases) if any(b & own for own in labels))
+        return fibres, frozenset(j for j, own in enumerate(labels) if any(bases[i] & own for i in fibres))
 
     def over(self, leaf: Leaf) -> tuple[str, ...]:
         """The labels that a leaf's label is over."""

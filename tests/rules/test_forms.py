@@ -20,6 +20,12 @@ NETWORKS = {
 every = pytest.mark.parametrize("name,network", [(r, n) for r in RULES for n in NETWORKS])
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
 def setting(network, dtype=torch.float32):
     torch.manual_seed(0)
     model = NETWORKS[network]().to(dtype)
@@ -71,7 +77,7 @@ def test_told_its_age_or_not_a_step_is_the_same(name, network):
 @pytest.mark.parametrize("total", [None, 60])
 def test_a_batch_of_runs_of_different_ages_is_each_run_alone(name, network, total):
     params, symmetry = setting(network, torch.float64)
-    rule, ages, runs = RULES[name](), (0, 1, 7, 9, 48), []
+    rule, ages, runs = RULES[name]().double(), (0, 1, 7, 9, 48), []
     for i, age in enumerate(ages):
         p = {n: x + 0.1 * torch.randn_like(x) for n, x in params.items()}
         state = rule.init(p, symmetry)
@@ -102,7 +108,7 @@ def test_a_batch_of_runs_of_different_ages_is_each_run_alone(name, network, tota
 @pytest.mark.parametrize("name", RULES)
 def test_a_tensor_that_joined_late_is_the_same_in_a_batch(name):
     params, symmetry = setting("relu", torch.float64)
-    rule = RULES[name]()
+    rule = RULES[name]().double()
     late = {"2.weight", "2.bias"}
 
     def run(params, seeds):
