@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_opt.batches import FlatBatch, TensorBatch, batches_of, has_matrix, moment_axes, root_dtype
+from learned_opt.batch_layout import batches_of
+from learned_opt.batches import FlatBatch, TensorBatch, has_matrix, moment_axes, root_dtype
 from learned_opt.functional import computing_dtype
 from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry

@@ -29,6 +29,7 @@ from learned_opt.params import (
     infer_or_warn,
     match,
     named_params,
+    warn_of_habit,
 )
 from learned_opt.recorder import Call, ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
@@ -143,6 +144,8 @@ class NFNOpt(torch.optim.Optimizer):
             "maximize": maximize,
         }
         check_options(options)
+        if self.rule.sets_rate:
+            warn_of_habit(lr)
         modules = modules_behind(params)  # before their generators are used up
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, options)
         self.param_groups[0][NETWORK] = ""  # a key that torch's distributed checkpointing asks for by the groups' keys

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -238,6 +239,16 @@ def check_options(options: Mapping[str, Any]) -> None:
     steps = options.get("total_steps")
     if steps is not None and not 0.0 < float(steps) < math.inf:
         raise ValueError(f"total_steps={steps} must be positive and finite; leave it out if it is not known")
+
+
+def warn_of_habit(lr: float | Tensor) -> None:
+    """Warn of a learning rate as of other optimizers, where a rule sets its own, which ``lr`` multiplies."""
+    if 0 < float(lr) < 0.03:
+        warnings.warn(
+            f"NFNOpt: lr={float(lr):g} multiplies the rate that the rule sets itself, so steps are {1 / float(lr):.3g} "
+            "times shorter than it measures. Leave lr out (it is 1).",
+            stacklevel=3,
+        )
 
 
 def check_same_horizon(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:

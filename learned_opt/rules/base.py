@@ -20,6 +20,7 @@ class UpdateRule(nn.Module, ABC):
     """
 
     ends = False  # whether it takes no more steps after ``total_steps``
+    sets_rate = False  # whether ``lr`` multiplies a rate of its own, so that 1 is right
 
     @abstractmethod
     def init(self, params: Weights, symmetry: Symmetry) -> State:

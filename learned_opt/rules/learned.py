@@ -18,14 +18,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from learned_opt.batches import BatchLayout, FlatBatch, Scaling, scaling_of
+from learned_opt.batch_layout import scaling_of
+from learned_opt.batches import BatchLayout, FlatBatch, Scaling
 from learned_opt.layout import Layout, Stack, layout_of, unit_tables
 from learned_opt.rules import auto_lr, features
 from learned_opt.rules.auto_lr import Number
 from learned_opt.rules.base import State, Weights
 from learned_opt.rules.clock import Clock, when
+from learned_opt.rules.directions import BETA2
 from learned_opt.rules.embedding import Embedding
-from learned_opt.rules.whitened_polar import BETA2, Control, Slots, WhitenedPolar, framed
+from learned_opt.rules.slots import Slots, framed
+from learned_opt.rules.whitened_polar import Control, WhitenedPolar
 from learned_opt.symmetry import Symmetry
 
 KINDS = ("matrix", "embedding", "vector", "gain")

@@ -31,7 +31,7 @@ class Reference(UpdateRule):
         measure_lr: whether the rate is measured, or the schedule's.
     """
 
-    ends = True
+    ends = sets_rate = True
 
     def __init__(self, measure_lr: bool = True) -> None:
         super().__init__()
@@ -365,7 +365,7 @@ def matrix_step(symmetry: Symmetry, name: str, bias: str | None, g: Weights, sta
         found = {name: symmetry.merge(name, [x if bias is None else x[..., :-1] for x in parts])}
         return found if bias is None else found | {bias: symmetry.merge(bias, [x[..., -1:] for x in parts])}
 
-    parts = matrices(whiten(tensors([newton_schulz(x, 3) for x in matrices(whiten(n))])))
+    parts = matrices(whiten(tensors([newton_schulz(x, 4) for x in matrices(whiten(n))])))
     for k, x in enumerate(parts):
         norm = torch.linalg.matrix_norm(x, keepdim=True).clamp(min=TINY)
         parts[k] = unit(x.shape[1], x.shape[2] - (bias is not None), x.shape[2]) * x / norm

@@ -1,0 +1,142 @@
+"""The directions of tensors that take no polar steps, and the sizes of steps."""
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from learned_opt.batches import BFLOAT16_ABOVE, FlatBatch, TensorBatch
+from learned_opt.rules import auto_lr, whitening
+from learned_opt.rules.auto_lr import Number
+from learned_opt.rules.numerics import ROUNDING, TINY, root, rsqrt
+from learned_opt.rules.slots import Slots, norm_of, whitened_axes
+
+BETA2 = 0.99  # decay rate of mean squares
+SIZE = 0.9  # of the result of Newton and Schulz over sqrt(min(R, K))
+BIAS, SNR = 3.0, 0.2  # size of the input that a bias stands for; RMS of Adam's direction below which biases step less
+USUAL, SMALLEST = 0.5, 0.1  # RMS times root fan-in of usual weights; relative to that, what smaller ones count as
+FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
+
+
+def flat_direction(b: FlatBatch, own: Slots, size: Tensor, square: Tensor, loudest: Tensor, age: Number) -> Tensor:
+    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding noise beside others'."""
+    heard = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * loudest
+    factor = size * bias_correction(age) * heard
+    factor, epsilon = torch.stack([factor, 1e-16 * square]).index_select(1, b.segment)
+    return own["m"].to(factor.dtype) * rsqrt(own["v"] + epsilon) * factor
+
+
+def thin_direction(
+    b: TensorBatch,
+    g: Tensor,
+    own: Slots,
+    beta1: Tensor,
+    size: Tensor,
+    square: Tensor,
+    age: Number,
+    warmup: Number,
+) -> Tensor:
+    """Adam's direction of thin matrices, ``[N, R, C]``; in the warm-up turned to ``A^(-3/4) n``, at its size.
+
+    They read the network's inputs or write its outputs, and the first gradients of all hidden units agree on where to
+    go: a long way along that saturates a policy for good, before it has learned anything else (experiments, 48).
+    """
+    adam = own["m"].to(g.dtype) * rsqrt(own["v"] + 1e-16 * square[:, None, None])
+    roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
+    if roots and not (isinstance(warmup, float) and warmup == 0):
+        whitened = whitening.multiplied(b, torch.lerp(g, own["m"].to(g.dtype), beta1), roots)
+        norm = norm_of(adam)
+        turned = torch.lerp(adam, whitened * (norm / norm_of(whitened)), warmup)
+        adam = turned * (norm / norm_of(turned))
+    return adam * (size * bias_correction(age))[:, None, None]
+
+
+def factored_direction(b: TensorBatch, own: Slots, size: Tensor, square: Tensor, age: Number) -> Tensor:
+    """Adam's direction with v of rank one: ``[N, R, K]``."""
+    d = own["m"].to(square.dtype)
+    for i in b.axes:
+        d = along(b, d, i, rsqrt(own[f"diag{i}"] / square.clamp(min=TINY)[:, None] + 1e-16))
+    return d * (size * bias_correction(age) * rsqrt(square))[:, None, None]
+
+
+def bias_correction(age: Number) -> Number:
+    """What ``m / sqrt(v)`` is to be multiplied by at an age."""
+    return (1 - BETA2**age) ** 0.5 / (1 - auto_lr.BETA1**age)
+
+
+def snr_scale(own: Slots, square: Tensor, age: Number) -> Tensor:
+    """How much of their steps biases make: all, unless their gradients alternate, or are rounding noise: ``[N]``."""
+    v = (own["v_bias"] + 1e-16 * square[:, None]).clamp(min=TINY)
+    return (root((own["m"][..., -1].square() / v).mean(-1)) * (bias_correction(age) / SNR)).clamp(max=1.0)
+
+
+# ------------------------------------------------------------------------------------- matrices
+def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Tensor]) -> Tensor:
+    """``n / v^(1/4)`` along axes that are not whitened; a bias is the weight of an input of size ``BIAS``."""
+    for i in b.axes:
+        if i not in roots:
+            n = along(b, n, i, own[f"scale{i}"])
+    if b.biases:
+        n[..., -1] *= BIAS
+    return n
+
+
+def along(b: TensorBatch, x: Tensor, axis: int, vector: Tensor) -> Tensor:
+    """``[N, R, K]`` times ``[N, d]`` along an axis of the tensors; biases have the rows of their matrices."""
+    if b.is_plain and b.is_row(axis):
+        return x * vector[:, :, None]
+    if b.is_plain:
+        vector = vector.repeat(1, b.kernel)
+        if b.biases:
+            vector = torch.cat([vector, torch.ones_like(vector[:, :1])], -1)
+        return x * vector[:, None, :]
+    shape = [len(x)] + [1] * len(b.shape)
+    shape[axis + 1] = -1
+    return b.matrices(b.tensors(x) * vector.view(shape))
+
+
+def unit_of(part: Tensor, b: TensorBatch) -> float:
+    """The norm of a usual step of matrices ``[N', R', K']`` at unit rate."""
+    return unit_norm(part.shape[-2], part.shape[-1], bool(b.biases))
+
+
+def unit_norm(rows: int, columns: int, has_bias: bool) -> float:
+    """The norm of a usual step of a matrix at unit rate."""
+    fan_in = columns - has_bias
+    return 0.2 * fan_in_scale(fan_in) * max(rows, fan_in) ** 0.5 * SIZE * min(rows, columns) ** 0.5
+
+
+def step_norm(b: TensorBatch) -> float:
+    """The norm of a usual step of a tensor at unit rate."""
+    if b.pack is None:
+        return math.sqrt(sum(unit_norm(r, b.K, bool(b.biases)) ** 2 for r in b.parts))
+    return math.sqrt(sum(block.shape[0] * unit_norm(*block.shape[1:], False) ** 2 for block in b.pack.blocks))
+
+
+def fan_in_scale(fan_in: int) -> float:
+    """``(512 / C)^(1/4)``."""
+    return (FAN_IN / fan_in) ** 0.25
+
+
+def weight_rms_ratio(b: TensorBatch, rms: Tensor) -> Tensor:
+    """The weights' RMS relative to usual ones, 1 for those that are not small: ``[N]``."""
+    return (rms * (b.C**0.5 / USUAL)).clamp(SMALLEST, 1.0)
+
+
+def product_dtype(b: TensorBatch, x: Tensor) -> torch.dtype:
+    """In which a batch's products of matrices are taken: bfloat16 where that is faster, never for float64."""
+    fast = x.dtype == torch.float32 and min(b.R, b.K) > BFLOAT16_ABOVE and has_bfloat16(x.device)
+    return torch.bfloat16 if fast else x.dtype
+
+
+@lru_cache(maxsize=16)
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 faster than of float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return device.type == "mps"
