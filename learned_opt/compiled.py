@@ -1,8 +1,8 @@
 """A rule's step as one graph, compiled by torch's inductor: ``NFNOpt(compile=True)``.
 
-A step is a thousand small operations, and on networks of a few small tensors nearly all of its time goes into calling
-them. What it does depends on names, shapes and options, never on values (roots of second moments, which only some
-steps take anew, are one operator), so a trace of one step holds for all: what is compiled is the one numerics path.
+A step is hundreds of small operations, and on networks of a few small tensors much of its time goes into calling them.
+What it does depends on names, shapes and options, never on values: what is due at some steps only is computed at all
+and masked, but for the roots of second moments, which are one operator. So a trace of one step holds for all.
 """
 
 import logging

@@ -1,7 +1,7 @@
-"""NFNOpt: a ``torch.optim.Optimizer`` around a pure update rule.
+"""NFNOpt: a ``torch.optim.Optimizer`` around an update rule.
 
-One numerics path: a step gathers weights, gradients and state by name, calls the rule, and writes
-the result back.
+A step hands weights, gradients and state to :func:`learned_opt.functional.apply_rule`, which all ways to take a step
+share, and adds the updates to the weights.
 """
 
 import math
@@ -76,27 +76,26 @@ class NFNOpt(torch.optim.Optimizer):
             axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it
             may describe more tensors than are optimised. Named parameters are matched with it by name,
             others by position.
-        lr: multiplies the update (also per group); a number or a 1-element tensor. "paced", "nominal" and
-            the learned rules set their own rate, so it is 1; "adam", "sgd" and "muon" need one like torch's.
-        weight_decay: decoupled as AdamW's, times the rate (also per group): ``lr`` times what the rule sets,
-            which is about 0.01 and decays; 1 for "adam", "sgd" and "muon".
-        total_steps: how many steps the training takes, if that is known; it sets the schedule of
-            "paced", "nominal" and the learned rules.
-        rule: a name in ``RULES``, the path of a ``.safetensors`` theta, or an :class:`UpdateRule`. "paced" is
-            "nominal", what the learned rules start from, at a rate that the first steps measure; it is the
-            default until a theta is better (experiments, 18 to 20).
+        lr: multiplies the rate that the rule sets itself (also per group); a number or a 1-element tensor. 1 is right;
+            one as of other optimizers, such as 1e-3, gives a warning.
+        weight_decay: None: the rule's own small decay of matrices. Else decoupled as AdamW's, times the rate: ``lr``
+            times what the rule sets, which is about 0.01 and decays; 0 is none. Also per group.
+        total_steps: how many steps the training takes, if that is known; it sets the schedule.
+        rule: a name in ``RULES``, the path of a ``.safetensors`` file of learned weights, or an :class:`UpdateRule`.
+            "whitened_polar" are hand-made steps, "auto_lr" the same at a rate that the first steps measure, and
+            "learned" the same under controls of a neural functional network, without effect until it is meta-trained.
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
             out, weights and averages unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is
             checked. (Where it is checked, a gradient with entries over 1e15 is scaled down to that,
             lest squares overflow.)
         maximize: ascend instead (also per group).
-        compile: have ``torch.compile`` make one graph of the rule's step. That takes one to three minutes at the second
-            step (seconds where torch's cache on disk has it), and again where other tensors have gradients or the
-            weight decay changes; then a step of a small network takes a third of its time.
+        compile: have ``torch.compile`` make one graph of the rule's step. That takes minutes at the second step (less
+            where torch's cache on disk has it), and again where other tensors have gradients or the weight decay
+            changes. Whether a step is faster then depends on network and machine.
 
     Attributes:
-        rule: the :class:`UpdateRule`, with theta.
+        rule: the :class:`UpdateRule`, with its learned weights if it has any.
         nan_policy: as given; may be changed.
         skipped_steps: number of steps that each tensor sat out, by name.
 
