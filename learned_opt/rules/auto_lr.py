@@ -5,10 +5,9 @@ points up, a shorter one. The slope is unbiased, as the batch is a new one (a hy
 arXiv:1703.04782, of the logarithm of the rate, normalised). With ``d`` the last step and ``g`` the gradient at its end,
 
     c_t = - sum <g_t, d_t> / sum |g_t| |d_t|                  over all tensors, in the frame
-    rho <- rho + 0.3 / (1 + t / 50) (tanh(mean c / 0.03) - rho)
+    rho <- rho + 0.3 / (1 + t / 50) (tanh(mean c / e) - rho),    e = 0.03 max(1, 800 / T)
 
-from ``rho = -1`` in the warm-up, an eighth of the run, 10 to 50 steps; the rate is multiplied by ``e^rho``. After it
-runs of T < 800 steps take ``T / 800`` of a positive rho (:func:`trust`).
+from ``rho = -1`` in the warm-up, an eighth of the run, 10 to 50 steps; the rate is multiplied by ``exp(rho)``.
 
 How steeply the ground rises tells the momentum: a cosine of 0 to 0.05 below zero where the gradient is mostly noise, of
 0.2 to 0.4 where it is mostly an oscillation across a valley, which a longer momentum averages out. After 50 steps
@@ -109,7 +108,7 @@ def log_lr(measured: Measured, slope: Tensor, t: Tensor, total_steps: Number | N
     """What the logarithm of the rate has gained after step t; ``slope`` with that step's cosine."""
     mean = slope / (1 - AVERAGE ** (t - 1).clamp(min=1))  # the first cosine is of no step: zero
     gain = GAIN / (1 + t / FADE) * ((t > 1) & (t <= warmup_steps(total_steps)))
-    return measured.log_lr + gain * (torch.tanh(mean / EVIDENCE) - (START + measured.log_lr))
+    return measured.log_lr + gain * (torch.tanh(mean / evidence(total_steps)) - (START + measured.log_lr))
 
 
 def mean_correlation(measured: Measured, correlation: Tensor, t: Tensor, total_steps: Number | None) -> Tensor:
@@ -119,23 +118,31 @@ def mean_correlation(measured: Measured, correlation: Tensor, t: Tensor, total_s
     return torch.lerp(measured.correlation, correlation, share.to(correlation.dtype))
 
 
-def trust(total_steps: Number | None) -> Number:
-    """How much of a longer step that the warm-up asks for the rest of a run takes: ``T / 800``, at most 1.
+def evidence(total_steps: Number | None) -> Number:
+    """The size of a cosine that counts: ``0.03 max(1, 800 / T)``.
 
-    The evidence comes from steps at a fraction of the rate that it licenses, and where data do not repeat the first
-    steps of a short run see a plateau, on which any length looks too short.
+    Evidence comes from steps at a fraction of the rate that it licenses, which is the higher the shorter a run is; and
+    where data do not repeat, the first steps of a short run see a plateau, on which any length looks a little too short.
     """
     if total_steps is None:
-        return 1.0
+        return EVIDENCE
+    share = HORIZON / total_steps
+    return EVIDENCE * (share.clamp(min=1.0) if isinstance(share, Tensor) else max(share, 1.0))
+
+
+def after_warmup(total_steps: Number | None) -> Number:
+    """Multiple of the measured rate that the rest of the run takes: 1.2, less in runs of under 800 steps."""
+    if total_steps is None:
+        return AFTER
     share = total_steps / HORIZON
-    return share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0)
+    return 1 + (AFTER - 1) * (share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0))
 
 
 def lr_scale(measured: Measured, t: Tensor, total_steps: Number | None) -> Tensor:
     """What :func:`decay` and ``RATE`` are multiplied by at step t (0-d)."""
-    end, share = warmup_steps(total_steps), trust(total_steps)
-    rho = START + measured.log_lr
-    later = torch.exp(torch.where(rho > 0, share * rho, rho)) * (1 + (AFTER - 1) * share)
-    later = later if total_steps is None else later * horizon_scale(total_steps)
+    end = warmup_steps(total_steps)
+    after = after_warmup(total_steps)
+    after = after if total_steps is None else after * horizon_scale(total_steps)
     noise = NOISE_LR ** ((OTHER - (measured.correlation - 1).abs()) / (OTHER - SAME)).clamp(0.0, 1.0)
-    return torch.where(t > end, later, torch.exp(rho)) * torch.where(t > 3 * end, noise, 1)
+    later = torch.where(t > end, after * torch.ones_like(t), 1)
+    return torch.exp(START + measured.log_lr) * later * torch.where(t > 3 * end, noise, 1)

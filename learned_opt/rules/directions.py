@@ -79,7 +79,7 @@ def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Te
         if i not in roots:
             n = along(b, n, i, own[f"scale{i}"])
     if b.biases:
-        n[..., -1] *= BIAS
+        n[..., -1].mul_(BIAS)
     return n
 
 

@@ -22,7 +22,7 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
         ``[N, R, C]``.
     """
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = x * (1 / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)).to(x.dtype)  # below, squares underflow
+    x = x / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5).to(x.dtype)  # below, squares underflow
     tall = x.shape[-2] > x.shape[-1]
     for _ in range(steps):
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # the Gram matrix of the short side is the small one

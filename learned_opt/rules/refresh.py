@@ -11,7 +11,15 @@ from learned_opt.rules import auto_lr, whitening
 from learned_opt.rules.auto_lr import Number
 from learned_opt.rules.base import State, Weights
 from learned_opt.rules.clock import EVERY_MOMENTS, Clock, when
-from learned_opt.rules.directions import BETA2, fan_in_scale, product_dtype, snr_scale, step_norm, weight_rms_ratio
+from learned_opt.rules.directions import (
+    BETA2,
+    BIAS,
+    fan_in_scale,
+    product_dtype,
+    snr_scale,
+    step_norm,
+    weight_rms_ratio,
+)
 from learned_opt.rules.numerics import TINY, root, rsqrt
 from learned_opt.rules.slots import Slots, extended, framed, lerp, stored, whitened_axes
 
@@ -83,7 +91,7 @@ def update_moments(
             v = lerp(own["v_bias"], g[..., -1].square(), 1 - BETA2**every, in_place)
             own["v_bias"] = when(clock.moments, v, own["v_bias"])
             own["snr"] = when(clock.moments, snr_scale(own, square, age), own["snr"])
-        own |= preconditioners(b, own) if b.is_matrix else {}
+        own |= derived(b, own) if b.is_matrix else {}
     if clock.roots is not False:
         for i in whitened:
             d = b.shape[i]
@@ -93,22 +101,21 @@ def update_moments(
             own[f"root{i}"] = stored(extended(b, i, found), own[f"root{i}"], in_place)
 
 
-def preconditioners(b: TensorBatch, own: Slots) -> Slots:
-    """Along axes that are not whitened, ``v^(-1/4)`` for v of rank one, which is relative to its mean."""
+def derived(b: TensorBatch, own: Slots) -> Slots:
+    """What steps of matrices read of the second moments.
+
+    ``scale{i}``: along an axis that is not whitened, ``v^(-1/4)`` for v of rank one, relative to its mean;
+    ``bias_scale``: what biases are multiplied by; ``seen_scale``: 1 for rows that have had a gradient, and may decay.
+    """
     found = {}
     whitened = whitened_axes(b)
+    seen = own["m"].new_ones(len(b.names), *[1] * len(b.shape))
     for i in b.axes:
+        v = own[f"moment{i}"].diagonal(dim1=-2, dim2=-1) if i in whitened else own[f"diag{i}"]
         if i not in whitened:
-            v = own[f"diag{i}"]
             found[f"scale{i}"] = root(rsqrt(v / v.mean(-1, keepdim=True).clamp(min=TINY) + 1e-8))
-    return found
-
-
-def seen_rows(b: TensorBatch, own: Slots, x: Tensor) -> Tensor:
-    """Numbers ``[N]`` for the rows that have had a gradient, zero for the others: ``[N, ...]`` like the tensors."""
-    x = x.view(-1, *[1] * len(b.shape))
-    for i in b.axes:
         if b.is_row(i):
-            v = own[f"diag{i}"] if f"diag{i}" in own else own[f"moment{i}"].diagonal(dim1=-2, dim2=-1)
-            x = x * (v > 0).view(len(v), *[-1 if k == i else 1 for k in range(len(b.shape))])
-    return x
+            seen = seen * (v > 0).view(len(v), *[-1 if k == i else 1 for k in range(len(b.shape))])
+    if b.biases:
+        found["bias_scale"] = BIAS * own["snr"][:, None]
+    return found | {"seen_scale": seen}

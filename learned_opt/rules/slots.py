@@ -87,7 +87,7 @@ def norm_of(x: Tensor) -> Tensor:
 def repeated(x: Tensor, parts: Tensor) -> Tensor:
     """A number of every tensor for each of its matrices: ``[N'  , 1, 1]``."""
     times = len(parts) // len(x)
-    return (x.repeat_interleave(times) if times > 1 else x)[:, None, None]
+    return (x.repeat_interleave(times) if times > 1 else x).view(-1, 1, 1)
 
 
 # ------------------------------------------------------------------------------- tensors that sit a step out
@@ -164,7 +164,6 @@ def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_
             slots |= {f"moment{i}": zeros(n, d, d), f"root{i}": root_}
         else:
             slots[f"diag{i}"] = zeros(n, d)
-            slots |= {} if b.factored else {f"scale{i}": zeros(n, d) + 1}
     if b.scaling is not None:
         slots |= scales(b, like.new_zeros(n_scales + 1, dtype=dtype))
     return slots

@@ -31,7 +31,6 @@ from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.rules.clock import Clock, when
 from learned_opt.rules.directions import (
     BETA2,
-    BIAS,
     factored_direction,
     flat_direction,
     preconditioned,
@@ -41,7 +40,7 @@ from learned_opt.rules.directions import (
 )
 from learned_opt.rules.newton_schulz import newton_schulz
 from learned_opt.rules.numerics import TINY
-from learned_opt.rules.refresh import preconditioners, refresh_frame, seen_rows, update_moments
+from learned_opt.rules.refresh import derived, refresh_frame, update_moments
 from learned_opt.rules.slots import (
     NUMBERS,
     Slots,
@@ -100,7 +99,9 @@ class WhitenedPolar(UpdateRule):
         wide = torch.promote_types(some.dtype, torch.float32)
         numbers = {k: some.new_zeros(len(layout.members), dtype=wide) for k in NUMBERS}
         state = {"network": fresh_network(layout, some, wide), "tensor": numbers}
-        return state | {b.key: fresh_slots(b, some, wide, layout.n_scales) for b in layout.all}
+        state |= {b.key: fresh_slots(b, some, wide, layout.n_scales) for b in layout.all}
+        self.derive(layout, state)
+        return state
 
     def derive(self, layout: BatchLayout, state: State) -> None:
         """Slots that follow from others, which alone are saved."""
@@ -108,7 +109,7 @@ class WhitenedPolar(UpdateRule):
             if "log_scale" in state["network"]:
                 state[b.key] |= scales(b, state["network"]["log_scale"])
             if isinstance(b, TensorBatch) and b.is_matrix:
-                state[b.key] |= preconditioners(b, state[b.key])
+                state[b.key] |= derived(b, state[b.key])
 
     def forward(
         self,
@@ -273,12 +274,13 @@ class WhitenedPolar(UpdateRule):
         own: dict[str, Tensor] = {}
         for b, x in zip(layout.all, (rate * state["tensor"]["decay"]).split(layout.counts), strict=True):
             if isinstance(b, TensorBatch) and b.is_matrix:
-                own |= zip(b.names, seen_rows(b, state[b.key], x).unbind(), strict=True)
+                share = x.view(-1, *[1] * len(b.shape)) * state[b.key]["seen_scale"]
+                own |= zip(b.names, share.unbind(), strict=True)
         found = {}
         for n in grads:
             wd = asked.get(n)
-            share = own.get(n) if wd is None else rate * wd if wd else None
-            found[n] = updates[n] if share is None else torch.addcmul(updates[n], params[n], share, value=-1)
+            decay = own.get(n) if wd is None else rate * wd if wd else None
+            found[n] = updates[n] if decay is None else torch.addcmul(updates[n], params[n], decay, value=-1)
         return found
 
 
@@ -309,5 +311,5 @@ def matrix_direction(
     x = b.scaled(x, control.units) if control else x
     d = b.join([part * (unit_of(part, b) * repeated(size, part) / norm_of(part)) for part in b.split(x)])
     if b.biases:
-        d[..., -1] *= BIAS * own["snr"][:, None]
+        d[..., -1].mul_(own["bias_scale"])
     return d
