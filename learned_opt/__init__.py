@@ -1,4 +1,10 @@
-"""A learned optimizer on equivariant neural functional networks: ``optimizer = NFNOpt(model.parameters())``."""
+"""An optimizer that knows the symmetry of the network that it trains: ``optimizer = NFNOpt(model.parameters())``.
+
+Its default rule, "auto_lr", is hand-made, and nothing in it is learned. The rule "learned" is a neural functional
+network that controls the same steps; it begins exactly at the hand-made rule and ships without learned weights.
+Trained from weights that are permuted, rescaled or sign-flipped so that the function is the same, a network follows
+exactly (docs/theorem.md).
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
-"""The canonical frame: a scale for every hidden unit, so that an elementwise rule becomes scale-equivariant.
+"""The frame: a canonical scale for every hidden unit, in which a rule does not see how units are scaled.
 
 Each unit ``u`` of a positive or real scale label gets a potential ``c_u > 0`` that is covariant: when the unit is
 scaled by ``d_u``, ``c_u`` becomes ``|d_u| c_u``. With ``s_ij = prod c^exponent`` over the labels of an entry,
 ``W / s``, ``G s``, ``m s`` and ``v s^2`` are invariant to positive scale and ``s f(W/s, G s, ...)`` transforms like
-``W`` for any ``f``: the theorem of the library's design.
+``W`` for any ``f`` that commutes with permutations and signs (docs/theorem.md).
 
 The potentials start covariant (a walk from the inputs: the norm of a unit's incoming weights, its inputs already in
 the frame) and are then balanced by sweeps of ``c <- c ((in^2 + mean in^2) / (out^2 + mean out^2))^(1/4)``, where ``in``
@@ -16,7 +16,7 @@ Of an embedding, which is read one row at a time, the mean over its rows counts,
 A read tensor's squares are weighted by fan_in / fan_out, so that fan-in-scaled initial weights are balanced as they
 are and a standard network is optimised as without a frame.
 
-The frame is a function of the current weights alone. It needs no state, hence none to store, resume or corrupt.
+The frame is a function of the weights alone. Rules take it anew every few steps and hold it between.
 
 A unit whose written weights are all zero (a zero-initialised gain and bias) keeps potential 1: what reads it could tell
 its scale only together with the scales of what that writes, which the walk needs first. Such a unit is constant.

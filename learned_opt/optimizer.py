@@ -1,7 +1,7 @@
-"""NFNOpt: a ``torch.optim.Optimizer`` around a pure update rule.
+"""NFNOpt: a ``torch.optim.Optimizer`` around an update rule.
 
-One numerics path: a step gathers weights, gradients and state by name, calls the rule, and writes
-the result back.
+A step hands weights, gradients and state to :func:`learned_opt.functional.apply_rule`, which all ways to take a step
+share, and adds the updates to the weights.
 """
 
 import math
@@ -75,14 +75,14 @@ class NFNOpt(torch.optim.Optimizer):
             axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it
             may describe more tensors than are optimised. Named parameters are matched with it by name,
             others by position.
-        lr: multiplies the update (also per group); a number or a 1-element tensor. The rules set their own rate, so
-            it is 1.
-        weight_decay: decoupled as AdamW's, times the rate (also per group): ``lr`` times what the rule sets, which is
-            about 0.01 and decays. None: the rule's own, which is small.
+        lr: multiplies the rate that the rule sets itself (also per group); a number or a 1-element tensor. 1 is right;
+            one as of other optimizers, such as 1e-3, gives a warning.
+        weight_decay: None: the rule's own small decay of matrices. Else decoupled as AdamW's, times the rate: ``lr``
+            times what the rule sets, which is about 0.01 and decays; 0 is none. Also per group.
         total_steps: how many steps the training takes, if that is known; it sets the schedule.
         rule: a name in ``RULES``, the path of a ``.safetensors`` file of learned weights, or an :class:`UpdateRule`.
-            "auto_lr" is "whitened_polar" at a rate that the first steps measure; "learned" is "auto_lr" under controls
-            of a neural functional network.
+            "whitened_polar" are hand-made steps, "auto_lr" the same at a rate that the first steps measure, and
+            "learned" the same under controls of a neural functional network, without effect until it is meta-trained.
         nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step
             out, weights and averages unchanged (:attr:`skipped_steps` counts, a warning names it
             once). "raise": FloatingPointError before anything moves. "propagate": nothing is
@@ -91,7 +91,7 @@ class NFNOpt(torch.optim.Optimizer):
         maximize: ascend instead (also per group).
 
     Attributes:
-        rule: the :class:`UpdateRule`, with theta.
+        rule: the :class:`UpdateRule`, with its learned weights if it has any.
         nan_policy: as given; may be changed.
         skipped_steps: number of steps that each tensor sat out, by name.
 

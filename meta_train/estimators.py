@@ -1,4 +1,4 @@
-"""Meta-gradients. An estimator sees an unroll and theta, never a task or a rule.
+"""Meta-gradients. An estimator sees an unroll and theta, the learned weights; never a task or a rule.
 
 Every estimator is frozen plain data with two methods:
 

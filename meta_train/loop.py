@@ -1,4 +1,6 @@
-"""The meta-training loop: estimate, step theta, validate, log, checkpoint; in one process or several.
+"""The meta-training loop: estimate, step theta (the learned weights), validate, log, checkpoint.
+
+It runs in one process or several.
 
 Nothing random has a state: every draw comes from a generator seeded by (seed, purpose, outer step,
 worker), so a worker's estimate is the same in whichever process it is made, and a run that was interrupted, even
