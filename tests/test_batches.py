@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from learned_opt import infer_symmetry
-from learned_opt.batches import batches_of
+from learned_opt.batch_layout import batches_of
 from learned_opt.symmetry import Spec, Symmetry, independent
 from tests.inferred import infer
 from tests.symmetry.infer.architectures import CASES

@@ -39,7 +39,7 @@ def test_constants_are_others_in_the_runs_of_their_experiment_alone(script_at, m
     def run(constants):
         return script.losses("whitened_polar", constants, task, 1.0)
 
-    plain, other = run(""), run("auto_lr.RATE=0.02,whitened_polar.VECTOR=1")
+    plain, other = run(""), run("auto_lr.RATE=0.02,refresh.VECTOR=1")
     assert len(plain) == 2 and other != plain
     assert run("") == plain and auto_lr.RATE == 0.01
     with pytest.raises(AttributeError, match="RATES"):

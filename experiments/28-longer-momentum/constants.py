@@ -1,8 +1,8 @@
 """A rule with other constants, several seeds of a task in one batch.
 
-    python experiments/28-longer-momentum/constants.py auto_lr.LONGER=0.05 whitened_polar.SMALLEST=0.2,auto_lr.AFTER=1
+    python experiments/28-longer-momentum/constants.py auto_lr.LONGER=0.05 directions.SMALLEST=0.2,auto_lr.AFTER=1
     PYTHONPATH=experiments/23-thin-matrices python experiments/28-longer-momentum/constants.py \
-      --suite regressions:SUITE --rule whitened_polar whitened_polar.SIZE=2
+      --suite regressions:SUITE --rule whitened_polar directions.SIZE=2
 
 Each argument is a variant: constants of ``learned_opt.rules``' modules, by module and name, joined by commas. What it
 prints: ``batched.compare``.

@@ -127,7 +127,7 @@ def test_language_models_are_inferred_with_their_cache(kind: str, how: dict[str,
     tokens = dict(vocab_size=19, bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM")
     config = getattr(transformers, f"{kind}Config")(**sizes, **tokens)
     model, ids = getattr(transformers, name)(config), torch.randint(0, 19, (2, 6))
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters())
     output = model(input_ids=ids, labels=ids, **how)
     output[0].backward()
     optimizer.step()

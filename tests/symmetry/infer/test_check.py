@@ -165,7 +165,7 @@ class Tasks(nn.Module):
 def test_parameters_that_are_not_read_are_named(trained: bool, caplog: pytest.LogCaptureFixture) -> None:
     model, x = Tasks(), torch.randn(4, 3)
     model.heads["b"].requires_grad_(trained)
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters())
     model(x, "a").sum().backward()
     optimizer.step()
     assert optimizer.symmetry is not None and optimizer.symmetry.check(model, x, "b") > 1e-3

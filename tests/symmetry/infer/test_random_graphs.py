@@ -141,7 +141,7 @@ def test_inputs_may_be_called_as_arguments_of_the_inference() -> None:
     model, x = Named(torch.tanh), torch.randn(2, 4)
     symmetry = infer_symmetry(model, model=x, mask=torch.ones(2, 4), keywords=inputs)
     assert free(symmetry) == free(infer_symmetry(model, x, mask=x, keywords=inputs)) == ["first"]
-    optimizer = NFNOpt(model.parameters(), rule="adam")
+    optimizer = NFNOpt(model.parameters())
     model(x, mask=x, **inputs).sum().backward()
     optimizer.step()
     assert optimizer.symmetry is not None and free(optimizer.symmetry) == ["first"]
