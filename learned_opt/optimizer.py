@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers
-from learned_opt.compiled import Compiled
 from learned_opt.functional import apply_rule, stepped
 from learned_opt.params import (
     NamedParam,
@@ -90,9 +89,6 @@ class NFNOpt(torch.optim.Optimizer):
             checked. (Where it is checked, a gradient with entries over 1e15 is scaled down to that,
             lest squares overflow.)
         maximize: ascend instead (also per group).
-        compile: have ``torch.compile`` make one graph of the rule's step. That takes minutes at the second step (less
-            where torch's cache on disk has it), and again where other tensors have gradients or the weight decay
-            changes. Whether a step is faster then depends on network and machine.
 
     Attributes:
         rule: the :class:`UpdateRule`, with its learned weights if it has any.
@@ -116,7 +112,6 @@ class NFNOpt(torch.optim.Optimizer):
         rule: str | Path | UpdateRule = "auto_lr",
         nan_policy: NanPolicy = "skip",
         maximize: bool = False,
-        compile: bool = False,
     ) -> None:
         if nan_policy not in ("skip", "raise", "propagate"):
             raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
@@ -124,7 +119,6 @@ class NFNOpt(torch.optim.Optimizer):
             raise ValueError(f"symmetry={symmetry!r} is unknown; it is a Symmetry, 'infer' or 'independent'")
         self.rule = make_rule(rule)
         self.nan_policy = nan_policy
-        self._apply = Compiled(apply_rule) if compile else apply_rule
         self.skipped_steps: Counter[str] = Counter()
         self._given: Symmetry | Mode = symmetry
         self._known: ParamMap | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
@@ -222,8 +216,9 @@ class NFNOpt(torch.optim.Optimizer):
         return calls
 
     # -- the step
+    @torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler with this module
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient.
+        """One update of every parameter that has a gradient. ``torch.compile`` leaves it as it is.
 
         Args:
             closure: reevaluates the model, calls ``backward`` and returns the loss; run with
@@ -278,7 +273,7 @@ class NFNOpt(torch.optim.Optimizer):
             if factor != 1:
                 grads[n] = factor * grads[n].to(accumulator_dtype(grads[n]))
         buffers = self._buffered(entries, symmetry)
-        updates, state = self._apply(
+        updates, state = apply_rule(
             self.rule,
             params,
             grads,
@@ -412,7 +407,7 @@ class NFNOpt(torch.optim.Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "nan_policy", "skipped_steps", "_apply", "_given", "_steps", "_outlasted")
+        own = ("rule", "nan_policy", "skipped_steps", "_given", "_steps", "_outlasted")
         kept = {k: getattr(self, k) for k in own} | {"_known": self._placed(), "_network": self._networks()}
         return super().__getstate__() | kept
 

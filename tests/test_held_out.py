@@ -150,7 +150,7 @@ def test_the_inferred_symmetry_is_exact_and_its_halves_are_not(task):
     assert abs(alone / loss - 1) > 1e-7, matrix
 
 
-@pytest.mark.parametrize("rule", ["paced", pytest.param("nfn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", ["auto_lr", pytest.param("learned", marks=pytest.mark.slow)])
 def test_the_optimizer_and_the_evaluation_take_it(task, rule):
     """In ten steps: after the first two, of the largest rate, the topic model's exp(log variance) may be huge."""
     short = copy.copy(task)

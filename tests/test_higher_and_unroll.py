@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from learned_opt import NFNOpt
-from learned_opt.adapters import register_higher
+from learned_opt.higher import register_higher
 from learned_opt.rules import RULES
 from meta_train.unroll import Unroll
 from tests.inferred import infer
@@ -37,12 +37,11 @@ class Fixed:
         return nn.functional.cross_entropy(torch.func.functional_call(self.model, params, (x,)), y)
 
 
-@pytest.mark.parametrize("name", ["nfn", "nfn-parameter", "nfn-permutation"])
-def test_higher_and_the_unroll_have_one_meta_gradient(name):
+def test_higher_and_the_unroll_have_one_meta_gradient():
     higher = pytest.importorskip("higher")
     register_higher()
     task, generator = Fixed(), torch.Generator().manual_seed(1)
-    rule = RULES[name]().double()
+    rule = RULES["learned"]().double()
     with torch.no_grad():
         for p in rule.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from learned_opt.layout import layout_of
-from learned_opt.rules.embedding import Embedding, broadcast
+from learned_opt.rules.embedding import Embedding
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry, independent
 from learned_opt.symmetry.axes import Leaf, Prod, Sum
 from tasks.conv import cnn
@@ -223,25 +223,6 @@ def test_pooled_means_equal_a_loop_over_units(network, side):
         for f in (1, 2):
             total = sum((tensors[n] ** f * m / width[n]).sum() for n, m in unit.items())
             torch.testing.assert_close(pooled[u, f - 1], total / max(count, torch.ones(())))
-
-
-@every_network
-@pytest.mark.parametrize("side", ["rows", "cols"])
-def test_broadcast_equals_a_loop_over_units(network, side):
-    symmetry = NETWORKS[network]()
-    layout = layout_for(symmetry)
-    table = torch.randn(layout.n_units + 1, 2, dtype=torch.float64)
-    table[-1] = 0
-    units = members(symmetry, side)
-    for f in range(2):
-        naive = {
-            n: sum((unit[n] * table[u, f] for u, unit in enumerate(units)), torch.zeros(s.shape, dtype=torch.float64))
-            for n, s in symmetry.specs.items()
-        }
-        for stack, expected in zip(layout.stacks, layout.gather(naive), strict=True):
-            ours = broadcast(table, getattr(stack, side))[f]
-            ours = ours.unsqueeze(2 if side == "rows" else 1).expand(stack.shape)
-            torch.testing.assert_close(ours, expected)
 
 
 @every_network

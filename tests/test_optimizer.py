@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from learned_opt.functional import apply_rule
 from learned_opt.optimizer import NFNOpt
@@ -53,6 +54,25 @@ def test_the_loss_goes_down(name):
     first = backward(model).item()
     train(model, optimizer, 40)
     assert backward(model).item() < 0.8 * first
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.compile")
+def test_torch_compile_makes_no_graph_of_a_step():
+    """Neither at first, nor for another rate, and the steps are the same."""
+    torch._dynamo.reset()
+    graphs, runs = CompileCounter(), []
+    for compiled in (False, True):
+        model = make_model()
+        optimizer = make("auto_lr", model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+        step = torch.compile(optimizer.step, backend=graphs) if compiled else optimizer.step
+        for _ in range(4):
+            backward(model)
+            step()
+            scheduler.step()
+        runs.append(weights(model))
+    assert graphs.frame_count == 0
+    assert_equal(*runs)
 
 
 @every_rule

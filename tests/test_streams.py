@@ -7,7 +7,7 @@ import torch
 from torch.func import grad
 from torch.testing import assert_close
 
-from meta_train.suites import suite_named
+from meta_train.bench.suites import suite_named
 from meta_train.symmetries import symmetry_of
 from tasks import data, stream_tasks, streams, suites
 

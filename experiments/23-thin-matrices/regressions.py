@@ -1,7 +1,8 @@
 """Seven regressions without noise, which VALID lacks, two of them by SIRENs: fresh points at every step.
 
     export PYTHONPATH=experiments/23-thin-matrices
-    python experiments/18-polar-step-variants/run.py --suite regressions:SUITE rate=3 iterations=5 ...
+    PYTHONPATH=experiments/23-thin-matrices python experiments/28-longer-momentum/constants.py \
+      --suite regressions:SUITE --rule whitened_polar auto_lr.RATE=0.03 whitened_polar.ITERATIONS=5
     python -m meta_train evaluate --suite regressions:SUITE --out runs/regressions \
       --optimizers auto_lr=nfn:auto_lr whitened_polar=nfn:whitened_polar muon-cosine adamw-cosine
 """

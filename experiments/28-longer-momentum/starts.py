@@ -1,6 +1,6 @@
 """Four tasks whose initial weights are smaller than torch's: what steps in proportion to small weights cost there.
 
-    python experiments/28-longer-momentum/constants.py --suite starts:SUITE nominal.SMALLEST=1
+    python experiments/28-longer-momentum/constants.py --suite starts:SUITE whitened_polar.SMALLEST=1
 
 takes usual steps whatever the weights.
 """

@@ -1,7 +1,7 @@
-"""Networks with LayerNorm, and without it on the same photographs: what they want of the nominal rule.
+"""Networks with LayerNorm, and without it on the same photographs: what they want of the whitened polar rule.
 
-    PYTHONPATH=experiments/34-soap-and-normalised-networks python experiments/18-polar-step-variants/run.py \
-      --suite normalised:SUITE normalised=1 shrink=0 ...
+    PYTHONPATH=experiments/34-soap-and-normalised-networks python experiments/28-longer-momentum/constants.py \
+      --suite normalised:SUITE --rule whitened_polar whitened_polar.VECTOR=1 whitened_polar.BUILTIN_DECAY=0
 
 What it prints: ``batched.compare``.
 """

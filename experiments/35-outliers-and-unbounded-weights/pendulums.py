@@ -1,7 +1,7 @@
 """Three pendulums to swing up, whose gradients have outliers: not the one of HELD_OUT.
 
     PYTHONPATH=experiments/35-outliers-and-unbounded-weights python experiments/28-longer-momentum/constants.py \
-      --suite pendulums:SUITE nominal.OUTLIER=1e30 nominal.OUTLIER=2
+      --suite pendulums:SUITE whitened_polar.CLIP_FACTOR=1e30 whitened_polar.CLIP_FACTOR=2
 
 What it prints: ``batched.compare``; the losses themselves are in its ``runs.jsonl``.
 """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt import NFNOpt
-from learned_opt.rules import nominal
+from learned_opt.rules import whitened_polar
 from tasks.mlp import mlp
 
 STEPS, AT, SEEDS = 400, 150, 5
@@ -48,8 +48,8 @@ def main() -> None:
     factors = (1.0, 1e2, 1e4, 1e10)
     print("| final loss (largest weight) |", " | ".join(f"x {f:g}" for f in factors), "|")
     for name in NAMES:
-        limit = 1e30 if name == "NFNOpt, no limit" else nominal.OUTLIER
-        with mock.patch.object(nominal, "OUTLIER", limit):
+        limit = 1e30 if name == "NFNOpt, no limit" else whitened_polar.CLIP_FACTOR
+        with mock.patch.object(whitened_polar, "CLIP_FACTOR", limit):
             cells = [zip(*(run(name, f, seed) for seed in range(SEEDS)), strict=True) for f in factors]
         print(f"| {name} |", " | ".join("{:.3g} ({:.3g})".format(*map(median, c)) for c in cells), "|", flush=True)
 

@@ -1,7 +1,7 @@
-"""One task of HELD_OUT with more seeds: how many times longer `polar` needs than NFNOpt, and which ends lower.
+"""One task of HELD_OUT with more seeds: how many times longer `whitened_polar` needs than NFNOpt, and which ends lower.
 
     python experiments/45-fine-tuning-regressions/run.py TASK [--seeds 30] \
-      [--rule paced] [--opponent polar] [--workers 1] [--out DIR]
+      [--rule auto_lr] [--opponent whitened_polar] [--workers 1] [--out DIR]
 
 Only these two are run, not tuned Adam. Finished runs are not repeated; runs.jsonl of an evaluation in the same folder
 counts. Prints every seed, then the median and the interquartile mean of horizon speed-ups with 95 % bootstrap
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
     parser.add_argument("--seeds", type=int, default=30)
-    parser.add_argument("--rule", default="paced")
-    parser.add_argument("--opponent", default="polar")
+    parser.add_argument("--rule", default="auto_lr")
+    parser.add_argument("--opponent", default="whitened_polar")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     args = parser.parse_args()

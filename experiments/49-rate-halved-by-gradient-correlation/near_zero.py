@@ -1,7 +1,7 @@
 """Six networks on digits, most of which come to fit every example: where the last steps' noise is what is left to lose.
 
     PYTHONPATH=experiments/49-rate-halved-by-gradient-correlation python experiments/28-longer-momentum/constants.py \
-      --suite near_zero:SUITE paced.CALM=1
+      --suite near_zero:SUITE auto_lr.NOISE_LR=1
 
 keeps the measured rate where gradients are independent.
 """

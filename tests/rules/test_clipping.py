@@ -90,7 +90,7 @@ def test_a_run_survives_a_wild_gradient(monkeypatch):
     calm = last_loss(1.0)
     assert last_loss(1e10) < 4 * calm
     monkeypatch.setattr(whitened_polar, "CLIP_FACTOR", 1e30)
-    assert last_loss(1e10) > 30 * calm
+    assert last_loss(1e10) > 10 * calm
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-24, 1e-10, 1e15])
