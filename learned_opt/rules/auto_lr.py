@@ -121,8 +121,8 @@ def mean_correlation(measured: Measured, correlation: Tensor, t: Tensor, total_s
 def evidence(total_steps: Number | None) -> Number:
     """The size of a cosine that counts: ``0.03 max(1, 800 / T)``.
 
-    Evidence comes from steps at a fraction of the rate that it licenses, which is the higher the shorter a run is; and
-    where data do not repeat, the first steps of a short run see a plateau, on which any length looks a little too short.
+    Evidence comes from steps at a fraction of the rate that it licenses, which is the higher the shorter a run is;
+    and where data do not repeat, the first steps of a short run see a plateau, on which every length looks too short.
     """
     if total_steps is None:
         return EVIDENCE
