@@ -15,6 +15,7 @@ from learned_opt.rules.numerics import TINY, root
 
 Slots = dict[str, Tensor]
 
+FRAME = ("scale", "row_scale", "col_scale")  # slots that all tensors of a network change together
 NUMBERS = ("step", "mean_square", "size", "decay", "update_norm")  # of every tensor
 
 
@@ -123,9 +124,9 @@ def kept_state(layout: BatchLayout, old: State, new: State, live: dict[str, bool
             entries = torch.cat([own[:, None, None].expand(-1, 1, b.C), biases[:, None, None]], -1)
         kept[b.key] = {}
         for k, x in new[b.key].items():
-            moved = entries if k in ("m", "last_update") else biases if k in ("v_bias", "snr") else own
+            moved = entries if k in ("m", "last_update") else biases if k in ("v_bias", "snr", "bias_scale") else own
             moved = moved if moved.ndim == x.ndim else moved.view(-1, *[1] * (x.ndim - 1))
-            kept[b.key][k] = x if "scale" in k else torch.where(moved, x, old[b.key][k])
+            kept[b.key][k] = x if k in FRAME else torch.where(moved, x, old[b.key][k])
     return kept
 
 
