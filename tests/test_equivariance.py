@@ -31,7 +31,27 @@ def transformer(**settings):
     return Transformer(nn.Embedding(7, 8), 6, 7, **(sizes | settings))
 
 
+class Heads(nn.Module):
+    """Hidden units in heads: weights with more than two axes, whose rows are two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.read, self.write = (nn.Parameter(torch.randn(3, 6, n) / 3) for n in (5, 3))
+
+    def forward(self, x):
+        return torch.einsum("bhu,huc->bc", torch.einsum("bi,hui->bhu", self.first(x), self.read).relu(), self.write)
+
+
+def groups():
+    """What each group of a convolution reads has a permutation of its own."""
+    layers = nn.Conv2d(2, 12, 1), nn.ReLU(), nn.Conv2d(12, 10, 1, groups=2), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(10 * 36, 3))
+
+
 MODELS = {
+    "heads": Heads,
+    "groups": groups,
     "relu": lambda: mlp([5, 8, 7, 3], "relu"),
     "tanh": lambda: mlp([5, 8, 7, 3], "tanh"),
     "sin": lambda: mlp([5, 8, 7, 3], "sin"),
@@ -40,7 +60,7 @@ MODELS = {
     "transformer": lambda: transformer(activation="gelu"),
     "transformer, q k v apart": lambda: transformer(activation="relu", fused=False),
 }
-FEATURES = {"cnn": (2, 6, 6), "cnn without norm": (2, 6, 6)}
+FEATURES = {"cnn": (2, 6, 6), "cnn without norm": (2, 6, 6), "groups": (2, 6, 6)}
 
 
 def make_model(kind, dtype=torch.float64):

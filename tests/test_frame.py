@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt import NFNOpt
+from learned_opt import NFNOpt, infer_symmetry
 from learned_opt.frame import SWEEPS, potentials, scales
 from learned_opt.layout import layout_of
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry, independent
@@ -383,3 +383,13 @@ def test_potentials_run_under_vmap():
     ours = torch.func.vmap(lambda w: potentials(symmetry, w))(both)
     for i in range(2):
         torch.testing.assert_close(ours[i], potentials(symmetry, {n: p[i] for n, p in both.items()}))
+
+
+def test_the_frame_does_not_grow_with_the_vocabulary():
+    def log_scale(copies):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+        model[0].weight = nn.Parameter(model[0].weight.repeat(copies, 1))
+        return potentials(infer_symmetry(model, torch.zeros(2, 3, dtype=torch.long)), dict(model.named_parameters()))
+
+    torch.testing.assert_close(log_scale(50), log_scale(1))

@@ -427,3 +427,13 @@ def test_apply_rule_leaves_its_arguments_alone():
     before = copy.deepcopy((params, grads, state))
     apply_rule(rule, params, grads, state, symmetry)
     assert_equal((params, grads, state), before)
+
+
+def test_a_learning_rate_by_habit_is_told():
+    model = nn.Linear(5, 6)
+    with pytest.warns(UserWarning, match="lr=0.001 multiplies the rate"):
+        NFNOpt(model.parameters(), lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NFNOpt(model.parameters(), lr=0.3)
+        NFNOpt(model.parameters(), lr=1e-3, rule=SGD())
