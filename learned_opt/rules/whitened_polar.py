@@ -141,8 +141,9 @@ class WhitenedPolar(UpdateRule):
         refresh_frame(layout, params, new, clock, total_steps)
 
         # gradients in the frame, none far larger than usual
-        whole = {b.key: gathered(b, completed(b, grads, params), in_place) for b in layout.all}
-        g = {b.key: framed(b, whole[b.key], new[b.key], in_place) for b in layout.all}
+        g = {}
+        for b in layout.all:
+            g[b.key] = framed(b, gathered(b, completed(b, grads, params), in_place), new[b.key], in_place)
         g, norm = self._clipped(layout, g, new, clock)
 
         # the rate, from the slope along the last step (slow clock)
@@ -175,9 +176,9 @@ class WhitenedPolar(UpdateRule):
             elif b.factored:
                 d = factored_direction(b, own, size, square, age)
             elif b.thin:
-                d = thin_direction(b, g[b.key], own, beta1, size, square, age, warmup)
+                d = thin_direction(b, g.pop(b.key), own, beta1, size, square, age, warmup)
             else:
-                d = matrix_direction(b, g[b.key], own, beta1, size, control)
+                d = matrix_direction(b, g.pop(b.key), own, beta1, size, control, in_place)
             if clock.before_slope is not False:
                 own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
@@ -186,7 +187,7 @@ class WhitenedPolar(UpdateRule):
             new["tensor"]["update_norm"] = torch.cat(lengths)
         if live is not None:
             new = kept_state(layout, state, new, live)
-        return self._decayed(layout, params, grads, updates, rate, weight_decay, new), new
+        return self._decayed(layout, params, grads, updates, rate, weight_decay, new, in_place), new
 
     def controls(
         self,
@@ -268,6 +269,7 @@ class WhitenedPolar(UpdateRule):
         rate: Tensor,
         weight_decay: float | None | Mapping[str, float | None],
         state: State,
+        in_place: bool,
     ) -> Weights:
         """The step of every tensor that has a gradient, less a share of its weights: its own, or what is asked for."""
         asked = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
@@ -280,7 +282,11 @@ class WhitenedPolar(UpdateRule):
         for n in grads:
             wd = asked.get(n)
             decay = own.get(n) if wd is None else rate * wd if wd else None
-            found[n] = updates[n] if decay is None else torch.addcmul(updates[n], params[n], decay, value=-1)
+            if decay is None:
+                found[n] = updates[n]
+            else:
+                out = updates[n] if in_place else None
+                found[n] = torch.addcmul(updates[n], params[n], decay, value=-1, out=out)
         return found
 
 
@@ -299,17 +305,29 @@ def clip_factor(norm: Tensor, mean_square: Tensor, step: Number, numel: Tensor) 
 
 
 def matrix_direction(
-    b: TensorBatch, g: Tensor, own: Slots, beta1: Tensor, size: Tensor, control: Control | None = None
+    b: TensorBatch,
+    g: Tensor,
+    own: Slots,
+    beta1: Tensor,
+    size: Tensor,
+    control: Control | None = None,
+    in_place: bool = False,
 ) -> Tensor:
-    """``P polar(P n P) P`` at its size, times ``size`` [N]: ``[N, R, K]``."""
-    n = torch.lerp(times(b, g, control.fresh) if control else g, own["m"].to(g.dtype), beta1)
+    """``P polar(P n P) P`` at its size, times ``size`` [N]: ``[N, R, K]``. In place, it uses up the gradient."""
+    g = times(b, g, control.fresh) if control else g
+    n = torch.lerp(g, own["m"].to(g.dtype), beta1, out=g if in_place else None)
     roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
-    x = preconditioned(b, n, own, roots).to(product_dtype(b, n))
+    dtype, x = n.dtype, preconditioned(b, n, own, roots).to(product_dtype(b, n))
+    del g, n  # of a large matrix every copy counts
     x = whitening.multiplied(b, x, roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
-    x = whitening.multiplied(b, x, roots).to(n.dtype)
+    x = whitening.multiplied(b, x, roots).to(dtype)
     x = b.scaled(x, control.units) if control else x
-    d = b.join([part * (unit_of(part, b) * repeated(size, part) / norm_of(part)) for part in b.split(x)])
+    parts = []
+    for part in b.split(x):
+        scale = unit_of(part, b) * repeated(size, part) / norm_of(part)
+        parts.append(torch.mul(part, scale, out=part if in_place else None))
+    d = b.join(parts)
     if b.biases:
         d[..., -1].mul_(own["bias_scale"])
     return d
