@@ -139,7 +139,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
             assert word, "it ended too early"
             pids += [int(rest)] if word == "pid" else []
         parent.send_signal(number)  # to it alone
-        parent.communicate(timeout=20)  # a worker holds the pipe for as long as it lives
+        parent.communicate(timeout=60)  # a worker holds the pipe for as long as it lives
     finally:
         for pid in (parent.pid, *pids):
             with contextlib.suppress(ProcessLookupError):
