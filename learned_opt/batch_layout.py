@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from learned_opt.batches import BatchLayout, FlatBatch, Scaling, Shape, TensorBatch, Units, is_thin
-from learned_opt.layout import ByIdentity, Pack, block_units, unit_tables
+from learned_opt.blocks import ByIdentity, Pack, block_units, unit_tables
 from learned_opt.symmetry import Symmetry
 from learned_opt.symmetry.axes import Axis, Block, Leaf, Sum, alternatives, leaves_of, map_leaves
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from learned_opt.layout import Pack
+from learned_opt.blocks import Pack
 from learned_opt.symmetry import Symmetry
 
 THIN = 4  # rows or columns up to which a matrix counts as vectors

@@ -34,7 +34,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.layout import ByIdentity, Layout, Units, layout_of
+from learned_opt.blocks import BlockLayout, ByIdentity, Units, layout_of
 from learned_opt.symmetry import Spec, Symmetry
 from learned_opt.symmetry.axes import leaves_of
 from learned_opt.symmetry.labels import is_statistic
@@ -204,7 +204,7 @@ class _Touch:
         return self.labels - {label}
 
 
-def _incidences(layout: Layout, label_of: Mapping[int, str], free: set[str]) -> list[_Touch]:
+def _incidences(layout: BlockLayout, label_of: Mapping[int, str], free: set[str]) -> list[_Touch]:
     touches = []
     for i, stack in enumerate(layout.stacks):
         for n in range(stack.shape[0]):
@@ -236,7 +236,7 @@ def _independent_sets(labels: list[str], touches: list[_Touch]) -> list[list[str
     return sets
 
 
-def _visit(layout: Layout, label_of: Mapping[int, str], use: Mapping[str, list[_Touch]], only_in: bool) -> _Visit:
+def _visit(layout: BlockLayout, label_of: Mapping[int, str], use: Mapping[str, list[_Touch]], only_in: bool) -> _Visit:
     wanted: dict[int, dict[int, set[str]]] = {}
     for label, touches in use.items():
         for t in touches:

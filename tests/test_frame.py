@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from learned_opt import NFNOpt, infer_symmetry
+from learned_opt.blocks import layout_of
 from learned_opt.frame import SWEEPS, potentials, scales
-from learned_opt.layout import layout_of
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry, independent
 from learned_opt.symmetry.axes import Leaf
 from tasks.conv import cnn

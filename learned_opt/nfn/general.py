@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from learned_opt.blocks import layout_of
 from learned_opt.frame import potentials, scales
-from learned_opt.layout import layout_of
 from learned_opt.nfn.equivariant_basis import Dim, Dims, PartitionLinear, Scaling
 from learned_opt.symmetry import Symmetry, SymmetryError
 from learned_opt.symmetry.axes import Leaf, alternatives, assembled, choices, pieces_of

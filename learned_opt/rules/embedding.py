@@ -8,7 +8,7 @@ map whatever the mixing is, at a cost linear in the number of weights.
 import torch
 from torch import Tensor, nn
 
-from learned_opt.layout import Layout, Units
+from learned_opt.blocks import BlockLayout, Units
 
 
 class Embedding(nn.Module):
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
         self.network = nn.Linear(width, width)
 
     def forward(
-        self, layout: Layout, entries: list[Tensor], layers: list[Tensor], network: Tensor
+        self, layout: BlockLayout, entries: list[Tensor], layers: list[Tensor], network: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """Pool, mix.
 
@@ -59,7 +59,7 @@ class Embedding(nn.Module):
         shared = torch.tanh(self.network(torch.tanh(torch.cat(own)).mean(0))) if self.pool else 0.0
         return units, [torch.tanh(x + shared) for x in own]
 
-    def _units(self, layout: Layout, pooled: list[Tensor], side: str) -> Tensor:
+    def _units(self, layout: BlockLayout, pooled: list[Tensor], side: str) -> Tensor:
         """Mean over all rows (columns) of a unit, in whatever tensors: ``[n_units + 1, entries]``."""
         index, value = [], []
         for stack, x in zip(layout.stacks, pooled, strict=True):

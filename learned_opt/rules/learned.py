@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from learned_opt.batch_layout import scaling_of
 from learned_opt.batches import BatchLayout, FlatBatch, Scaling
-from learned_opt.layout import Layout, Stack, layout_of, unit_tables
+from learned_opt.blocks import BlockLayout, MatrixBatch, layout_of, unit_tables
 from learned_opt.rules import auto_lr, features
 from learned_opt.rules.auto_lr import Number
 from learned_opt.rules.base import State, Weights
@@ -161,7 +161,7 @@ def _tensor_features(tensor: Slots, pool: bool) -> Tensor:
     return torch.stack([torch.log(tensor["size"]), share], -1)
 
 
-def _shape_features(stack: Stack, like: Tensor) -> Tensor:
+def _shape_features(stack: MatrixBatch, like: Tensor) -> Tensor:
     """``[N, N_SHAPE]``: logs of the shape, the kind, whether it reads the input or writes the output."""
     _, r, c = stack.shape
     logs = torch.log2(torch.tensor([r, c], dtype=like.dtype, device=like.device)) / 8
@@ -178,7 +178,7 @@ def _means(x: Tensor, owner: Tensor, count: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _owners(batches: BatchLayout, layout: Layout) -> Tensor:
+def _owners(batches: BatchLayout, layout: BlockLayout) -> Tensor:
     """Which tensor every matrix of the stacks belongs to, a bias to its matrix: ``[sum of counts]``."""
     places = {n: i for i, n in enumerate(batches.members)}
     places |= {bias: places[n] for b in batches.batches for n, bias in zip(b.names, b.biases, strict=False)}

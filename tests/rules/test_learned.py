@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from learned_opt import NFNOpt
+from learned_opt.blocks import unit_tables
 from learned_opt.functional import functional
-from learned_opt.layout import unit_tables
 from learned_opt.rules import RULES
 from learned_opt.rules.clock import EVERY_FRAME
 from learned_opt.rules.learned import Learned

@@ -32,7 +32,7 @@ class Units:
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class MatrixBatch:
     """Blocks of one kind and shape: matrices ``[N, R, C]``."""
 
     kind: str
@@ -70,13 +70,13 @@ class Pack:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class BlockLayout:
     """The stacks of the named tensors of a symmetry."""
 
     symmetry: Symmetry
     names: tuple[str, ...]
     packs: tuple[Pack, ...]
-    stacks: tuple[Stack, ...]
+    stacks: tuple[MatrixBatch, ...]
     n_units: int  # permutation units; the dummy's position
     n_scales: int  # scale units; the dummy's position
 
@@ -129,7 +129,7 @@ def concatenated(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
-def layout_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device) -> Layout:
+def layout_of(symmetry: Symmetry, names: tuple[str, ...], device: torch.device) -> BlockLayout:
     """The layout of some of a symmetry's tensors (cached: it depends on shapes only)."""
     return _layout(ByIdentity(symmetry), names, str(device))
 
@@ -148,7 +148,7 @@ class ByIdentity:
 
 
 @lru_cache(maxsize=256)
-def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
+def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> BlockLayout:
     symmetry = key.symmetry
     label_start, n_units = unit_tables(symmetry, "label")
     scale_start, n_scales = unit_tables(symmetry, "scale")
@@ -159,7 +159,7 @@ def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
     def scale_units(leaf: Leaf) -> list[tuple[Tensor, int]]:
         return [(scale_start[name], e) for name, e in leaf.scale]
 
-    def stack(kind: str, r: int, c: int, runs: list[tuple[int, int]]) -> Stack:
+    def stack(kind: str, r: int, c: int, runs: list[tuple[int, int]]) -> MatrixBatch:
         members = tuple((n, k, symmetry.blocks[n][k]) for i, k in runs for n in packs[i])
         blocks = [b for _, _, b in members for _ in range(b.shape[0])]
 
@@ -167,7 +167,7 @@ def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
             return _cat([block_units(b, side, of, dummy, symmetry) for _, _, b in members], dummy, device)
 
         fixed = [[all(x.label is None for x in b.batch + side) for side in (b.rows, b.cols)] for b in blocks]
-        return Stack(
+        return MatrixBatch(
             kind,
             (len(blocks), r, c),
             tuple(runs),
@@ -190,7 +190,7 @@ def _layout(key: ByIdentity, names: tuple[str, ...], device: str) -> Layout:
         for k, block in enumerate(symmetry.blocks[alike[0]]):
             runs.setdefault((block.kind, *block.shape[1:]), []).append((i, k))
     places = {run: (at, k) for at, own in enumerate(runs.values()) for k, run in enumerate(own)}
-    return Layout(
+    return BlockLayout(
         symmetry,
         names,
         tuple(map(pack, range(len(packs)))),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt.layout import layout_of
+from learned_opt.blocks import layout_of
 from learned_opt.rules.embedding import Embedding
 from learned_opt.symmetry import Element, Label, Scale, Spec, Symmetry, independent
 from learned_opt.symmetry.axes import Leaf, Prod, Sum
