@@ -181,8 +181,9 @@ def memory(make: Callable[[], Optimizer], steps: int = PROFILED) -> tuple[int, i
         optimizer = make()
         for _ in range(steps):
             optimizer.step()
-    results = seen.profiler.kineto_results  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None, "the profiler has ended"
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0
     for _, change in changes:
         held += change
@@ -265,7 +266,7 @@ def measure(
         say(f"memory of {name}")
         own = copy.deepcopy(model)
         draw_gradients(own)
-        held, peak = memory(lambda own=own, name=name: make[name](own))  # type: ignore[misc]
+        held, peak = memory(partial(make[name], own))
         found[name] = _cost(laps[name][1], turn, calls, held / weights, peak / weights)
     return weights, found
 
