@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from learned_opt import NFNOpt
+from learned_opt.rules import auto_lr
 from learned_opt.rules.auto_lr import START
 from learned_opt.rules.whitened_polar import WhitenedPolar
 from learned_opt.symmetry import independent
@@ -140,3 +141,17 @@ def test_a_tensor_that_joins_late_takes_the_networks_rate():
         clocks.append(float((model[4].weight - before).norm()))
     assert not any(clocks[:15]) and min(clocks[15:]) > 0.5 * max(clocks[15:])
     assert optimizer.state[model[4].weight]["step"] == 5 and optimizer.state[model[0].weight]["step"] == 20
+
+
+@pytest.mark.parametrize(("cosine", "low", "high"), [(0.03, 0.0, 0.85), (0.5, 0.95, 1.05)])
+def test_a_short_run_trusts_strong_evidence_alone(cosine, low, high):
+    def gained(total_steps, steps=25):
+        zero = torch.zeros((), dtype=torch.float64)
+        measured = auto_lr.Measured(zero, zero, zero, zero)
+        for t in range(2, steps + 1):
+            slope = torch.lerp(measured.slope, zero + cosine, 1 - auto_lr.AVERAGE)
+            log_lr = auto_lr.log_lr(measured, slope, zero + t, total_steps)
+            measured = measured._replace(slope=slope, log_lr=log_lr)
+        return float(measured.log_lr)
+
+    assert low < gained(200) / gained(800) < high
