@@ -5,7 +5,7 @@ slots by parameter. Both see the same memory here. The slots of a parameter depe
 distributed checkpointing has state made, to be filled with what was saved, before a symmetry can have been inferred.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from learned_opt.batch_layout import batches_of
 from learned_opt.batches import FlatBatch, TensorBatch, has_matrix, moment_axes, root_dtype
 from learned_opt.functional import computing_dtype
 from learned_opt.rules.base import State, UpdateRule
-from learned_opt.symmetry import Symmetry
+from learned_opt.symmetry import Symmetry, independent
 
 NUMBERS = "tensor"  # the key of a state's vectors with a number for every tensor
+
+StateByTensor = MutableMapping[Any, dict[str, Tensor]]  # as ``optimizer.state``
 
 
 class Buffers:
@@ -146,3 +148,39 @@ class Buffers:
                         old[k].copy_(x)
         self._clock += 1
         self._steps = {n: t + (n in moved) for n, t in self._steps.items()}
+
+
+def create_slots(rule: UpdateRule, params: Mapping[str, Tensor], state: StateByTensor) -> None:
+    """Slots in ``state`` for those of these tensors that have none; a step puts them into shared buffers."""
+    new = {n: p.detach() for n, p in params.items() if not state.get(p)}
+    if new:
+        for n, slots in Buffers(rule, new, independent(new)).slots.items():
+            state[params[n]] = slots
+
+
+def shared(
+    rule: UpdateRule,
+    params: Mapping[str, Tensor],
+    symmetry: Symmetry,
+    state: StateByTensor,
+    old: Buffers | None,
+    network: Mapping[str, Tensor] | None,
+) -> Buffers:
+    """The old buffers, made anew where these tensors, or their slots in ``state``, are others than theirs.
+
+    Args:
+        rule: as of :class:`Buffers`.
+        params: the same.
+        symmetry: the same.
+        state: each tensor has its slots there, views of the buffers in the end.
+        old: None: there are none yet.
+        network: the network's numbers that were loaded where there are none yet.
+    """
+    slots = {n: state[p] for n, p in params.items()}
+    if old is not None and old.holds(symmetry, slots):
+        return old
+    buffers = Buffers(rule, params, symmetry)
+    buffers.fill(slots, network if old is None else old.state.get("network"))
+    for n, p in params.items():
+        state[p] = {**slots[n], **buffers.slots[n]}
+    return buffers

@@ -6,10 +6,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learned_opt.recorder import Call
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
@@ -24,6 +24,9 @@ WAY_OUT = (
     "To use the symmetry, pass symmetry=learned_opt.infer_symmetry(model, example_input) to NFNOpt; "
     'symmetry="independent" says that it is not wanted.'
 )
+
+
+Mode = Literal["infer", "independent"]  # in the place of a symmetry: to be inferred, or every axis by itself
 
 
 class NamedParam(NamedTuple):
@@ -136,6 +139,25 @@ def plain_name(name: str) -> str:
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
+def rebound(
+    params: list[NamedParam], given: Symmetry | Mode, known: ParamMap | Mode, names: Mapping[Tensor, str]
+) -> ParamMap | Mode:
+    """What is known of an optimizer's symmetry, for the tensors that it has now.
+
+    Args:
+        params: these.
+        given: what the optimizer was told; a symmetry is matched anew.
+        known: of the tensors that it had. One that is new has independent axes.
+        names: of all tensors that it ever had.
+
+    Raises:
+        SymmetryError: the symmetry does not describe them.
+    """
+    if isinstance(given, Symmetry):
+        return match(params, given)
+    return known.rebind(names, params).extend(params).validate(params) if isinstance(known, ParamMap) else known
+
+
 def _in_order(params: list[NamedParam], symmetry: Symmetry) -> list[str]:
     parameters = {n: s.shape for n, s in symmetry.specs.items() if not is_statistic(n)}
     found = [tuple(p.param.shape) for p in params]
@@ -241,6 +263,14 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"total_steps={steps} must be positive and finite; leave it out if it is not known")
 
 
+def check_choices(symmetry: Symmetry | str, nan_policy: str) -> None:
+    """Raises ValueError where the name of a choice is not one."""
+    if nan_policy not in ("skip", "raise", "propagate"):
+        raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
+    if not isinstance(symmetry, Symmetry) and symmetry not in ("infer", "independent"):
+        raise ValueError(f"symmetry={symmetry!r} is unknown; it is a Symmetry, 'infer' or 'independent'")
+
+
 def warn_of_habit(lr: float | Tensor) -> None:
     """Warn of a learning rate as of other optimizers, where a rule sets its own, which ``lr`` multiplies."""
     if 0 < float(lr) < 0.03:
@@ -251,10 +281,30 @@ def warn_of_habit(lr: float | Tensor) -> None:
         )
 
 
-def check_same_horizon(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    """Raises ValueError if a group has another ``total_steps`` than the first one."""
-    if group["total_steps"] != first["total_steps"]:
+def warn_of_end(step: int, total_steps: float) -> None:
+    """Warn of a step beyond the horizon."""
+    warnings.warn(
+        f"NFNOpt: step {step}, but total_steps={total_steps:g}: the schedule has ended, and weights stay "
+        "where they are. Pass the number of optimizer steps, epochs times batches.",
+        stacklevel=4,
+    )
+
+
+def checked_group(group: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A group that is to join others. A module in it becomes its tensors, with names if other groups have them.
+
+    Raises:
+        ValueError, TypeError: as :func:`check_options`, and for another ``total_steps`` than that of the first group.
+    """
+    check_options(group)
+    total_steps = group.get("total_steps")
+    if groups and total_steps is not None and total_steps != groups[0]["total_steps"]:
         raise ValueError(
-            f"total_steps={group['total_steps']} in a group, {first['total_steps']} in the first: "
+            f"total_steps={total_steps} in a group, {groups[0]['total_steps']} in the first: "
             "the horizon is one for all. Pass it to the constructor."
         )
+    module = group.get("params")
+    if not isinstance(module, nn.Module):
+        return group
+    named = any("param_names" in other for other in groups)  # torch wants all or none
+    return {**group, "params": module.named_parameters() if named else module.parameters()}

@@ -4,14 +4,15 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from learned_opt.buffers import Buffers
 from learned_opt.checkpoint import digest
-from learned_opt.params import NamedParam, ParamMap, match, plain_name
+from learned_opt.params import Mode, NamedParam, ParamMap, match, named_params, plain_name
 from learned_opt.rules.base import UpdateRule
 from learned_opt.symmetry import Symmetry, independent
 from learned_opt.text import listed
@@ -20,12 +21,46 @@ from learned_opt.text import listed
 RULE, SHA, WEIGHTS, SYMMETRY, NETWORK = "rule", "weights_sha256", "weights", "symmetry", "network"
 Network = list[dict[str, Tensor]]  # numbers of the whole network, of every device
 
-Mode = Literal["infer", "independent"]
+
+class Loaded(NamedTuple):
+    """What a state dict says, checked.
+
+    Attributes:
+        rule: to go on with.
+        known: the symmetry.
+        state: slots of every tensor that has some.
+        network: numbers of the whole network, by device.
+    """
+
+    rule: UpdateRule
+    known: ParamMap | Mode
+    state: list[tuple[Tensor, dict[str, Tensor]]]
+    network: dict[torch.device, dict[str, Tensor]]
 
 
-def accumulator_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64 tensors, float32 for all others."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def loaded(
+    saved: dict[str, Any],
+    groups: list[dict[str, Any]],
+    rule: UpdateRule,
+    known: ParamMap | Mode,
+    given: Symmetry | Mode,
+) -> Loaded:
+    """What a state dict says to an optimizer of these parameter groups, rule and symmetry (see below).
+
+    Its own groups lose what :func:`identity` wrote there.
+
+    Raises:
+        ValueError: another rule, symmetry, other names, shapes or slots, or altered learned weights.
+    """
+    found = pop_identity(saved["param_groups"])
+    entries = named_params(groups)
+    devices = dict.fromkeys(e.param.device for e in entries)
+    return Loaded(
+        saved_rule(found, rule),
+        saved_symmetry(found, known, given, entries),
+        saved_state(saved, groups, rule),
+        dict(zip(devices, saved_network(found), strict=False)),
+    )
 
 
 def describe(rule: UpdateRule) -> str:
@@ -33,6 +68,21 @@ def describe(rule: UpdateRule) -> str:
     plain = (bool, int, float, str, tuple, torch.dtype)
     settings = {k: v for k, v in vars(rule).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
     return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+
+def summary(rule: UpdateRule, known: ParamMap | Mode, groups: list[dict[str, Any]]) -> str:
+    """An optimizer in a line, and a line for the options of every parameter group."""
+    tensors = [e.param for e in named_params(groups)]
+    if isinstance(known, ParamMap):
+        moving = sum(not label.fixed for label in known.symmetry.labels.values())
+        text = f"symmetry of {len(known.symmetry.specs)} tensors in {moving} groups"
+    else:
+        text = {"infer": "symmetry to be inferred at the first step", "independent": "independent axes"}[known]
+    lines = [f"NFNOpt({describe(rule)}, {text}, {len(tensors)} tensors, {sum(p.numel() for p in tensors)} weights)"]
+    for i, group in enumerate(groups):
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names", NETWORK)}
+        lines.append(f"  group {i}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------- rule and symmetry
@@ -49,6 +99,13 @@ def identity(rule: UpdateRule, symmetry: ParamMap | Mode, network: Network) -> d
         text = json.dumps(symmetry.symmetry.to_dict() | {"names": {str(k): n for k, n in symmetry.names.items()}})
     numbers = json.dumps([{k: x.tolist() for k, x in numbers.items()} for numbers in network])
     return {RULE: describe(rule), SHA: digest(weights), WEIGHTS: weights, SYMMETRY: text, NETWORK: numbers}
+
+
+def add_identity(saved: dict[str, Any], rule: UpdateRule, symmetry: ParamMap | Mode, network: Network) -> None:
+    """Add :func:`identity` to torch's state dict, and make its numbers plain: weights_only takes none of NumPy's."""
+    for group in saved["param_groups"]:
+        group |= {k: v.item() for k, v in group.items() if isinstance(v, np.generic)}
+    saved["param_groups"][0] |= identity(rule, symmetry, network)
 
 
 def pop_identity(groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,7 +183,7 @@ def saved_rule(saved: Mapping[str, Any], rule: UpdateRule) -> UpdateRule:
         )
     warnings.warn(
         f"NFNOpt: continuing with the learned weights {sha[:12]} of the state dict, not {digest(own)[:12]}.",
-        stacklevel=5,
+        stacklevel=6,
     )
     rule = copy.deepcopy(rule)  # the caller may use theirs elsewhere
     rule.load_state_dict(weights)
