@@ -21,6 +21,7 @@ from learned_opt.symmetry import Symmetry
 THIN = 4  # rows or columns up to which a matrix counts as vectors
 BOUND = 544  # units up to which an axis has a matrix of second moments
 BFLOAT16_ABOVE = 128  # rows and columns: products of smaller matrices are as fast in float32
+ALIGNED = 16  # columns that matrices of over 256 columns are padded to a multiple of: odd rows are slow to multiply
 
 Shape = tuple[int, ...]
 
@@ -140,6 +141,11 @@ class TensorBatch:
     def K(self) -> int:  # noqa: N802
         """Columns with the bias."""
         return self.C + bool(self.biases)
+
+    @property
+    def padded(self) -> int:
+        """Columns while matrices are multiplied: a bias makes them odd, so zeros are added to large ones."""
+        return -(-self.K // ALIGNED) * ALIGNED if self.biases and self.K > 256 else self.K
 
     @cached_property
     def axes(self) -> tuple[int, ...]:

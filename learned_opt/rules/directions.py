@@ -44,7 +44,7 @@ def thin_direction(
     go: a long way along that saturates a policy for good, before it has learned anything else (experiments, 48).
     """
     adam = own["m"].to(g.dtype) * rsqrt(own["v"] + 1e-16 * square[:, None, None])
-    roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
+    roots = {i: own[f"root{i}"].to(g.dtype) for i in whitened_axes(b)}
     if roots and not (isinstance(warmup, float) and warmup == 0):
         whitened = whitening.multiplied(b, torch.lerp(g, own["m"].to(g.dtype), beta1), roots)
         norm = norm_of(adam)

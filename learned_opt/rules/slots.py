@@ -25,12 +25,12 @@ def whitened_axes(b: TensorBatch) -> tuple[int, ...]:
 
 
 def extended(b: TensorBatch, axis: int, root: Tensor) -> Tensor:
-    """A root of columns with one more for the bias, which it leaves alone."""
+    """A root of columns with one more for the bias, which it leaves alone, and with padding."""
     if not whitening.is_extended(b, axis):
         return root
-    corner = torch.zeros(b.K, b.K, dtype=root.dtype, device=root.device)
-    corner[-1, -1] = 1
-    return functional.pad(root, (0, 1, 0, 1)) + corner
+    corner = torch.zeros(b.padded, b.padded, dtype=root.dtype, device=root.device)
+    corner[b.C, b.C] = 1
+    return functional.pad(root, (0, b.padded - b.C, 0, b.padded - b.C)) + corner
 
 
 def gathered(b: TensorBatch | FlatBatch, tensors: Weights, in_place: bool) -> Tensor:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from learned_opt.batch_layout import batches_of
 from learned_opt.batches import BatchLayout, FlatBatch, TensorBatch, scales
@@ -316,12 +317,14 @@ def matrix_direction(
     """``P polar(P n P) P`` at its size, times ``size`` [N]: ``[N, R, K]``. In place, it uses up the gradient."""
     g = times(b, g, control.fresh) if control else g
     n = torch.lerp(g, own["m"].to(g.dtype), beta1, out=g if in_place else None)
-    roots = {i: own[f"root{i}"] for i in whitened_axes(b)}
-    dtype, x = n.dtype, preconditioned(b, n, own, roots).to(product_dtype(b, n))
+    dtype, fast = n.dtype, product_dtype(b, n)
+    roots = {i: own[f"root{i}"].to(fast) for i in whitened_axes(b)}
+    x = preconditioned(b, n, own, roots).to(fast)
+    x = functional.pad(x, (0, b.padded - b.K)) if b.padded > b.K else x
     del g, n  # of a large matrix every copy counts
     x = whitening.multiplied(b, x, roots)
     x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
-    x = whitening.multiplied(b, x, roots).to(dtype)
+    x = whitening.multiplied(b, x, roots)[..., : b.K].to(dtype)
     x = b.scaled(x, control.units) if control else x
     parts = []
     for part in b.split(x):

@@ -48,10 +48,9 @@ def mean_square(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
 def multiplied(batch: TensorBatch, x: Tensor, roots: dict[int, Tensor]) -> Tensor:
     """``[N, R, K]`` times symmetric roots along each of some axes; biases have the rows of their matrices.
 
-    A root of columns with a bias is ``[N, K, K]`` (see :func:`extended`).
+    Roots have the dtype of ``x``. One of columns with a bias is ``[N, K, K]`` (see :func:`extended`).
     """
     for axis, root in roots.items():
-        root = root.to(x.dtype)
         if not batch.is_plain:
             moved = batch.tensors(x).movedim(axis + 1, 1)
             product = torch.bmm(root, moved.reshape(*moved.shape[:2], -1)).reshape(moved.shape)

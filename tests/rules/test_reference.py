@@ -72,6 +72,7 @@ def alone(model):
 
 NETWORKS = {
     "relu": lambda: built(mlp([9, 8, 8, 8, 6], "relu")),
+    "rows padded": lambda: built(mlp([5, 260, 6, 6], "relu")),
     "tanh, thin": lambda: built(mlp([4, 8, 7, 3], "tanh")),
     "cnn with norm": lambda: built(cnn((6, 6, 6), (8, 8, 5), 5, "relu", norm=True)),
     "5x5 kernels": lambda: alone(nn.Sequential(nn.Conv2d(5, 6, 5), nn.ReLU(), nn.Conv2d(6, 7, 5), nn.BatchNorm2d(7))),
