@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learned_opt import infer_symmetry
 from learned_opt.checkpoint import write_atomically
-from meta_train.bench.optimizers import MakeOptimizer, muon, optimizer_named
+from meta_train.bench.optimizers import MakeOptimizer, Muon, muon, optimizer_named
 from meta_train.bench.timing import PERIOD, Lap, in_turns
 from meta_train.errors import UnknownName, UsageError, at_least_one
 from tasks.transformer import Transformer
@@ -241,7 +241,7 @@ def _from_table(factory: MakeOptimizer, lr: float | None, known: Mapping[str, An
 
 
 def _muon_alone(model: nn.Module) -> Optimizer:
-    return torch.optim.Muon(model.parameters(), LR, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    return Muon(model.parameters(), LR, nesterov=True, adjust_lr_fn="match_rms_adamw")
 
 
 def measure(
@@ -343,9 +343,10 @@ def bench_step(
 
 LEGEND = (
     "step: CPU milliseconds of the optimizer alone, one thread, mean ± standard error; then relative to "
-    "torch.optim.AdamW (foreach), torch.optim.Muon (with AdamW on what is not a hidden matrix) and SOAP. whole: forward"
-    " pass, backward pass and step, relative to AdamW's. calls: torch operations a step. held, peak: bytes a weight, "
-    "beside weights and gradients, between steps and at most."
+    "torch.optim.AdamW (foreach), torch.optim.Muon (AdamW on what is not a hidden matrix; products in float32 where "
+    "the processor has none in bfloat16) and SOAP. whole: forward pass, backward pass and step, relative to AdamW's. "
+    "calls: torch operations a step. held, peak: bytes a weight, beside weights and gradients, between steps and at "
+    "most."
 )
 
 

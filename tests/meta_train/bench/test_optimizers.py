@@ -185,3 +185,14 @@ def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     for wrong in ("lr", "lr=fast", "told", "without-total-steps=1", "0.3"):
         with pytest.raises(UnknownName, match="@lr=NUMBER"):
             op.optimizer_named(f"nfn:whitened_polar@{wrong}")
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 40)])
+def test_muon_in_float32_is_torchs_muon(monkeypatch, shape):
+    monkeypatch.setattr(op, "has_bfloat16", lambda device: False)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    theirs.grad = ours.grad.clone()
+    for make, p in ((op.Muon, ours), (torch.optim.Muon, theirs)):
+        make([p], 0.1).step()
+    assert 0 < (ours - theirs).abs().max() < 0.05 * (theirs - 1).abs().max()
