@@ -492,10 +492,7 @@ def test_hooks_travel_with_nothing_but_the_optimizer():
     problem, optimizer = trained(of_tensors, INFO.optim_inputs_func("cpu")[0], steps=1)
     said = []
     optimizer.register_step_post_hook(lambda *_: said.append("after"))
-    state = optimizer.state_dict()
-    assert state.keys() == {"state", "param_groups"}
-    copied = copy.deepcopy(optimizer)
-    copied.step()
+    copy.deepcopy(optimizer).step()
     assert not said
     problem.train(optimizer, 1)
     assert said == ["after"]
