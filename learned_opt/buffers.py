@@ -18,6 +18,7 @@ from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry, independent
 
 NUMBERS = "tensor"  # the key of a state's vectors with a number for every tensor
+AXIS_MATRICES = ("moment", "root")  # slots with a matrix for an axis, whose number ends their names
 
 StateByTensor = MutableMapping[Any, dict[str, Tensor]]  # as ``optimizer.state``
 
@@ -29,15 +30,15 @@ class Buffers:
         rule: whose state.
         params: the tensors that have state, by the symmetry's names.
         symmetry: of these, and maybe others.
-        dtype: of averages of gradients; None: as the rule has them.
+        dtype: of what has as many entries as the weights, or a matrix for an axis; None: as the rule has them.
 
     Attributes:
         state: as the rule takes it.
         slots: views of it, by tensor and slot.
     """
 
-    def __init__(self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: Any = None) -> None:
-        self.rule, self.names, self.symmetry = rule, tuple(params), symmetry
+    def __init__(self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: torch.dtype | None = None) -> None:
+        self.rule, self.names, self.symmetry, self.dtype = rule, tuple(params), symmetry, dtype
         self._clock, self._steps = 0, dict.fromkeys(self.names, 0)  # of the network and of every tensor, without a read
         some = next(iter(params.values()))
         wide = computing_dtype(params.values())
@@ -51,7 +52,7 @@ class Buffers:
         if dtype is not None:
             for b in self.layout.all:
                 own = self.state[b.key]
-                own |= {k: own[k].to(dtype) for k in ("m", "v", "v_bias", "last_update") if k in own}
+                own |= {k: x.to(dtype) for k, x in own.items() if k in ("m", "last_update") or k[:-1] in AXIS_MATRICES}
         for b in self.layout.all:
             self._share(b, self.state[b.key])
         places = {n: i for i, n in enumerate(self.layout.members)}
@@ -88,7 +89,7 @@ class Buffers:
             whole = some.new_zeros(n, d, d, dtype=wide)
             if f"diag{i}" in own:
                 own[f"diag{i}"] = whole.diagonal(dim1=-2, dim2=-1)
-            made = {f"moment{i}": whole, f"root{i}": some.new_zeros(n, d, d, dtype=root_dtype(d, wide))}
+            made = {f"moment{i}": whole, f"root{i}": some.new_zeros(n, d, d, dtype=self.dtype or root_dtype(d, wide))}
         elif f"moment{i}" in own:
             made = {f"moment{i}": own[f"moment{i}"], f"root{i}": own[f"root{i}"][:, :d, :d]}
         else:
@@ -100,8 +101,8 @@ class Buffers:
     def _moments(self, name: str, i: int, like: Tensor, d: int) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)
         if has_matrix(d):
-            self.slots[name][f"moment{i}"] = like.new_zeros(d, d, dtype=wide)
-            self.slots[name][f"root{i}"] = like.new_zeros(d, d, dtype=root_dtype(d, wide))
+            self.slots[name][f"moment{i}"] = like.new_zeros(d, d, dtype=self.dtype or wide)
+            self.slots[name][f"root{i}"] = like.new_zeros(d, d, dtype=self.dtype or root_dtype(d, wide))
         else:
             self.slots[name][f"diag{i}"] = like.new_zeros(d, dtype=wide)
 
@@ -150,11 +151,13 @@ class Buffers:
         self._steps = {n: t + (n in moved) for n, t in self._steps.items()}
 
 
-def create_slots(rule: UpdateRule, params: Mapping[str, Tensor], state: StateByTensor) -> None:
+def create_slots(
+    rule: UpdateRule, params: Mapping[str, Tensor], state: StateByTensor, dtype: torch.dtype | None = None
+) -> None:
     """Slots in ``state`` for those of these tensors that have none; a step puts them into shared buffers."""
     new = {n: p.detach() for n, p in params.items() if not state.get(p)}
     if new:
-        for n, slots in Buffers(rule, new, independent(new)).slots.items():
+        for n, slots in Buffers(rule, new, independent(new), dtype).slots.items():
             state[params[n]] = slots
 
 
@@ -165,6 +168,7 @@ def shared(
     state: StateByTensor,
     old: Buffers | None,
     network: Mapping[str, Tensor] | None,
+    dtype: torch.dtype | None = None,
 ) -> Buffers:
     """The old buffers, made anew where these tensors, or their slots in ``state``, are others than theirs.
 
@@ -175,11 +179,12 @@ def shared(
         state: each tensor has its slots there, views of the buffers in the end.
         old: None: there are none yet.
         network: the network's numbers that were loaded where there are none yet.
+        dtype: as of :class:`Buffers`.
     """
     slots = {n: state[p] for n, p in params.items()}
     if old is not None and old.holds(symmetry, slots):
         return old
-    buffers = Buffers(rule, params, symmetry)
+    buffers = Buffers(rule, params, symmetry, dtype)
     buffers.fill(slots, network if old is None else old.state.get("network"))
     for n, p in params.items():
         state[p] = {**slots[n], **buffers.slots[n]}

@@ -70,6 +70,8 @@ class NFNOpt(torch.optim.Optimizer):
             before anything moves. "propagate": nothing is checked. (Where it is checked, a gradient with entries over
             1e15 is scaled down to that, lest squares overflow.)
         maximize: ascend instead (also per group).
+        state_dtype: of what the rule keeps in the size of the weights and of their axes; torch.bfloat16 halves the
+            memory. None: mostly that of the arithmetic. A state that is loaded takes this one.
 
     Attributes:
         rule: the :class:`UpdateRule`, with its learned weights if it has any.
@@ -93,14 +95,15 @@ class NFNOpt(torch.optim.Optimizer):
         rule: str | Path | UpdateRule = "auto_lr",
         nan_policy: NanPolicy = "skip",
         maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
-        check_choices(symmetry, nan_policy)
+        check_choices(symmetry, nan_policy, state_dtype)
         options = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
         check_options(options)
         self.rule = make_rule(rule)
         if self.rule.sets_rate:
             warn_of_habit(lr)
-        self.nan_policy = nan_policy
+        self.nan_policy, self.state_dtype = nan_policy, state_dtype
         self.skipped_steps: Counter[str] = Counter()
         self._given: Symmetry | Mode = symmetry
         self._known: ParamMap | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
@@ -148,11 +151,11 @@ class NFNOpt(torch.optim.Optimizer):
             refuse_unsupported(entries)
             trained = {e.name: e.param for e in entries if e.trained}
             if nothing_to_do([e for e in entries if e.trained], self.param_groups):
-                create_slots(self.rule, trained, self.state)
+                create_slots(self.rule, trained, self.state, self.state_dtype)
                 return loss
             entries, symmetry = self._bind()
             moving = usable([e for e in entries if e.trained], self.nan_policy, self.skipped_steps)
-            create_slots(self.rule, trained, self.state)
+            create_slots(self.rule, trained, self.state, self.state_dtype)
             self._steps += bool(moving)
             end = float(self.param_groups[0]["total_steps"] or math.inf)
             if moving and self.rule.ends and self._steps >= end + 1 and self._outlasted != end:
@@ -167,8 +170,10 @@ class NFNOpt(torch.optim.Optimizer):
         """Update ``moving``; the other tensors of ``entries`` are context, and those with a state age along."""
         grads = {e.name: to_descend(e) for e in moving}
         device, own = entries[0].param.device, {e.name: e.param for e in entries if self.state.get(e.param)}
-        buffers = shared(self.rule, own, symmetry, self.state, self._buffers.get(device), self._network.get(device))
-        self._buffers[device] = buffers
+        old, network = self._buffers.get(device), self._network.get(device)
+        self._buffers[device] = buffers = shared(
+            self.rule, own, symmetry, self.state, old, network, self.state_dtype
+        )
         updates, state = apply_rule(
             self.rule,
             {e.name: e.param for e in entries if not e.param.is_complex()},
@@ -272,7 +277,8 @@ class NFNOpt(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if isinstance(self._known, ParamMap):
             self._bind()  # the names where the groups have their tensors now
-        own = {k: getattr(self, k) for k in ("rule", "nan_policy", "skipped_steps", "_given", "_steps", "_outlasted")}
+        kept = ("rule", "nan_policy", "state_dtype", "skipped_steps", "_given", "_steps", "_outlasted")
+        own = {k: getattr(self, k) for k in kept}
         made = {d: b.state["network"] for d, b in self._buffers.items() if "network" in b.state}
         return super().__getstate__() | own | {"_known": self._known, "_network": {**self._network, **made}}
 

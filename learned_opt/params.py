@@ -263,8 +263,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"total_steps={steps} must be positive and finite; leave it out if it is not known")
 
 
-def check_choices(symmetry: Symmetry | str, nan_policy: str) -> None:
-    """Raises ValueError where the name of a choice is not one."""
+def check_choices(symmetry: Symmetry | str, nan_policy: str, state_dtype: torch.dtype | None) -> None:
+    """Raises ValueError where a choice is not one."""
+    if state_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"state_dtype={state_dtype!r} does not do; it is torch.bfloat16, float32, float64 or None")
     if nan_policy not in ("skip", "raise", "propagate"):
         raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
     if not isinstance(symmetry, Symmetry) and symmetry not in ("infer", "independent"):

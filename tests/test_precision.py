@@ -183,3 +183,44 @@ def test_grad_scaler_skips_a_step_that_overflowed():
     scaler.scale((model(x) - y).square().mean()).backward()
     scaler.step(optimizer)
     assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+# ------------------------------------------------------------------------------------- state_dtype
+@pytest.mark.parametrize("name", ["auto_lr", "whitened_polar", "learned"])
+def test_state_dtype_narrows_what_is_as_large_as_weights_or_axes(name):
+    models, held = [make_model(), make_model()], []
+    starts = [torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in models]
+    for model, dtype in zip(models, (None, torch.bfloat16), strict=True):
+        optimizer = make(name, model, state_dtype=dtype)
+        train(model, optimizer, 12)
+        held.append([optimizer.state[p] for p in model.parameters()])
+    for wide, narrow in zip(*held, strict=True):
+        assert wide.keys() == narrow.keys()
+        assert all(x.isfinite().all() for x in narrow.values())
+        assert {narrow["m"].dtype, narrow["last_update"].dtype} == {torch.bfloat16}
+        assert narrow["step"].dtype == wide["m"].dtype == torch.float32
+    ways = [torch.nn.utils.parameters_to_vector(m.parameters()) - s for m, s in zip(models, starts, strict=True)]
+    assert torch.cosine_similarity(*ways, dim=0) > 0.7
+
+
+def test_narrow_state_resumes_bit_for_bit_and_takes_over_wide_state():
+    model, other = make_model(), make_model()
+    optimizer = make("auto_lr", model, state_dtype=torch.bfloat16)
+    train(model, optimizer, 7)
+    other.load_state_dict(model.state_dict())
+    resumed = make("auto_lr", other, state_dtype=torch.bfloat16)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 9)
+    train(other, resumed, 9)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+    wide = make("auto_lr", other)
+    wide.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(other, wide, 1)
+    assert {s["m"].dtype for s in wide.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, "bfloat16"])
+def test_state_dtypes_that_overflow_or_are_none_are_refused(dtype):
+    with pytest.raises(ValueError, match="state_dtype"):
+        make("auto_lr", make_model(), state_dtype=dtype)

@@ -84,6 +84,7 @@ def inverse_root(moment: Tensor, old: Tensor, due: Tensor | bool, power: float =
     """
     if due is False:
         return old
+    moment = moment.to(torch.promote_types(moment.dtype, torch.float32))
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)[..., None, None]
     finite = moment.sum((-2, -1), keepdim=True).isfinite()
