@@ -37,7 +37,9 @@ class Buffers:
         slots: views of it, by tensor and slot.
     """
 
-    def __init__(self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, rule: UpdateRule, params: Mapping[str, Tensor], symmetry: Symmetry, dtype: torch.dtype | None = None
+    ) -> None:
         self.rule, self.names, self.symmetry, self.dtype = rule, tuple(params), symmetry, dtype
         self._clock, self._steps = 0, dict.fromkeys(self.names, 0)  # of the network and of every tensor, without a read
         some = next(iter(params.values()))

@@ -171,9 +171,7 @@ class NFNOpt(torch.optim.Optimizer):
         grads = {e.name: to_descend(e) for e in moving}
         device, own = entries[0].param.device, {e.name: e.param for e in entries if self.state.get(e.param)}
         old, network = self._buffers.get(device), self._network.get(device)
-        self._buffers[device] = buffers = shared(
-            self.rule, own, symmetry, self.state, old, network, self.state_dtype
-        )
+        self._buffers[device] = buffers = shared(self.rule, own, symmetry, self.state, old, network, self.state_dtype)
         updates, state = apply_rule(
             self.rule,
             {e.name: e.param for e in entries if not e.param.is_complex()},
