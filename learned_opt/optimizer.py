@@ -15,9 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers
+from learned_opt.distributed import agreed, refuse_pieces, replicas_of
 from learned_opt.functional import apply_rule, stepped
 from learned_opt.params import (
     NamedParam,
@@ -25,10 +27,11 @@ from learned_opt.params import (
     check_options,
     check_same_horizon,
     independent_map,
-    infer_or_warn,
+    infer_or_say,
     match,
     named_params,
     warn_of_habit,
+    warn_of_independence,
 )
 from learned_opt.recorder import Call, ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
@@ -89,6 +92,9 @@ class NFNOpt(torch.optim.Optimizer):
             checked. (Where it is checked, a gradient with entries over 1e15 is scaled down to that,
             lest squares overflow.)
         maximize: ascend instead (also per group).
+        process_group: of ``torch.distributed``, on whose ranks these parameters, and their gradients at every step, are
+            equal. All of its ranks then agree on one symmetry at the first step, which all must take. None: the group
+            of the ``DistributedDataParallel`` that holds the parameters, if one does.
 
     Attributes:
         rule: the :class:`UpdateRule`, with its learned weights if it has any.
@@ -99,6 +105,7 @@ class NFNOpt(torch.optim.Optimizer):
         SymmetryError: the symmetry does not describe the parameters.
         ValueError: no parameters, or an option out of range.
         TypeError: something that is not a tensor.
+        RuntimeError: parameters of ``FullyShardedDataParallel``, or inside of ``ZeroRedundancyOptimizer``.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class NFNOpt(torch.optim.Optimizer):
         rule: str | Path | UpdateRule = "auto_lr",
         nan_policy: NanPolicy = "skip",
         maximize: bool = False,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         if nan_policy not in ("skip", "raise", "propagate"):
             raise ValueError(f"nan_policy={nan_policy!r} is unknown; it is 'skip', 'raise' or 'propagate'")
@@ -129,6 +137,7 @@ class NFNOpt(torch.optim.Optimizer):
         self._buffers: dict[torch.device, Buffers] = {}
         self._network: dict[torch.device, dict[str, Tensor]] = {}  # loaded, of buffers that are not made yet
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
+        self._process_group, self._agreed = process_group, False  # on the symmetry, with other ranks
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         options = {
             "lr": lr,
@@ -161,7 +170,7 @@ class NFNOpt(torch.optim.Optimizer):
         """Add parameters, also in mid-training. A symmetry that was given must describe them too.
 
         Raises:
-            SymmetryError, ValueError: as the constructor; the optimizer is then as before.
+            SymmetryError, ValueError, RuntimeError: as the constructor; the optimizer is then as before.
         """
         modules: list[nn.Module] = []
         if isinstance(param_group, dict):
@@ -174,19 +183,18 @@ class NFNOpt(torch.optim.Optimizer):
                 module = param_group["params"]
                 param_group = {**param_group, "params": module.named_parameters() if named else module.parameters()}
         super().add_param_group(param_group)
-        if not self._complete:
-            return
-        if self._recorder is not None:
-            self._recorder.expect(modules)
-            return
         try:
-            self._bind()
-        except SymmetryError:
+            refuse_pieces(self.param_groups[-1]["params"])
+            if self._complete and self._recorder is None:
+                self._bind()
+        except (SymmetryError, RuntimeError):
             self.param_groups.pop()
             raise
+        if self._complete and self._recorder is not None:
+            self._recorder.expect(modules)
 
     def _bind(self) -> tuple[list[NamedParam], Symmetry]:
-        """The tensors under the symmetry's names, and the symmetry: checked when they changed, inferred at first."""
+        """The tensors under the symmetry's names, and the symmetry: checked when they changed."""
         entries = named_params(self.param_groups)
         signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
         if self._bound is None or self._bound[0] != signature:
@@ -196,13 +204,29 @@ class NFNOpt(torch.optim.Optimizer):
         return param_map.rename(entries), param_map.symmetry
 
     def _match(self, entries: list[NamedParam]) -> ParamMap:
-        if self._known == "infer":
-            self._known = infer_or_warn(self._stop_recording(), entries) or "independent"
         if isinstance(self._given, Symmetry):
             self._known = match(entries, self._given)
         elif isinstance(self._known, ParamMap):
             self._known = self._known.rebind(self._names, entries).extend(entries).validate(entries)
         return self._known if isinstance(self._known, ParamMap) else independent_map(entries)
+
+    def _agree(self, entries: list[NamedParam]) -> None:
+        """Before the first step: the symmetry, inferred or known, and one on all ranks that train replicas."""
+        self._agreed = True
+        known, reason = self._placed(), ""
+        own = known if isinstance(known, ParamMap) else independent_map(entries)
+        if known == "infer":
+            own, reason = infer_or_say(self._stop_recording(), entries)
+        shared = own
+        replicas = replicas_of([e.param for e in entries], self._process_group)
+        if replicas is not None:
+            given = isinstance(self._given, Symmetry)
+            shared = agreed(replicas, own, reason, entries, steps=self._steps, given=given)
+        if known == "infer" or shared is not own:
+            self._known = shared or "independent"
+            self._bound, self._names = None, WeakIdKeyDictionary()
+        if shared is None:
+            warn_of_independence(reason)
 
     def _placed(self) -> ParamMap | Mode:
         """What is known, with the names where the groups have their tensors now."""
@@ -239,7 +263,9 @@ class NFNOpt(torch.optim.Optimizer):
         with _plain_modes({e.param.device for e in entries}):
             for entry in entries:
                 _refuse_unsupported(entry)
-            if self._known == "infer" and self._is_probe(entries):
+            if not self._agreed and not self._is_probe(entries):
+                self._agree(entries)
+            if self._known == "infer":
                 self._create_state([e for e in entries if e.trained])
                 return loss
             entries, symmetry = self._bind()
@@ -415,6 +441,8 @@ class NFNOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         self._bound, self._names, self._complete = None, WeakIdKeyDictionary(), True
         self._buffers = {}
+        self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_agreed", False)
         if "_recorder" not in self.__dict__:  # a copy; torch also calls this to load a state dict
             self._recorder = ForwardRecorder(self) if self._known == "infer" else None
         for group in self.param_groups:  # options that an older state dict lacks
