@@ -32,7 +32,8 @@ class Ranks:
     """``ranks(function, *args, count=n)`` calls ``function(rank, *args)`` on n ranks of a gloo group."""
 
     def __init__(self, most: int = 4) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # what they import is imported once
+        context.set_forkserver_preload(["tests.test_distributed", "learned_opt.symmetry.infer"])
         self.pipes, self.processes = [], []
         self.folder = tempfile.TemporaryDirectory()
         self.calls = 0
