@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers, create_slots, shared
+from learned_opt.distributed import agreed, refuse_pieces, replicas_of
 from learned_opt.functional import apply_rule, stepped
 from learned_opt.gradients import NanPolicy, nothing_to_do, refuse_unsupported, to_descend, usable
 from learned_opt.params import (
@@ -26,11 +28,12 @@ from learned_opt.params import (
     check_options,
     checked_group,
     independent_map,
-    infer_or_warn,
+    infer_or_say,
     named_params,
     rebound,
     warn_of_end,
     warn_of_habit,
+    warn_of_independence,
 )
 from learned_opt.recorder import ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
@@ -72,6 +75,9 @@ class NFNOpt(torch.optim.Optimizer):
         maximize: ascend instead (also per group).
         state_dtype: of what the rule keeps in the size of the weights and of their axes; torch.bfloat16 halves the
             memory. None: mostly that of the arithmetic. A state that is loaded takes this one.
+        process_group: of ``torch.distributed``, on whose ranks these parameters, and their gradients at every step, are
+            equal. All of its ranks then agree on one symmetry at the first step, which all must take. None: the group
+            of the ``DistributedDataParallel`` that holds the parameters, if one does.
 
     Attributes:
         rule: the :class:`UpdateRule`, with its learned weights if it has any.
@@ -82,6 +88,7 @@ class NFNOpt(torch.optim.Optimizer):
         SymmetryError: the symmetry does not describe the parameters.
         ValueError: no parameters, or an option out of range.
         TypeError: something that is not a tensor.
+        RuntimeError: parameters of ``FullyShardedDataParallel``, or inside of ``ZeroRedundancyOptimizer``.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class NFNOpt(torch.optim.Optimizer):
         nan_policy: NanPolicy = "skip",
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         check_choices(symmetry, nan_policy, state_dtype)
         options = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
@@ -114,6 +122,7 @@ class NFNOpt(torch.optim.Optimizer):
         self._buffers: dict[torch.device, Buffers] = {}
         self._network: dict[torch.device, dict[str, Tensor]] = {}  # loaded, for buffers that are to be made
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
+        self._process_group, self._agreed = process_group, False  # on the symmetry, with other ranks
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         modules = modules_behind(params)  # before their generators are used up
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, options)
@@ -153,6 +162,8 @@ class NFNOpt(torch.optim.Optimizer):
             if nothing_to_do([e for e in entries if e.trained], self.param_groups):
                 create_slots(self.rule, trained, self.state, self.state_dtype)
                 return loss
+            if not self._agreed:
+                self._agree(entries)
             entries, symmetry = self._bind()
             moving = usable([e for e in entries if e.trained], self.nan_policy, self.skipped_steps)
             create_slots(self.rule, trained, self.state, self.state_dtype)
@@ -197,34 +208,52 @@ class NFNOpt(torch.optim.Optimizer):
         """Add parameters, also in mid-training. A symmetry that was given must describe them too.
 
         Raises:
-            SymmetryError, ValueError: as the constructor; the optimizer is then as before.
+            SymmetryError, ValueError, RuntimeError: as the constructor; the optimizer is then as before.
         """
         modules = modules_behind(param_group)
         if isinstance(param_group, dict):  # torch refuses anything else
             param_group = checked_group(param_group, self.param_groups)
         super().add_param_group(param_group)
+        try:
+            refuse_pieces(self.param_groups[-1]["params"])
+            if self._complete and self._recorder is None:
+                self._bind()
+        except (SymmetryError, RuntimeError):
+            self.param_groups.pop()
+            raise
         if self._complete and self._recorder is not None:
             self._recorder.expect(modules)
-        elif self._complete:
-            try:
-                self._bind()
-            except SymmetryError:
-                self.param_groups.pop()
-                raise
 
     def _bind(self) -> tuple[list[NamedParam], Symmetry]:
-        """The tensors under the symmetry's names, and the symmetry: checked when they changed, inferred at first."""
+        """The tensors under the symmetry's names, and the symmetry: checked when they changed."""
         entries = named_params(self.param_groups)
         signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
         if self._bound is None or self._bound[0] != signature:
-            if self._known == "infer":
-                calls, self._recorder = self._recorder.release() if self._recorder else [], None
-                self._known = infer_or_warn(calls, entries) or "independent"
             self._known = rebound(entries, self._given, self._known, self._names)
             self._bound = (signature, self._known if isinstance(self._known, ParamMap) else independent_map(entries))
             self._names.update({e.param: e.name for e in self._bound[1].rename(entries)})
         param_map = self._bound[1]
         return param_map.rename(entries), param_map.symmetry
+
+    def _agree(self, entries: list[NamedParam]) -> None:
+        """Before the first step: the symmetry, inferred or known, and one on all ranks that train replicas."""
+        self._agreed = True
+        if self._known == "infer":
+            calls, self._recorder = self._recorder.release() if self._recorder else [], None
+            own, reason = infer_or_say(calls, entries)
+        else:
+            self._bind()  # the names where the groups have their tensors now
+            own, reason = self._known if isinstance(self._known, ParamMap) else independent_map(entries), ""
+        found = own
+        replicas = replicas_of([e.param for e in entries], self._process_group)
+        if replicas is not None:
+            given = isinstance(self._given, Symmetry)
+            found = agreed(replicas, own, reason, entries, steps=self._steps, given=given)
+        if self._known == "infer" or found is not own:
+            self._known = found or "independent"
+            self._bound, self._names = None, WeakIdKeyDictionary()
+        if found is None:
+            warn_of_independence(reason)
 
     # -- saving and loading
     def state_dict(self) -> dict[str, Any]:
@@ -283,6 +312,8 @@ class NFNOpt(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound, self._names, self._buffers, self._complete = None, WeakIdKeyDictionary(), {}, True
+        self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_agreed", False)
         if "_recorder" not in self.__dict__:  # a copy; torch also calls this to load a state dict
             self._recorder = ForwardRecorder(self) if self._known == "infer" else None
         for group in self.param_groups:  # options that an older state dict lacks

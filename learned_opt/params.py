@@ -199,26 +199,27 @@ def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
     return param_map.validate([p for p in params if p.position in names])
 
 
-def infer_or_warn(calls: list[Call], params: list[NamedParam]) -> ParamMap | None:
-    """What :func:`infer_map` finds, with one log line; None, with one warning that says why, where it finds nothing."""
+def infer_or_say(calls: list[Call], params: list[NamedParam]) -> tuple[ParamMap | None, str]:
+    """What :func:`infer_map` finds, with one log line; or None, and why it finds nothing."""
     if not calls:
-        reason = (
+        return None, (
             "no forward pass of a module that has all its parameters was seen before the first step (they were passed "
             "as a list of tensors of several modules, submodules were called one by one, or the call was compiled)"
         )
-    else:
-        try:
-            param_map = infer_map(calls, params)
-        except Exception as error:  # of a user's model anything; training goes on
-            reason = f"inferring it failed ({type(error).__name__}: {error})"
-        else:
-            modules = ", ".join(type(c.module).__name__ for c in calls)
-            logger.info("NFNOpt: inferred the symmetry of %s: %d tensors", modules, len(param_map.symmetry.specs))
-            for note in param_map.symmetry.notes:
-                logger.info("NFNOpt: %s", note)
-            return param_map
+    try:
+        param_map = infer_map(calls, params)
+    except Exception as error:  # of a user's model anything; training goes on
+        return None, f"inferring it failed ({type(error).__name__}: {error})"
+    modules = ", ".join(type(c.module).__name__ for c in calls)
+    logger.info("NFNOpt: inferred the symmetry of %s: %d tensors", modules, len(param_map.symmetry.specs))
+    for note in param_map.symmetry.notes:
+        logger.info("NFNOpt: %s", note)
+    return param_map, ""
+
+
+def warn_of_independence(reason: str) -> None:
+    """The one warning where no symmetry is known."""
     logger.warning("NFNOpt: every axis moves by itself, because the symmetry is not known: %s. %s", reason, WAY_OUT)
-    return None
 
 
 def _prefixed(symmetry: Symmetry, specs: str = "", labels: str = "") -> Symmetry:
