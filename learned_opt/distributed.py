@@ -37,9 +37,8 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------ what cannot be stepped
 def refuse_pieces(params: Iterable[Tensor]) -> None:
     """Raises RuntimeError where an optimizer is about to get pieces of tensors, or a rank's share of the tensors."""
-    zero = getattr(
-        sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer"), "ZeroRedundancyOptimizer", None
-    )
+    loaded = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    zero = getattr(loaded, "ZeroRedundancyOptimizer", None)
     if zero is not None and any(isinstance(s, zero) for s in _callers(10)):
         raise RuntimeError(
             "NFNOpt does not work inside ZeroRedundancyOptimizer: each rank would get some of the tensors, infer a "
@@ -122,17 +121,23 @@ class _Report(NamedTuple):
 
 
 def agreed(
-    replicas: Replicas, own: ParamMap | None, reason: str, params: list[NamedParam], *, steps: int, given: bool
+    own: ParamMap | None,
+    reason: str,
+    params: list[NamedParam],
+    group: "dist.ProcessGroup | None",
+    *,
+    steps: int,
+    given: bool,
 ) -> ParamMap | None:
     """What all ranks go on with: the symmetry of the first that has one, less what others with another one lack.
 
-    Every rank of the group must call this.
+    Every rank of the group must call this. ``own`` where the parameters are not replicated.
 
     Args:
-        replicas: the ranks.
         own: this rank's symmetry; None: it found none.
         reason: why it found none.
         params: its parameters, with their gradients.
+        group: as of :func:`replicas_of`.
         steps: how many steps its state has seen.
         given: whether its symmetry is the user's.
 
@@ -142,6 +147,9 @@ def agreed(
     Raises:
         RuntimeError: on every rank, if the parameters, states, given symmetries or gradients are not those of replicas.
     """
+    replicas = replicas_of([p.param for p in params], group)
+    if replicas is None:
+        return own
     digest = None if own is None else _digest(own)
     tensors = [(p.position, tuple(p.param.shape), str(p.param.dtype), p.param.requires_grad) for p in params]
     mine = _Report(tensors, steps, digest, given, reason, [_checksum(p) for p in params])

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers, create_slots, shared
-from learned_opt.distributed import agreed, refuse_pieces, replicas_of
+from learned_opt.distributed import agreed, refuse_pieces
 from learned_opt.functional import apply_rule, stepped
 from learned_opt.gradients import NanPolicy, nothing_to_do, refuse_unsupported, to_descend, usable
 from learned_opt.params import (
@@ -237,23 +237,19 @@ class NFNOpt(torch.optim.Optimizer):
 
     def _agree(self, entries: list[NamedParam]) -> None:
         """Before the first step: the symmetry, inferred or known, and one on all ranks that train replicas."""
-        self._agreed = True
         if self._known == "infer":
             calls, self._recorder = self._recorder.release() if self._recorder else [], None
             own, reason = infer_or_say(calls, entries)
         else:
             self._bind()  # the names where the groups have their tensors now
             own, reason = self._known if isinstance(self._known, ParamMap) else independent_map(entries), ""
-        found = own
-        replicas = replicas_of([e.param for e in entries], self._process_group)
-        if replicas is not None:
-            given = isinstance(self._given, Symmetry)
-            found = agreed(replicas, own, reason, entries, steps=self._steps, given=given)
+        given = isinstance(self._given, Symmetry)
+        found = agreed(own, reason, entries, self._process_group, steps=self._steps, given=given)
         if self._known == "infer" or found is not own:
-            self._known = found or "independent"
-            self._bound, self._names = None, WeakIdKeyDictionary()
+            self._known, self._bound, self._names = found or "independent", None, WeakIdKeyDictionary()
         if found is None:
             warn_of_independence(reason)
+        self._agreed = True
 
     # -- saving and loading
     def state_dict(self) -> dict[str, Any]:
