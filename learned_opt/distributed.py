@@ -188,8 +188,8 @@ def _check(everyone: list[_Report], replicas: Replicas, params: list[NamedParam]
         return
     loose = [params[i].name for i in unlike if id(params[i].param) not in replicas.averaged]
     text = (
-        f"the gradients of {listed(loose or [params[i].name for i in unlike])} differ between ranks. NFNOpt measures its "
-        "rate from all gradients of an optimizer: it would be another on every rank, and replicas drift apart. "
+        f"the gradients of {listed(loose or [params[i].name for i in unlike])} differ between ranks. NFNOpt measures "
+        "its rate from all gradients of an optimizer: it would be another on every rank, and replicas drift apart. "
     )
     if loose:
         raise RuntimeError(
