@@ -65,6 +65,12 @@ class Noise:
         state = torch.cuda.get_rng_state(device) if device is not None and _readable() else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), device, state)
 
+    def tossed(self) -> bool:
+        """Whether Python's or NumPy's generator is in another state now."""
+        _, keys, *rest = self.numpy
+        _, now, *rest_now = np.random.get_state()
+        return random.getstate() != self.python or rest != rest_now or not np.array_equal(keys, now)
+
     def set(self) -> None:
         """Make them the present states."""
         random.setstate(self.python)
@@ -103,6 +109,7 @@ class Call:
         buffers: copies of the module's buffers before the call.
         compiled: what ran was, or may have been, compiled: noise and rounding are others.
         autocast: it ran in mixed precision.
+        tossed: it drew numbers from the generators of Python or NumPy, on which branches may depend.
         outputs: samples of the tensors among the leaves of what it returned; None for other leaves.
         shapes: the shapes of those tensors.
         output_grads: for every leaf the gradient that a backward pass brought it, if one did.
@@ -122,6 +129,7 @@ class Call:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     compiled: bool = False
     autocast: bool = False
+    tossed: bool = False
     outputs: list[Tensor | None] | None = None
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     output_grads: dict[int, Tensor] = field(default_factory=dict)
@@ -155,6 +163,7 @@ class Call:
     def end(self, kwargs: dict[str, Any], output: Any, differentiate: bool) -> None:
         """What is known after it; with ``differentiate`` the gradients of its outputs are kept when they come."""
         self.kwargs = copied(kwargs)
+        self.tossed = self.noise is not None and self.noise.tossed()
         leaves = pytree.tree_leaves(without_cache(output))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         self.explains = differentiate and sum(t.numel() for t in tensors) <= DIFFERENTIATED

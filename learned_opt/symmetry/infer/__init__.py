@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from learned_opt.calls import Call
 from learned_opt.symmetry.group import Symmetry
@@ -24,6 +23,7 @@ from learned_opt.symmetry.infer.engine import UnknownOperator
 from learned_opt.symmetry.infer.graph import Propagation
 from learned_opt.symmetry.infer.network import InferenceError, Network, export
 from learned_opt.symmetry.infer.operators.registry import register_rule
+from learned_opt.symmetry.infer.orbits import broken_scales
 from learned_opt.symmetry.infer.replay import Penalised, compare
 from learned_opt.symmetry.infer.solve import symmetry_of
 from learned_opt.symmetry.infer.verify import TOLERANCE, Check, unscaled
@@ -94,6 +94,11 @@ def infer_called(calls: Sequence[Call]) -> Symmetry:
             they are not the only use of the parameters; or the module was called in too many ways.
     """
     model = calls[0].module
+    if any(c.tossed for c in calls):
+        raise InferenceError(
+            f"the forward pass of {type(model).__name__} draws from the random numbers of Python or NumPy, so that it"
+            " may take other branches next time"
+        )
     kinds: dict[Any, list[Call]] = {}
     for shapes in (True, False):
         kinds = {}
@@ -114,11 +119,28 @@ def infer_called(calls: Sequence[Call]) -> Symmetry:
                 call.complete = False
         symmetry = _inferred(model, networks, "auto")
         try:
-            notes = compare(list(zip(networks, alike, strict=True)))
+            notes, compared = compare(list(zip(networks, alike, strict=True)))
         except Penalised as penalty:
             logger.warning("symmetry of %s: %s. They are not used.", type(model).__name__, penalty)
             return replace(unscaled(symmetry), notes=(*symmetry.notes, str(penalty)))
-    return replace(symmetry, notes=(*symmetry.notes, *notes))
+    symmetry = replace(symmetry, notes=(*symmetry.notes, *notes))
+    return symmetry if compared else _without_broken(model, symmetry, any(c.autocast or c.compiled for c in calls))
+
+
+def _without_broken(model: nn.Module, symmetry: Symmetry, coarse: bool) -> Symmetry:
+    """Without positive scales, if the gradients of the training show that some do not hold."""
+    weights = dict(model.named_parameters())
+    grads = {n: p.grad for n, p in weights.items() if p.grad is not None and not p._backward_hooks}
+    grads = {n: g for n, g in grads.items() if g.layout == torch.strided and bool(g.isfinite().all())}
+    broken = broken_scales(symmetry, weights, grads, coarse)
+    if not broken:
+        return symmetry
+    reason = (
+        f"the loss is not constant along the scales {listed(broken)}: the parameters of {type(model).__name__} are used"
+        " in another way too, or their gradients were changed"
+    )
+    logger.warning("symmetry of %s: %s. Positive scales are not used.", type(model).__name__, reason)
+    return replace(unscaled(symmetry), notes=(*symmetry.notes, reason))
 
 
 @contextmanager

@@ -111,14 +111,15 @@ def is_noisy(network: Network) -> bool:
     return any(torch.Tag.nondeterministic_seeded in getattr(t, "tags", ()) for t in targets)
 
 
-def compare(networks: Sequence[tuple[Network, Sequence[Call]]]) -> list[str]:
+def compare(networks: Sequence[tuple[Network, Sequence[Call]]]) -> tuple[list[str], bool]:
     """Compare each network with the calls that it was exported for.
 
     Returns:
-        Notes: what could not be compared.
+        Notes on outputs that could not be compared; and whether the gradients were.
 
     Raises:
         InferenceError: what ran is something else than what was exported, or is not all that was trained.
+        Penalised: there is a penalty on the weights too.
     """
     notes: list[str] = []
     for network, calls in networks:
@@ -127,12 +128,12 @@ def compare(networks: Sequence[tuple[Network, Sequence[Call]]]) -> list[str]:
     calls = [c for _, cs in networks for c in cs]
     if not notes and calls and all(c.explains and c.complete for c in calls) and calls[0].gradients:
         try:
-            _compare_gradients(networks, calls)
-        except InferenceError:
+            return notes, _compare_gradients(networks, calls)
+        except (InferenceError, Penalised):
             raise
         except Exception as error:  # a node that is not differentiable in this form, say
             logger.debug("gradients of %s are not compared: %s", type(calls[0].module).__name__, error)
-    return list(dict.fromkeys(notes))
+    return list(dict.fromkeys(notes)), False
 
 
 def _compare_outputs(network: Network, call: Call) -> list[str]:
@@ -176,10 +177,11 @@ def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ gradients
-def _compare_gradients(networks: Sequence[tuple[Network, Sequence[Call]]], calls: Sequence[Call]) -> None:
+def _compare_gradients(networks: Sequence[tuple[Network, Sequence[Call]]], calls: Sequence[Call]) -> bool:
     """The gradients of the parameters are a sum of those that the calls send back, each times a number.
 
     The numbers are 1 by rights; they are left open, because gradients may have been scaled, or set to zero in between.
+    False where there is nothing to compare.
     """
     module, gradients = calls[0].module, calls[0].gradients
     named = {id(p): n for n, p in module.named_parameters(remove_duplicate=False)}
@@ -187,15 +189,15 @@ def _compare_gradients(networks: Sequence[tuple[Network, Sequence[Call]]], calls
     wanted = {first[i]: g.cpu() for i, g in gradients.items() if i in named and i in first}
     wanted = {n: g for n, g in wanted.items() if bool(g.isfinite().all())}
     if not wanted:
-        return
+        return False
     sent = [_sent(network, call, list(wanted)) for network, cs in networks for call in cs]
     sizes = {n: _rms(g) for n, g in wanted.items()}
     floor = NEGLIGIBLE * max([*sizes.values(), *(_rms(s[n]) for s in sent for n in s)], default=0.0)
     if not floor:
-        return
+        return False
     tolerance = COARSE if any(c.autocast for c in calls) or _any_half(module) else ROUNDED
     if not _unexplained(wanted, sent, floor, tolerance):
-        return
+        return True
     parameters = {n: sample(p).cpu() for n, p in module.named_parameters() if n in wanted}
     wrong = _unexplained(wanted, sent, floor, tolerance, parameters)
     kind = type(module).__name__
