@@ -237,9 +237,13 @@ def _propagated(model: nn.Module, networks: Sequence[Network]) -> tuple[Sequence
 
 
 def _better(model: nn.Module, networks: Sequence[Network]) -> tuple[Sequence[Network], Propagation]:
-    """Labels of the programs as they were written, or in decomposed form if more of their operators are known there."""
+    """Labels of the programs as they were written.
+
+    If they have operators that write into another tensor, in decomposed form, where more are known there: what is
+    functional has no such operators.
+    """
     propagation = Propagation(*networks)
-    if propagation.unknown:
+    if propagation.unknown and propagation.written_out:
         try:
             decomposed = [Network(model, n.program.run_decompositions()) for n in networks]
             second = Propagation(*decomposed)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from learned_opt.symmetry.infer.engine import Engine, Profile, Stack, UnknownOperator, Value
+from learned_opt.symmetry.infer.expansion import Expansions
 from learned_opt.symmetry.infer.network import VIEWS, InferenceError, Network, is_in_place, operator_name
 from learned_opt.symmetry.infer.operators import RULES
 from learned_opt.symmetry.infer.operators.stacks import on_stack
@@ -50,6 +51,8 @@ class Propagation(Engine):
         self.unknown: Counter[str] = Counter()
         self._profiles: dict[Node, Profile] = {}
         self._constants: dict[Node, Any] = {}
+        self._expansions = Expansions()
+        self.written_out = False  # by operators that no rule covers
         self._reset()
         for _ in range(PASSES):
             before, stacks = self.changes, len(self.stacked)
@@ -130,7 +133,7 @@ class Propagation(Engine):
                 held = getattr(graph, node.target)
                 env[node] = held
             elif node.op == "call_function":
-                env[node] = self._call(graph, node, env, prefix)
+                env[node] = self._call(node, env, prefix)
                 aliases.after(self, node, env)
             elif node.op == "output":
                 out = node.args[0]
@@ -138,7 +141,7 @@ class Propagation(Engine):
                 return list(values) if isinstance(values, (list, tuple)) else [values]
         raise AssertionError("a graph without output")
 
-    def _call(self, graph: GraphModule, node: Node, env: dict[Node, Any], prefix: str) -> Any:
+    def _call(self, node: Node, env: dict[Node, Any], prefix: str) -> Any:
         name = operator_name(node.target)
         self.begin(prefix + node.name, node.meta.get("val"))
         self.results = {u.args[1] for u in node.users if u.users and operator_name(u.target) == "getitem"}
@@ -162,13 +165,26 @@ class Propagation(Engine):
         try:
             result = self._apply(name[:-1] if is_in_place(name) else name, args, kwargs)
         except Exception as error:  # of a rule that does not cover these arguments, and does not say so
-            reason = "" if isinstance(error, UnknownOperator) else f"{type(error).__name__}: "
-            if reason:
+            unknown = isinstance(error, UnknownOperator)
+            if not unknown:
                 logger.warning("the rule of %s failed", node.target, exc_info=error)
+            elif moved and (graph := self._expansions.of(node, any(isinstance(i, Tensor) for i in inputs))) is not None:
+                return self._expanded(node, graph, env, prefix)
+            self.written_out = self.written_out or "out" in kwargs
             if moved:
-                self.unknown[f"{node.target}" if str(error) == name else f"{node.target}: {reason}{error}"] += 1
+                reason = f"{node.target}: " if unknown else f"{node.target}: {type(error).__name__}: "
+                self.unknown[f"{node.target}" if str(error) == name else f"{reason}{error}"] += 1
             result = self._give_up(name, args, kwargs, moved)
         return self._fit(name, result, args, kwargs, moved)
+
+    def _expanded(self, node: Node, graph: GraphModule, env: dict[Node, Any], prefix: str) -> Any:
+        """What an operator without rule does, by the operators that it is made of."""
+        holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        given = {h: env[a] for h, a in zip(holders, node.all_input_nodes, strict=True)}
+        for h, a in zip(holders, node.all_input_nodes, strict=True):  # nodes that are alike share the graph
+            (self.moved.add if a in self.moved else self.moved.discard)(h)
+        result = list(self._run(graph, given, f"{prefix}{node.name}/"))
+        return result if isinstance(node.meta.get("val"), (list, tuple)) else result[0]
 
     def _apply(self, name: str, args: Any, kwargs: Any) -> Any:
         if args and isinstance(args[0], Stack):
