@@ -131,7 +131,7 @@ def _without_broken(model: nn.Module, symmetry: Symmetry, coarse: bool) -> Symme
     """Without positive scales, if the gradients of the training show that some do not hold."""
     weights = dict(model.named_parameters())
     grads = {n: p.grad for n, p in weights.items() if p.grad is not None and not p._backward_hooks}
-    grads = {n: g for n, g in grads.items() if g.layout == torch.strided and bool(g.isfinite().all())}
+    grads = {n: g for n, g in grads.items() if g.layout == torch.strided}
     broken = broken_scales(symmetry, weights, grads, coarse)
     if not broken:
         return symmetry

@@ -78,6 +78,7 @@ class Constraints(Forest):
         self.stacked: set[tuple[str, int]] = set()  # dimensions of views along which different tensors are stacked
         self.node = ""
         self.meta: Any = None  # the fake tensors that the node returns
+        self.given_as: Any = ()  # the arguments of the node, as fake tensors
         self.results: set[Any] = set()  # which of several results are read
 
     def begin_pass(self) -> None:

@@ -160,6 +160,7 @@ class Propagation(Engine):
             return env[cast(Node, source)][index]
         if name.startswith("_assert") or name.startswith("sym_"):
             return None
+        self.given_as = map_arg(node.args, lambda a: a.meta.get("val"))
         args = map_arg(node.args, lambda a: self._symbolic(a, env))
         kwargs = map_arg(node.kwargs, lambda a: self._symbolic(a, env))
         try:
@@ -299,6 +300,9 @@ class _Aliases:
             t.moved |= {source} if node in t.moved else set()
             read_later.remove(source)
         if read_later:  # views of what was changed under them
+            if node in t.moved:
+                t.written_out = True
+                t.unknown["a view of a tensor that is changed in place"] += 1
             values = [env[m] for m in read_later] + [env[node]]
             t.kill([v for v in values if not isinstance(v, Tensor)], "a view of a tensor changed in place")
             for m in read_later:

@@ -6,7 +6,8 @@ in their decomposed form.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
+from torch.nn.modules import transformer
 
 from learned_opt.calls import without_cache
 from learned_opt.symmetry.labels import STATISTICS, SymmetryError
@@ -57,8 +59,8 @@ def export(
     """
     wrapped = _Selected(model, outputs or without_cache)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export")  # LSTM, GRU: restored
+        with torch.enable_grad(), _traceable(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(?s).*assigned during export")  # weights of an LSTM: they are restored
             return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -70,6 +72,18 @@ def export(
             " control flow that depends on data, or operators that torch.export does not trace. Write the symmetry by"
             " hand (docs/symmetry.md), or use learned_opt.independent(dict(model.named_parameters()))."
         ) from error
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Functions of torch that look at what tensors hold, replaced by some that do not, for the time of an export."""
+    detect = transformer._detect_is_causal_mask
+    # whether a mask is causal only says which kernel may be used; the mask is applied all the same
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
 
 
 def operator_name(target: Any) -> str:

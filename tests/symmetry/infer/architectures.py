@@ -23,6 +23,7 @@ class Case:
     inputs: Callable[[], Inputs]
     slow: bool = False
     needs: str | None = None  # a package that is not always there
+    covered: float = 0.97  # the share of the weights that is on a label that moves
 
 
 def _generator() -> torch.Generator:
