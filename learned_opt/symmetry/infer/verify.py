@@ -99,6 +99,8 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
         return None
     if name in _DROPOUTS:
         return args[0]
+    if name in ("_grouped_mm", "grouped_mm"):  # has no float64
+        return _grouped_mm(*args[:2], kwargs.get("offs", args[2] if len(args) > 2 else None))
     if name == "native_dropout":
         return [args[0], torch.ones_like(args[0])]
     if name == "scaled_dot_product_attention" and len(args) > 4:
@@ -112,6 +114,14 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
         return _run(inner, dict(zip(holders, operands, strict=True)))
     target: Any = node.target
     return target(*args, **kwargs)
+
+
+def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None) -> Tensor:
+    if x.ndim != 2 or w.ndim != 3 or offs is None:
+        raise NotImplementedError("grouped_mm of other shapes")
+    ends = offs.tolist()
+    runs = [x[a:b] @ m for a, b, m in zip([0, *ends], ends, w, strict=False)]
+    return torch.cat([*runs, x.new_zeros(x.shape[0] - ends[-1], w.shape[2])])
 
 
 def _arguments(of: Any, env: dict[Node, Any]) -> Any:

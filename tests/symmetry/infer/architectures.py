@@ -469,6 +469,7 @@ CASES: dict[str, Case] = {
         state_size=4,
         time_step_rank=2,
     ),
+    "hf_mixtral": _hf("MixtralForCausalLM", "MixtralConfig", **_DECODER, num_local_experts=4, num_experts_per_tok=2),
     "hf_t5": Case(
         hugging_face("T5ForConditionalGeneration", "T5Config", "input_ids", "decoder_input_ids", **_T5),
         tokens(19, 8, 6),

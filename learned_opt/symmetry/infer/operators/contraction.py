@@ -102,6 +102,25 @@ def cdist(t: Engine, x: Value, y: Value, p: float = 2.0, mode: Any = None) -> Va
     return t.reduce(apart, -1, False, 0 if p == 0 else 1, "even")
 
 
+@register_rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+def grouped_mm(
+    t: Engine, x: Value, w: Value, offs: Value | None = None, bias: Value | None = None, *args: Any, **kwargs: Any
+) -> Value:
+    """Rows ``[n, k]`` in runs, each times the matrix of its expert ``w[e]`` ``[k, m]``.
+
+    Experts and rows stay in place; the units of all experts are one label.
+    """
+    offs, bias = kwargs.get("offs", offs), kwargs.get("bias", bias)
+    if len(x.axes) != 2 or len(w.axes) != 3 or offs is None or bias is not None:
+        raise UnknownOperator("grouped_mm of other shapes")
+    for axis in (x.axes[0], w.axes[0], offs.axes[0]):
+        t.unscaled(axis)
+        t.restrict(axis, "experts")
+    t.role(w, {0: "out", 1: "in", 2: "out"})
+    y = t.einsum(replace(x, axes=(ONE, x.axes[1])), ["n", "k"], replace(w, axes=w.axes[1:]), ["k", "m"], ["n", "m"])
+    return replace(y, axes=(x.axes[0], y.axes[1]))
+
+
 # ------------------------------------------------------------------------------------ convolutions
 @register_rule("conv1d", "conv2d", "conv3d")
 def conv(

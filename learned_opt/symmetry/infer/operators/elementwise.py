@@ -92,12 +92,18 @@ def mul(t: Engine, a: Any, b: Any) -> Value:
 def div(t: Engine, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
     """A quotient."""
     if rounding_mode is not None:
-        raise UnknownOperator(f"div({rounding_mode})")
+        return t.unary(div(t, a, b), None, "odd" if rounding_mode == "trunc" else None)
     if not isinstance(b, Value):
         return a
     if not isinstance(a, Value):
         return t.unary(b, -1, "odd")
     return t.mul(a, b, inverse=True)
+
+
+@register_rule("floor_divide")
+def floor_divide(t: Engine, a: Any, b: Any) -> Value:
+    """Nothing scales."""
+    return div(t, a, b, "floor")
 
 
 @register_rule("pow")
