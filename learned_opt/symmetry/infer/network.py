@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules import transformer
 
 from learned_opt.calls import without_cache
+from learned_opt.symmetry.infer.packing import UnknownLengths, constant_lengths, recorded_lengths
 from learned_opt.symmetry.labels import STATISTICS, SymmetryError
 
 VIEWS = {
@@ -59,9 +60,12 @@ def export(
     """
     wrapped = _Selected(model, outputs or without_cache)
     try:
-        with torch.enable_grad(), _traceable(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"(?s).*assigned during export")  # weights of an LSTM: they are restored
-            return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
+        try:
+            return _exported(wrapped, args, kwargs, [])
+        except Exception as error:
+            if not _caused_by(error, UnknownLengths):
+                raise
+        return _exported(wrapped, args, kwargs, _lengths(wrapped, args, kwargs))
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:
@@ -72,6 +76,29 @@ def export(
             " control flow that depends on data, or operators that torch.export does not trace. Write the symmetry by"
             " hand (docs/symmetry.md), or use learned_opt.independent(dict(model.named_parameters()))."
         ) from error
+
+
+def _exported(
+    wrapped: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], lengths: Sequence[Sequence[int]]
+) -> ExportedProgram:
+    with torch.enable_grad(), _traceable(), constant_lengths(lengths), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*assigned during export")  # weights of an LSTM: they are restored
+        return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
+
+
+def _lengths(wrapped: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[list[int]]:
+    """Batch sizes of the sequences that a run of the model packs. Its buffers stay as they are."""
+    found: list[list[int]] = []
+    buffers = {n: b.clone() for n, b in wrapped.named_buffers()}
+    with torch.no_grad(), recorded_lengths(found):
+        torch.func.functional_call(wrapped, buffers, tuple(args), dict(kwargs))
+    return found
+
+
+def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextmanager

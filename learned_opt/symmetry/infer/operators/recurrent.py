@@ -100,6 +100,21 @@ def rnn_relu(
     return _recurrent(t, x, [start], params, has_bias, layers, bidirectional, 1, 0, batch_first, relu=True)[:2]
 
 
+@register_rule("packed_recurrent")
+def packed_recurrent(
+    t: Engine, kind: str, data: Value, sizes: Sequence[int], start: Any, params: Any, bias: bool,
+    layers: int, dropout: float, train: bool, bidirectional: bool,
+) -> list[Any]:  # fmt: skip
+    """Any of them on the rows of a packed sequence."""
+    gates, odd = {"lstm": (4, 2), "gru": (3, 2)}.get(kind, (1, 0))
+    y, state, _ = _recurrent(
+        t, data, start, params, bias, layers, bidirectional, gates, odd, False, relu=kind == "rnn_relu"
+    )
+    batch = t.opaque(sizes[0], "a batch") if sizes[0] > 1 else t.atom(1)
+    state = Stack(0, tuple(Value((batch, h.axes[0])) for h in state.pieces))
+    return [y, state, state if kind == "lstm" else t.given([0])]
+
+
 # ------------------------------------------------------------------------------------------ single steps
 def _gates(t: Engine, x: Value, h: Value, params: Sequence[Value | None], count: int) -> list[list[Value]]:
     """What the input and the state write, gate by gate."""
