@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules import transformer
 
 from learned_opt.calls import without_cache
-from learned_opt.symmetry.infer.packing import UnknownLengths, constant_lengths, recorded_lengths
+from learned_opt.symmetry.infer.recurrence import UnknownLengths, as_operators, recorded_lengths
 from learned_opt.symmetry.labels import STATISTICS, SymmetryError
 
 VIEWS = {
@@ -81,7 +81,7 @@ def export(
 def _exported(
     wrapped: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], lengths: Sequence[Sequence[int]]
 ) -> ExportedProgram:
-    with torch.enable_grad(), _traceable(), constant_lengths(lengths), warnings.catch_warnings():
+    with torch.enable_grad(), _traceable(), as_operators(lengths), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(?s).*assigned during export")  # weights of an LSTM: they are restored
         return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
 

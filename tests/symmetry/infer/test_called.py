@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from learned_opt import NFNOpt
 from learned_opt.symmetry import randomised
+from tests.symmetry.infer.more_architectures import MORE
 
 pytestmark = pytest.mark.usefixtures("no_hook_is_left")
 Step = Callable[[Any, Tensor], Tensor]
@@ -474,3 +475,27 @@ def test_features_of_a_model_that_is_trained_with_its_head(said: Any) -> None:
     (squared(model(x)) + squared(model.encoder(x) - 1.0)).backward()
     optimizer.step()
     assert "independent axes" in repr(optimizer) and "used in another way" in said(logging.WARNING)[0]
+
+
+OF_THE_ZOO = (
+    *("packed_lstm", "packed_gru_unsorted", "cells_lstm", "cells_gru", "masked_encoder", "experts_sorted", "dora"),
+    *("neural_operator", "written_step_by_step", "graph_attention", "bags_of_maxima"),
+)
+
+
+@pytest.mark.parametrize("name", OF_THE_ZOO)
+def test_networks_are_trained_with_their_symmetry(name: str, said: Any) -> None:
+    """What is replayed gives the outputs and the gradients of the training, whatever is replaced in the export."""
+    torch.manual_seed(0)
+    model, inputs = MORE[name].build().train(), MORE[name].inputs()
+    optimizer = NFNOpt(model.parameters())
+    squared(model(*inputs)).backward()
+    optimizer.step()
+    assert optimizer.symmetry is not None and optimizer.symmetry.notes == () and not said(logging.WARNING)
+    assert any(not g.fixed for g in optimizer.symmetry.labels.values())
+    with torch.no_grad():
+        model.get_parameter(next(n for n, p in model.named_parameters() if p.ndim > 1)).mul_(1.1)
+    optimizer = NFNOpt(model.parameters())
+    (squared(model(*inputs)) + sum((p * torch.rand_like(p)).sum() for p in model.parameters())).backward()
+    optimizer.step()
+    assert "used in another way" in said(logging.WARNING)[-1]  # the comparison takes place

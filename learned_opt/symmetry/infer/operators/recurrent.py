@@ -159,3 +159,12 @@ def rnn_relu_cell(t: Engine, x: Value, h: Value, *params: Value | None) -> Value
 def _one_gate(t: Engine, x: Value, h: Value, params: Sequence[Value | None]) -> Value:
     (a,), (b,) = _gates(t, x, h, params, 1)
     return t.add(a, b)
+
+
+@register_rule("cell")
+def cell(t: Engine, kind: str, x: Value, state: Sequence[Value], params: Sequence[Value]) -> list[Any]:
+    """Any of them, as they are exported."""
+    if kind == "lstm_cell":
+        return lstm_cell(t, x, state, *params)
+    rules = {"gru_cell": gru_cell, "rnn_tanh_cell": rnn_tanh_cell, "rnn_relu_cell": rnn_relu_cell}
+    return [rules[kind](t, x, state[0], *params), t.given([0])]

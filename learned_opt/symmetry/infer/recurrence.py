@@ -1,7 +1,11 @@
-"""Packed sequences in an export: how many sequences are there at each time step depends on data, and is held constant.
+"""Recurrent layers and cells in an export, as operators of their own.
 
-The lengths of the example are taken from a run of the model. In the export a packed sequence is the rows of the padded
-one, picked by constant indices, and a recurrent layer on it is one operator (``packed_recurrent``).
+*Packed sequences.* How many sequences are there at each time step depends on data, and is held constant: the lengths of
+the example are taken from a run of the model. A packed sequence is the rows of the padded one, picked by constant
+indices, and a recurrent layer on it is one operator (``packed_recurrent``).
+
+*Cells.* A step of a cell is one operator (``cell``): to trace what torch makes of it takes ten times as long, and a
+loop has hundreds of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +18,7 @@ from torch.nn.modules import rnn as layers
 from torch.nn.utils import rnn as utilities
 
 _KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 
 
 class UnknownLengths(Exception):
@@ -58,22 +63,60 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.inputs, ctx.noise = inputs, torch.get_rng_state()
+    ctx.inputs = inputs
+
+
+def _gradients(
+    run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Any]:
+    """Of the tensors, by running it again."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with torch.enable_grad():
+        outputs = run(leaves)
+    used = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad and g is not None]
+    ys, gs = zip(*used, strict=True)
+    return torch.autograd.grad(ys, leaves, gs, allow_unused=True)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     kind, data, sizes, start, params, *rest = ctx.inputs
-    leaves = [t.detach().requires_grad_() for t in (data, *start, *params)]
-    with torch.enable_grad():
-        n = 1 + len(start)
-        outputs = _computed(kind, leaves[0], sizes, leaves[1:n], leaves[n:], *rest)
-    used = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad and g is not None]
-    ys, gs = zip(*used, strict=True)
-    found = torch.autograd.grad(ys, leaves, gs, allow_unused=True)
+    n = 1 + len(start)
+
+    def run(ts: list[Tensor]) -> Sequence[Tensor]:
+        return _computed(kind, ts[0], sizes, ts[1:n], ts[n:], *rest)
+
+    found = _gradients(run, [data, *start, *params], grads)
     return None, found[0], None, list(found[1:n]), list(found[n:]), *[None] * len(rest)
 
 
 packed_recurrent.register_autograd(_backward, setup_context=_remember)
+
+
+@torch.library.custom_op("learned_opt::cell", mutates_args=())
+def cell(kind: str, x: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One step of a cell: its state, and the cell of an LSTM."""
+    return _step(kind, x, state, params)
+
+
+def _step(kind: str, x: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    both = kind == "lstm_cell"
+    found = getattr(_VF, kind)(x, list(state) if both else state[0], *params)
+    return found if both else (found, x.new_empty(0))
+
+
+@cell.register_fake
+def _(kind: str, x: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(state[0]), torch.empty_like(state[1]) if kind == "lstm_cell" else x.new_empty(0)
+
+
+def _cell_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, x, state, params = ctx.inputs
+    n = 1 + len(state)
+    found = _gradients(lambda ts: _step(kind, ts[0], ts[1:n], ts[n:]), [x, *state, *params], grads)
+    return None, found[0], list(found[1:n]), list(found[n:])
+
+
+cell.register_autograd(_cell_backward, setup_context=_remember)
 
 
 class _Functions:
@@ -110,8 +153,11 @@ def recorded_lengths(found: list[list[int]]) -> Iterator[None]:
 
 
 @contextmanager
-def constant_lengths(known: Sequence[Sequence[int]]) -> Iterator[None]:
-    """Sequences have these batch sizes, in order of packing (:class:`UnknownLengths` where there are no more)."""
+def as_operators(known: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Layers on packed sequences, and cells, are the operators above.
+
+    Sequences have the batch sizes that are known, in order of packing. :class:`UnknownLengths`: there are no more.
+    """
     left = iter(known)
 
     def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
@@ -144,5 +190,14 @@ def constant_lengths(known: Sequence[Sequence[int]]) -> Iterator[None]:
 
         return run
 
-    with _replaced(_pack_padded_sequence=pack, _pad_packed_sequence=pad, **{k: recurrent(k) for k in _KINDS}):
+    def one_step(kind: str) -> Callable[..., Any]:
+        def run(x: Tensor, state: Any, *params: Tensor | None) -> Any:
+            held = [p for p in params if p is not None]
+            found = cell(kind, x, list(state) if kind == "lstm_cell" else [state], held)
+            return found if kind == "lstm_cell" else found[0]
+
+        return run
+
+    ours = {k: recurrent(k) for k in _KINDS} | {k: one_step(k) for k in _CELLS}
+    with _replaced(_pack_padded_sequence=pack, _pad_packed_sequence=pad, **ours):
         yield
