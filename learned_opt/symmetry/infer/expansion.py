@@ -41,7 +41,7 @@ class Expansions:
         target = _functional(node.target)
         if target is None or "out" in node.kwargs:
             return None
-        metas = [a.meta.get("val") for a in node.all_input_nodes]
+        metas: list[Any] = [a.meta.get("val") for a in node.all_input_nodes]
         if not all(isinstance(m, Tensor) for m in metas):
             return None
         order = {a: i for i, a in enumerate(node.all_input_nodes)}

@@ -35,8 +35,8 @@ class _Replay:
     def outputs(self, *, differentiable: bool) -> list[Any]:
         """The leaves of what the call returned."""
         signature = self.network.program.graph_signature
-        first = self.network.program.example_inputs or ((), {})
-        kwargs = {k: self.call.kwargs[k] for k in first[1]}
+        example: Any = self.network.program.example_inputs or ((), {})
+        kwargs = {k: self.call.kwargs[k] for k in example[1]}
         given = iter(pytree.tree_leaves((self.call.args, kwargs)))
         specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
         held = {s.arg.name: next(given) for s in signature.input_specs if s.kind == InputKind.USER_INPUT}

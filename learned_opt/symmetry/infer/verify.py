@@ -100,7 +100,7 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
     if name in _DROPOUTS:
         return args[0]
     if name in ("_grouped_mm", "grouped_mm"):  # has no float64
-        return _grouped_mm(*args[:2], kwargs.get("offs", args[2] if len(args) > 2 else None))
+        return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
     if name == "native_dropout":
         return [args[0], torch.ones_like(args[0])]
     if name == "scaled_dot_product_attention" and len(args) > 4:

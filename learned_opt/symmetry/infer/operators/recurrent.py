@@ -118,7 +118,7 @@ def packed_recurrent(
 # ------------------------------------------------------------------------------------------ single steps
 def _gates(t: Engine, x: Value, h: Value, params: Sequence[Value | None], count: int) -> list[list[Value]]:
     """What the input and the state write, gate by gate."""
-    w_ih, w_hh, b_ih, b_hh = (*params, *[None] * (4 - len(params)))
+    w_ih, w_hh, b_ih, b_hh = [*params, None, None][:4]
     assert w_ih is not None and w_hh is not None
     both = linear(t, x, w_ih, b_ih), linear(t, h, w_hh, b_hh)
     size = h.shape[-1]
