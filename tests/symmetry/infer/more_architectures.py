@@ -104,7 +104,7 @@ MORE: dict[str, Case] = {
     "linear_attention": Case(z.of(z.linear_attention, qkv=z.linear(5, 24), c=_C), _SEQUENCE),
     "attention_by_ellipsis": Case(z.of(z.heads_by_einsum, q=_A, k=_A, v=_A, c=_C), _SEQUENCE),
     "relative_positions": Case(
-        z.of(z.relative_positions, qkv=z.linear(5, 24), table=lambda: nn.Embedding(11, 2), c=_C), _SEQUENCE
+        z.of(z.relative_positions, qkv=z.linear(5, 24), table=lambda: nn.Embedding(11, 4), c=_C), _SEQUENCE
     ),
     "attention_pooling": Case(z.of(z.pooled_by_attention, a=_A, query=(8,), v=_A, c=_C), _SEQUENCE),
     "perceiver": Case(z.of(z.perceiver, latent=(4, 7), q=z.linear(7, 8), k=_A, v=_A, c=_C), _SEQUENCE),
@@ -126,7 +126,7 @@ MORE: dict[str, Case] = {
     # others
     "patches": Case(z.of(z.rearranged, a=z.linear(12, 8), c=_C), _IMAGES),
     "vae": Case(z.of(z.vae, a=z.linear(10, 8), encode=z.linear(8, 10), decode=z.linear(5, 8), c=_C), _ROWS),
-    "quantised": Case(z.of(z.quantised, a=z.linear(10, 8), codes=(4, 8), c=_C), _ROWS),
+    "quantised": Case(z.of(z.quantised, a=z.linear(10, 8), codes=(4, 8), table=(4, 3), c=_C), _ROWS, covered=0.9),
     "unet": Case(
         z.of(
             z.unet,
@@ -151,10 +151,10 @@ MORE: dict[str, Case] = {
         ),
         _IMAGES,
     ),
-    "grouped_transposed": Case(
+    "depthwise_transposed": Case(
         lambda: nn.Sequential(
-            *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, groups=2), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(6 * 49, 3)),
+            *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, groups=8), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(8 * 64, 3)),
         ),
         _IMAGES,
     ),

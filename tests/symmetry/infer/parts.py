@@ -288,7 +288,7 @@ def heads_by_einsum(m: Any, x: Tensor) -> Tensor:
 
 def relative_positions(m: Any, x: Tensor) -> Tensor:
     """A bias per head from a table of distances."""
-    q, k, v = (z.transpose(1, 2) for z in m.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2))
+    q, k, v = (z.transpose(1, 2) for z in m.qkv(x).unflatten(-1, (3, 4, 2)).unbind(2))
     distance = torch.arange(6)[:, None] - torch.arange(6)[None] + 5
     bias = m.table(distance).permute(2, 0, 1)
     return m.c(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(-2))
@@ -377,8 +377,9 @@ def vae(m: Any, x: Tensor) -> Tensor:
 def quantised(m: Any, x: Tensor) -> Tensor:
     h = m.a(x)
     d = (h[:, None] - m.codes).square().sum(-1)
-    q = m.codes[d.argmin(-1)]
-    return m.c((h + (q - h).detach()).tanh())
+    best = d.argmin(-1)
+    q = m.codes[best]
+    return m.c((h + (q - h).detach()).tanh()) + m.table[best]
 
 
 def unet(m: Any, x: Tensor) -> Tensor:

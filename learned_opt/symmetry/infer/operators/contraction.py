@@ -150,6 +150,10 @@ def convolution(
 
 
 def _convolve(t: Engine, x: Value, w: Value, b: Value | None, groups: int, out: int) -> Value:
+    if groups > 1 and out == 1:
+        if w.shape[:2] != [groups, 1]:
+            raise UnknownOperator("a grouped transposed convolution")
+        out = 0  # a kernel for each channel
     space = len(w.axes) - 2
     batched = len(x.axes) == space + 2
     roles: dict[int, Role] = {out: "out", 1 - out: "in"}
@@ -162,28 +166,20 @@ def _convolve(t: Engine, x: Value, w: Value, b: Value | None, groups: int, out: 
     channels = normal(x.axes[-space - 1])
     if groups == 1:
         t.contract(channels, w.axes[1 - out], "a convolution")
-        units = normal(w.axes[out])
+        units, summed = normal(w.axes[out]), w.axes[1 - out]
     else:
-        units = (_grouped_transposed if out else _grouped)(t, channels, w, groups)
+        units, summed = _grouped(t, channels, w, groups)
     y = Value((*(x.axes[:1] if batched else ()), normal(units), *spaces))
-    t.note(replace(y, axes=(*y.axes, normal(w.axes[1 - out]))))  # before the sum, as in an einsum
+    t.note(replace(y, axes=(*y.axes, normal(summed))))  # before the sum, as in an einsum
     return y if b is None else t.add(y, _at_channel(t, b, space))
 
 
-def _grouped(t: Engine, channels: Tree, w: Value, groups: int) -> Tree:
-    """Within a group of channels a linear map of its own; the groups are a batch."""
+def _grouped(t: Engine, channels: Tree, w: Value, groups: int) -> tuple[Tree, Tree]:
+    """Within a group of channels a linear map of its own; the groups are a batch. What is written, and summed over."""
     g, c = t.factor(channels, [groups, size_of(channels) // groups], "groups of channels")
     h, o = t.factor(w.axes[0], [groups, size_of(w.axes[0]) // groups], "groups of channels")
     t.contract(c, w.axes[1], "a convolution") if size_of(c) > 1 else None
-    return product([t.joined(g, h, "groups of channels"), normal(o)])
-
-
-def _grouped_transposed(t: Engine, channels: Tree, w: Value, groups: int) -> Tree:
-    """The same of a weight ``[groups x in, out]``."""
-    g, c = t.factor(channels, [groups, size_of(channels) // groups], "groups of channels")
-    h, i = t.factor(w.axes[0], [groups, size_of(w.axes[0]) // groups], "groups of channels")
-    t.contract(c, i, "a convolution") if size_of(c) > 1 else None
-    return product([t.joined(g, h, "groups of channels"), normal(w.axes[1])])
+    return product([t.joined(g, h, "groups of channels"), normal(o)]), w.axes[1]
 
 
 def _at_channel(t: Engine, v: Value, space: int) -> Value:
