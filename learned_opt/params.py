@@ -181,19 +181,20 @@ def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
         SymmetryError: two of the modules share a parameter: each symmetry is then one of one use of it.
         Exception: what the inference raises.
     """
-    from learned_opt.symmetry.infer import infer_symmetry  # loads torch.export
+    from learned_opt.symmetry.infer import infer_called  # loads torch.export
 
     symmetry, names = Symmetry({}), dict[int, str]()
-    for i, call in enumerate(calls):
-        with call.in_its_modes(), torch.inference_mode(False), torch.enable_grad():
-            found = infer_symmetry(call.module, *call.args, keywords=call.kwargs)
-        prefix = f"{i}/" if len(calls) > 1 else ""
+    modules = list(dict.fromkeys(c.module for c in calls))
+    for i, module in enumerate(modules):
+        with torch.inference_mode(False), torch.enable_grad():
+            found = infer_called([c for c in calls if c.module is module])
+        prefix = f"{i}/" if len(modules) > 1 else ""
         known: dict[int, str] = {}
-        for name, p in call.module.named_parameters(remove_duplicate=False):
+        for name, p in module.named_parameters(remove_duplicate=False):
             known.setdefault(id(p), name)
         here = {p.position: prefix + known[id(p.param)] for p in params if known.get(id(p.param)) in found.specs}
         if here.keys() & names.keys():
-            raise SymmetryError(f"{type(call.module).__name__} shares a parameter with another module of the optimizer")
+            raise SymmetryError(f"{type(module).__name__} shares a parameter with another module of the optimizer")
         symmetry, names = _joined(symmetry, _prefixed(found, prefix, prefix)), {**names, **here}
     param_map = ParamMap(symmetry, names)
     return param_map.validate([p for p in params if p.position in names])
@@ -210,7 +211,7 @@ def infer_or_say(calls: list[Call], params: list[NamedParam]) -> tuple[ParamMap 
         param_map = infer_map(calls, params)
     except Exception as error:  # of a user's model anything; training goes on
         return None, f"inferring it failed ({type(error).__name__}: {error})"
-    modules = ", ".join(type(c.module).__name__ for c in calls)
+    modules = ", ".join(type(m).__name__ for m in dict.fromkeys(c.module for c in calls))
     logger.info("NFNOpt: inferred the symmetry of %s: %d tensors", modules, len(param_map.symmetry.specs))
     for note in param_map.symmetry.notes:
         logger.info("NFNOpt: %s", note)

@@ -1,16 +1,18 @@
-"""Which module an optimizer trains, and one call of it: what inferring its symmetry needs.
+"""Which module an optimizer trains, and the calls of it: what inferring its symmetry needs.
 
-``NFNOpt(model.parameters())`` gets tensors, not the model. Its forward pass tells the rest. One mechanism serves every
+``NFNOpt(model.parameters())`` gets tensors, not the model. Its forward passes tell the rest. One mechanism serves every
 way to pass the parameters, and ``torch.compile`` before or after: a global forward *pre*-hook that ends with the first
 call of a module that has all the parameters.
 
 * The first call to come by is the outermost, and it is the one to take: the function of the outermost module is what
   is trained. A module inside of it may hold all the parameters too and not show every use of them (the body of a
   language model whose head reads the embedding), so that its symmetry need not be one of the whole.
-* The hook is gone before the forward pass runs. Dynamo traces hooks and guards on them: one that stayed until the first
-  step would make every compiled model compile twice (measured on torch 2.15: 2 frames instead of 1, for global and for
-  per-module hooks; 1 frame this way).
-* Global pre-hooks are not told keyword arguments; a forward hook on that one module, for that one call, is.
+* The global hook is gone before the forward pass runs. Dynamo traces hooks and guards on them: one that stayed until
+  the first step would make every compiled model compile twice (measured on torch 2.15: 2 frames instead of 1, for
+  global and for per-module hooks; 1 frame this way).
+* A module of which nothing is compiled keeps hooks of its own until the first step: what it is called for may differ
+  from call to call (modes, arguments, inputs), and the symmetry must be one of all of them. The gradients that reach
+  the outputs and the parameters tell whether there were other uses of the parameters.
 
 The generator ``model.parameters()`` also holds the model in its frame. That is used for what the hook cannot see: a
 model that was compiled in place (``model.compile()``), a call with other tensors in the place of the parameters
@@ -19,40 +21,23 @@ model that was compiled in place (``model.compile()``), a call with other tensor
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from types import GeneratorType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
+
+from learned_opt.calls import Call, kind_of, sample
+
+__all__ = ["Call", "ForwardRecorder", "modules_behind", "unwrapped"]
 
 # what a compiled module says about any global hook, once: about ours it is untrue, which does not fire twice
 HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
-
-
-class Call(NamedTuple):
-    """A forward pass: the module (without wrappers), detached arguments, and the modes it ran in."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    training: dict[nn.Module, bool]
-
-    @contextmanager
-    def in_its_modes(self) -> Iterator[None]:
-        """The module in training or evaluation mode, as it was when it was called."""
-        now = {m: m.training for m in self.training}
-        try:
-            for module, mode in self.training.items():
-                module.training = mode
-            yield
-        finally:
-            for module, mode in now.items():
-                module.training = mode
+KEPT = 8  # calls; of later ones those that are unlike these
+DIFFERENTIATED = 20_000_000  # weights; of larger modules gradients are not compared
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -100,7 +85,7 @@ def _look_behind(params: Any, found: list[nn.Module]) -> None:
 class ForwardRecorder:
     """Records the forward passes of the modules that an optimizer trains; see the module's docstring.
 
-    :attr:`calls` holds the call of a module with all the optimizer's parameters, or, until one is seen, of those among
+    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of those among
     ``roots`` that were called. Only calls that record gradients count: they are what is trained. Nothing here keeps the
     optimizer alive, and its end ends the recording.
 
@@ -113,6 +98,8 @@ class ForwardRecorder:
 
     def __init__(self, optimizer: torch.optim.Optimizer, roots: Iterable[nn.Module] = ()) -> None:
         self.calls: list[Call] = []
+        self._running: list[Call] = []
+        self._gradients: dict[int, Tensor] = {}
         self._missing: list[nn.Module] = []
         self._in_place: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
         self._handles: list[RemovableHandle] = []
@@ -133,10 +120,14 @@ class ForwardRecorder:
     def release(self) -> list[Call]:
         """Remove every trace of the recorder, and hand over what was seen."""
         self._stop_waiting()
+        self._let_go()
+        calls, self.calls, self._gradients = self.calls, [], {}
+        return calls
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
-        calls, self.calls, self._handles = self.calls, [], []
-        return calls
+        self._handles, self._running = [], []
 
     def _stop_waiting(self) -> None:
         self._global.remove()
@@ -157,17 +148,25 @@ class ForwardRecorder:
         """
         if torch.compiler.is_compiling() or isinstance(module, torch.jit.ScriptModule):
             return
-        if torch.is_grad_enabled() and self._wanted(module):
-            self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        if not (torch.is_grad_enabled() and self._wanted(module)):
+            return
+        compiled = _is_compiled(module)
+        self._running.append(Call.begin(unwrapped(module), args, compiled))
+        if compiled:
+            self._handles.append(module.register_forward_hook(_Hook(self._only), with_kwargs=True))
+        else:
+            self._handles.append(module.register_forward_pre_hook(_Hook(self._again), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_Hook(self._after), with_kwargs=True))
+            self._follow_gradients()
 
     def _wanted(self, module: nn.Module) -> bool:
         """Whether to take this call; nothing more is waited for where it is the last that is needed."""
-        optimizer, inner = self._optimizer(), unwrapped(module)
-        if optimizer is None:
+        inner, trained = unwrapped(module), self._trained()
+        if not trained:
             return False
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if not _is_integer(p)}
-        if trained <= {id(p) for p in inner.parameters()}:
+        if {id(p) for p in trained} <= {id(p) for p in inner.parameters()}:
             self.calls.clear()
+            self._let_go()
             self._stop_waiting()
             return True
         if not any(inner is root for root in self._missing):
@@ -177,27 +176,97 @@ class ForwardRecorder:
             self._stop_waiting()
         return True
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+    def _trained(self) -> list[Tensor]:
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [p for group in groups for p in group["params"] if not _is_integer(p)]
+
+    def _only(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the one call of a compiled module that is recorded."""
         for handle in self._handles:
             if handle.id in module._forward_hooks:
                 handle.remove()
-        self._keep(module, args, kwargs)
+        self._keep(kwargs, output)
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args, kwargs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+    def _again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a further call."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
         inner = unwrapped(module)
-        self.calls.append(Call(inner, args, kwargs, {m: m.training for m in inner.modules()}))
+        mine = [c for c in self.calls if c.module is inner]
+        if len(mine) >= KEPT:
+            for call in mine:
+                call.complete = False
+            kind = kind_of(inner, args, kwargs, shapes=False)
+            if len(mine) >= 2 * KEPT or any(c.kind(shapes=False) == kind for c in mine):
+                return
+        self._running.append(Call.begin(inner, args, _is_compiled(module)))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inner = unwrapped(module)
+        if torch.is_grad_enabled() and self._running and self._running[-1].module is inner:
+            self._keep(kwargs, output)
+
+    def _keep(self, kwargs: dict[str, Any], output: Any) -> None:
+        call = self._running.pop()
+        call.gradients = self._gradients
+        call.end(kwargs, output, not call.compiled and self._comparable())
+        self.calls.append(call)
+
+    # -- gradients
+    def _comparable(self) -> bool:
+        """Whether gradients can be those of the recorded calls: not if they are averaged over processes."""
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        alone = alone or torch.distributed.get_world_size() == 1
+        return alone and sum(p.numel() for p in self._trained()) <= DIFFERENTIATED
+
+    def _follow_gradients(self) -> None:
+        """Take a sample of each gradient as a backward pass leaves it, before anything (clipping) changes it."""
+        if self._comparable():
+            for p in self._trained():
+                if p.requires_grad and p.is_leaf:
+                    self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self._accumulated)))
+
+    def _accumulated(self, p: Tensor) -> None:
+        if p.grad is None or p.grad.layout != torch.strided or p._backward_hooks or torch.is_grad_enabled():
+            self._gradients.pop(id(p), None)  # nothing to compare, or changed by a hook
+        else:
+            self._gradients[id(p)] = sample(p.grad)
 
     def _intercept(self, root: nn.Module, compiled: Callable[..., Any]) -> None:
         """See a call of a module that was compiled in place: its hooks run inside of what is compiled."""
 
         def ours(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled() and self._wanted(root):
-                self._keep(root, args, kwargs)
-            return compiled(*args, **kwargs)
+            if not (torch.is_grad_enabled() and self._wanted(root)):
+                return compiled(*args, **kwargs)
+            self._running.append(Call.begin(root, args, True))
+            output = compiled(*args, **kwargs)
+            self._keep(kwargs, output)
+            return output
 
         root._compiled_call_impl = ours
         self._in_place.append((root, ours, compiled))
+
+
+class _Hook:
+    """A hook that copies of the module (and pickles of it) do not have."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        if self.function is not None:
+            self.function(*args)
+
+    def __deepcopy__(self, memo: Any) -> "_Hook":
+        return _Hook()
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in module.modules())
 
 
 def _is_integer(tensor: Tensor) -> bool:

@@ -57,6 +57,12 @@ def asked(monkeypatch):
 
     stand_in = types.ModuleType("learned_opt.symmetry.infer")
     stand_in.infer_symmetry = infer_symmetry
+
+    def infer_called(called):
+        with called[0].as_it_ran():
+            return infer_symmetry(called[0].module, *called[0].args, keywords=called[0].kwargs)
+
+    stand_in.infer_called = infer_called
     monkeypatch.setitem(sys.modules, "learned_opt.symmetry.infer", stand_in)
     return calls
 

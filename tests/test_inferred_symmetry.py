@@ -57,7 +57,7 @@ def test_an_inference_that_fails_does_not_stop_training(asked, said):
 
 def test_a_symmetry_of_other_shapes_is_an_inference_that_failed(monkeypatch, asked, said):
     wrong = Symmetry({"weight": Spec((Leaf(4), Leaf(4)), ("out", "in"))})
-    monkeypatch.setattr(sys.modules["learned_opt.symmetry.infer"], "infer_symmetry", lambda *_, **__: wrong)
+    monkeypatch.setattr(sys.modules["learned_opt.symmetry.infer"], "infer_called", lambda _: wrong)
     model = nn.Linear(5, 3)
     train(model, NFNOpt(model, rule=Adam()))
     assert len(said(logging.WARNING)) == 1 and "(3, 5)" in said(logging.WARNING)[0]
@@ -261,10 +261,11 @@ def test_the_model_is_left_as_it_is(said):
     model = nn.Sequential(cnn(), nn.Dropout(0.5))
     seen = []
     model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    registered = hooks(model)
     optimizer = NFNOpt(model.parameters())
     model(pictures(8, 0)[0].float()).square().mean().backward()
     before = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()]
-    rng, registered, modes = torch.get_rng_state(), hooks(model), [m.training for m in model.modules()]
+    rng, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     optimizer._bind()
     assert optimizer.symmetry is not None and not said(logging.WARNING), "nothing was inferred"
     assert torch.equal(torch.get_rng_state(), rng) and hooks(model) == registered

@@ -1,8 +1,10 @@
 """NFNOpt finds the module it trains, however it gets the parameters and however that is called."""
 
+import copy
 import gc
 import itertools
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -276,14 +278,27 @@ def test_a_forward_pass_that_fails_may_be_repeated(asked):
     assert torch.equal(asked[0][1][0], batch(0)) and not any(hooks(model))
 
 
-def test_hooks_are_gone_after_the_first_forward_pass(asked):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hooks_are_gone_after_the_first_step_and_for_compiled_models_after_the_first_forward_pass(compiled, asked):
     model = net()
     optimizer = NFNOpt(model.parameters(), rule=Adam())
     assert len(torch_modules._global_forward_pre_hooks) == 1 and not any(hooks(model))
-    loss = model(batch()).sum()
-    assert not torch_modules._global_forward_pre_hooks and not any(hooks(model))
+    loss = (torch.compile(model, backend="eager") if compiled else model)(batch()).sum()
+    assert not torch_modules._global_forward_pre_hooks and any(hooks(model)) != compiled
     loss.backward()
     optimizer.step()
+    assert not any(hooks(model)) and not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_copy_has_no_hooks_of_ours(asked):
+    model = net()
+    optimizer = NFNOpt(model.parameters(), rule=Adam())
+    model(batch()).sum().backward()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(batch(1)).sum().backward()
+    assert len(optimizer._recorder.calls) == 1
+    optimizer.step()
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("forward", [False, True])

@@ -1,29 +1,35 @@
 """The symmetry of any model, inferred from its exported graph and verified numerically.
 
-``infer_symmetry(model, *inputs)`` exports the model (``graph.export``), propagates labels and exponents through the
+``infer_symmetry(model, *inputs)`` exports the model (``network.export``), propagates labels and exponents through the
 graph (``graph.Propagation``, with one rule per operator in ``operators``, composed of the primitives of ``engine``
 on the axes of ``trees``), solves for the scales (``solve``) and checks the result at random weights (``verify``).
+``infer_called(calls)`` does that for a module as it was called in training, and compares the graph with what ran
+(``replay``).
 """
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
+from learned_opt.calls import Call
 from learned_opt.symmetry.group import Symmetry
 from learned_opt.symmetry.infer.engine import UnknownOperator
-from learned_opt.symmetry.infer.graph import InferenceError, Network, Propagation, export
+from learned_opt.symmetry.infer.graph import Propagation
+from learned_opt.symmetry.infer.network import InferenceError, Network, export
 from learned_opt.symmetry.infer.operators.registry import register_rule
+from learned_opt.symmetry.infer.orbits import broken_scales
+from learned_opt.symmetry.infer.replay import Penalised, compare
 from learned_opt.symmetry.infer.solve import symmetry_of
-from learned_opt.symmetry.infer.verify import TOLERANCE, Check
+from learned_opt.symmetry.infer.verify import TOLERANCE, Check, unscaled
 from learned_opt.text import listed
 
-__all__ = ["InferenceError", "UnknownOperator", "infer_symmetry", "missed_labels", "register_rule"]
+__all__ = ["InferenceError", "UnknownOperator", "infer_called", "infer_symmetry", "missed_labels", "register_rule"]
 
 logger = logging.getLogger(__name__)
 # beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes in
@@ -31,6 +37,7 @@ logger = logging.getLogger(__name__)
 AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
 _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...}}."
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
+KINDS = 4  # of calls of one module
 
 
 def infer_symmetry(
@@ -70,13 +77,89 @@ def infer_symmetry(
     if not isinstance(verify, bool) and (not isinstance(verify, str) or verify != "auto"):
         raise ValueError(f"verify={verify!r:.200} is unknown; it is True, False or 'auto'. {_CLASH.format('verify')}")
     model = getattr(model, "_orig_mod", model)
-    network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
-    symmetry = _with_unread(model, propagation.read, symmetry_of(network, _shapes(model), propagation))
-    weights = sum(t.numel() for t in network.tensors.values())
-    meta = any(t.device.type == "meta" for t in network.tensors.values())
-    cheap = weights <= AUTO_WEIGHTS and network.operations() <= AUTO_OPERATIONS and not meta
+    _check_outputs(outputs)
+    with _own_noise():
+        program = export(model, inputs, {**(keywords or {}), **kwargs}, outputs)
+        return _inferred(model, [Network(model, program)], verify)
+
+
+def infer_called(calls: Sequence[Call]) -> Symmetry:
+    """The symmetry of a module as it was called in training: one of all its calls.
+
+    Args:
+        calls: of one module. Each kind of them is exported, with the methods and in the modes of the call.
+
+    Raises:
+        InferenceError: as :func:`infer_symmetry`; or what is exported does not return what the calls returned, or
+            they are not the only use of the parameters; or the module was called in too many ways.
+    """
+    model = calls[0].module
+    if any(c.tossed for c in calls):
+        raise InferenceError(
+            f"the forward pass of {type(model).__name__} draws from the random numbers of Python or NumPy, so that it"
+            " may take other branches next time"
+        )
+    kinds: dict[Any, list[Call]] = {}
+    for shapes in (True, False):
+        kinds = {}
+        for call in calls:
+            kinds.setdefault(call.kind(shapes=shapes), []).append(call)
+        if len(kinds) <= KINDS:
+            break
+    else:
+        raise InferenceError(f"{type(model).__name__} was called in {len(kinds)} ways before the first step")
+    networks = []
+    with _own_noise():
+        for first, *_ in kinds.values():
+            with first.as_it_ran():
+                networks.append(Network(model, export(model, first.args, first.kwargs)))
+        alike = [[c for c in cs if c.kind() == cs[0].kind()] for cs in kinds.values()]
+        if sum(map(len, alike)) < len(calls):  # of other shapes: they cannot be run through the graph
+            for call in calls:
+                call.complete = False
+        symmetry = _inferred(model, networks, "auto")
+        try:
+            notes, compared = compare(list(zip(networks, alike, strict=True)))
+        except Penalised as penalty:
+            logger.warning("symmetry of %s: %s. They are not used.", type(model).__name__, penalty)
+            return replace(unscaled(symmetry), notes=(*symmetry.notes, str(penalty)))
+    symmetry = replace(symmetry, notes=(*symmetry.notes, *notes))
+    return symmetry if compared else _without_broken(model, symmetry, any(c.autocast or c.compiled for c in calls))
+
+
+def _without_broken(model: nn.Module, symmetry: Symmetry, coarse: bool) -> Symmetry:
+    """Without positive scales, if the gradients of the training show that some do not hold."""
+    weights = dict(model.named_parameters())
+    grads = {n: p.grad for n, p in weights.items() if p.grad is not None and not p._backward_hooks}
+    grads = {n: g for n, g in grads.items() if g.layout == torch.strided}
+    broken = broken_scales(symmetry, weights, grads, coarse)
+    if not broken:
+        return symmetry
+    reason = (
+        f"the loss is not constant along the scales {listed(broken)}: the parameters of {type(model).__name__} are used"
+        " in another way too, or their gradients were changed"
+    )
+    logger.warning("symmetry of %s: %s. Positive scales are not used.", type(model).__name__, reason)
+    return replace(unscaled(symmetry), notes=(*symmetry.notes, reason))
+
+
+@contextmanager
+def _own_noise() -> Iterator[None]:
+    """Nothing depends on the caller's noise, and none of it is used up."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+def _inferred(model: nn.Module, networks: Sequence[Network], verify: bool | Literal["auto"]) -> Symmetry:
+    networks, propagation = _propagated(model, networks)
+    symmetry = _with_unread(model, propagation.read, symmetry_of(_shapes(model), propagation))
+    weights = sum(t.numel() for t in propagation.tensors.values())
+    meta = any(t.device.type == "meta" for t in propagation.tensors.values())
+    operations = sum(n.operations() for n in networks)
+    cheap = weights <= AUTO_WEIGHTS and operations <= AUTO_OPERATIONS and not meta
     if verify is True or (verify == "auto" and cheap):
-        symmetry = _verified(network, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
+        symmetry = _verified(networks, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
     elif verify == "auto":
         logger.info(
             "the symmetry of %s is not verified numerically: too large (verify=True does it)", type(model).__name__
@@ -100,9 +183,12 @@ def missed_labels(
         Labels of a symmetry that labels every axis; rows of tables that the inputs do not use are among them. Units on
         the two sides of an unknown operator have two labels there, and are not found.
     """
-    network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
-    symmetry = symmetry_of(network, _shapes(model), propagation, declare_fixed=True)
-    return Check(network).missed(symmetry)
+    _check_outputs(outputs)
+    with _own_noise():
+        program = export(model, inputs, {**(keywords or {}), **kwargs}, outputs)
+        networks, propagation = _propagated(model, [Network(model, program)])
+        symmetry = symmetry_of(_shapes(model), propagation, declare_fixed=True)
+        return Check(*networks).missed(symmetry)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -130,45 +216,48 @@ def _with_unread(model: nn.Module, read: Set[str], symmetry: Symmetry) -> Symmet
     return replace(symmetry, notes=(*symmetry.notes, note))
 
 
-def _propagated(model: nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> tuple[Network, Propagation]:
+def _check_outputs(outputs: Any) -> None:
     if outputs is not None and not callable(outputs):
         raise ValueError(
             f"outputs={outputs!r:.200} is not a function of what the model returns. {_CLASH.format('outputs')}"
         )
-    with torch.random.fork_rng(devices=[]):  # nothing depends on the caller's noise, and none of it is used up
-        torch.default_generator.manual_seed(0)
-        program = export(model, inputs, kwargs, outputs)
-        try:
-            return _better(model, program)
-        except InferenceError:
-            raise
-        except Exception as error:
-            raise InferenceError(
-                f"the symmetry of {type(model).__name__} cannot be inferred: {type(error).__name__}: {error}\n"
-                "Please report the model. Until then, write its symmetry by hand (docs/symmetry.md), or use"
-                " learned_opt.independent(dict(model.named_parameters()))."
-            ) from error
 
 
-def _better(model: nn.Module, program: ExportedProgram) -> tuple[Network, Propagation]:
-    """Labels of the program as it was written, or in decomposed form if more of its operators are known there."""
-    network = Network(model, program)
-    propagation = Propagation(network)
-    if propagation.unknown:
+def _propagated(model: nn.Module, networks: Sequence[Network]) -> tuple[Sequence[Network], Propagation]:
+    try:
+        return _better(model, networks)
+    except InferenceError:
+        raise
+    except Exception as error:
+        raise InferenceError(
+            f"the symmetry of {type(model).__name__} cannot be inferred: {type(error).__name__}: {error}\n"
+            "Please report the model. Until then, write its symmetry by hand (docs/symmetry.md), or use"
+            " learned_opt.independent(dict(model.named_parameters()))."
+        ) from error
+
+
+def _better(model: nn.Module, networks: Sequence[Network]) -> tuple[Sequence[Network], Propagation]:
+    """Labels of the programs as they were written.
+
+    If they have operators that write into another tensor, in decomposed form, where more are known there: what is
+    functional has no such operators.
+    """
+    propagation = Propagation(*networks)
+    if propagation.unknown and propagation.written_out:
         try:
-            decomposed = Network(model, program.run_decompositions())
-            second = Propagation(decomposed)
+            decomposed = [Network(model, n.program.run_decompositions()) for n in networks]
+            second = Propagation(*decomposed)
         except Exception as error:  # some programs cannot be decomposed: the first result stands
             logger.debug("no decomposition of %s: %s", type(model).__name__, error)
         else:
             if sum(second.unknown.values()) < sum(propagation.unknown.values()):
                 return decomposed, second
-    return network, propagation
+    return networks, propagation
 
 
-def _verified(network: Network, symmetry: Symmetry, name: str, samples: int) -> Symmetry:
+def _verified(networks: Sequence[Network], symmetry: Symmetry, name: str, samples: int) -> Symmetry:
     try:
-        check = Check(network)
+        check = Check(*networks)
         possible = check.possible
         verdict = check.verdict(symmetry, samples) if possible else None
     except Exception as error:  # an operator without float64, say

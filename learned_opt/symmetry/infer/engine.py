@@ -78,6 +78,7 @@ class Constraints(Forest):
         self.stacked: set[tuple[str, int]] = set()  # dimensions of views along which different tensors are stacked
         self.node = ""
         self.meta: Any = None  # the fake tensors that the node returns
+        self.given_as: Any = ()  # the arguments of the node, as fake tensors
         self.results: set[Any] = set()  # which of several results are read
 
     def begin_pass(self) -> None:
@@ -269,6 +270,10 @@ class Engine(Constraints):
         else:  # a product of weights, such as a low-rank update: the left one reads what the right one writes
             self.role(x, {d: "in" for d, i in enumerate(xi) if i not in out})
             self.role(y, {d: "out" for d, i in enumerate(yi) if i not in out})
+        if x.zero or y.zero:  # of zeros nothing is required: a state at the start
+            sizes = {i: size_of(a) for z, zi in ((x, xi), (y, yi)) for i, a in zip(zi, z.axes, strict=True)}
+            sizes |= {i: n for z, zi in ((x, xi), (y, yi)) for i, n in zip(zi, z.shape, strict=True) if n > 1}
+            return Value(tuple(self.atom(sizes[i]) for i in out), True, x.weight and y.weight)
         at: dict[Any, Tree] = {}
         for i in dict.fromkeys([*xi, *yi]):
             axes = [z.axes[list(zi).index(i)] for z, zi in ((x, xi), (y, yi)) if i in zi]
@@ -279,7 +284,7 @@ class Engine(Constraints):
             at[i] = axis if i in out else self.unscaled(axis)
         self.note(Value(tuple(at.values())))  # before the sum: what is summed over stands beside what is written
         self._aligned([(x.axes[list(xi).index(i)], y.axes[list(yi).index(i)]) for i in at if i in xi and i in yi], x, y)
-        return Value(tuple(at[i] for i in out), x.zero or y.zero, x.weight and y.weight)
+        return Value(tuple(at[i] for i in out), False, x.weight and y.weight)
 
     def _aligned(self, pairs: Sequence[tuple[Tree, Tree]], x: Value, y: Value) -> None:
         """Note the axes that two values share index by index. A label is over another only where both are so shared:

@@ -1,29 +1,25 @@
-"""From a model to its graph, and propagation of labels through it.
+"""Propagation of labels through the graphs of a model.
 
-``torch.export`` gives ATen operators at the level at which they were written (linear, layer_norm, attention), which is
-the level of our rules; no decomposition is needed, except for operators that no rule knows, which get a second chance
-in their decomposed form. In-place operators are read as functions whose result takes the place of their argument.
+In-place operators are read as functions whose result takes the place of their argument.
 """
 
 import logging
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch import Tensor
+from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from learned_opt.symmetry.infer.engine import Engine, Profile, Stack, UnknownOperator, Value
+from learned_opt.symmetry.infer.expansion import Expansions
+from learned_opt.symmetry.infer.network import VIEWS, InferenceError, Network, is_in_place, operator_name
 from learned_opt.symmetry.infer.operators import RULES
 from learned_opt.symmetry.infer.operators.stacks import on_stack
 from learned_opt.symmetry.infer.trees import Atom, Exponent, Tree, Unit, each, normal
-from learned_opt.symmetry.labels import STATISTICS, SymmetryError
 
 logger = logging.getLogger(__name__)
 
@@ -38,212 +34,25 @@ _METADATA_ONLY = {
     "new_empty",
     "empty_like",
 }
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "select", "slice", "unsqueeze", "squeeze",
-    "expand", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "narrow", "movedim", "contiguous",
-    "to", "getitem", "view_as", "unfold", "mT", "numpy_T", "expand_as", "lift_fresh",
-}  # fmt: skip
-_MULTIPLICATIONS = ("linear", "conv", "mm", "addmm", "matmul")
-_BATCH_NORMS = ("batch_norm", "cudnn_batch_norm", "native_batch_norm", "_native_batch_norm_legit")
 
 
-class InferenceError(SymmetryError):
-    """The symmetry of a model cannot be inferred."""
-
-
-# ------------------------------------------------------------------------------------------- export
-class _Selected(nn.Module):
-    """A model of which only selected outputs count."""
-
-    def __init__(self, model: nn.Module, outputs: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.model, self.outputs = model, outputs
-        self.training = model.training  # of this module alone: those of the model stay as they are
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.outputs(self.model(*args, **kwargs))
-
-
-def without_cache(output: Any) -> Any:
-    """What counts of a model's output by default: all of it, except the key-value cache of a language model.
-
-    A cache is known by its class (``DynamicCache``), wherever it is, or as tensors by its old key. Other objects that
-    are no tensors are not dropped: what they hold may be the output (a dataclass), which must not be forgotten.
-    """
-    if isinstance(output, Mapping):
-        output = {k: v for k, v in output.items() if k != "past_key_values" and v is not None}
-    return pytree.tree_map(lambda x: None if _is_cache(x) else x, output, is_leaf=_is_cache)
-
-
-def _is_cache(x: Any) -> bool:
-    return any(c.__name__.endswith("Cache") for c in type(x).__mro__)
-
-
-def export(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    outputs: Callable[[Any], Any] | None = None,
-) -> ExportedProgram:
-    """The model's graph, in its present mode. The model is not changed.
-
-    Raises:
-        InferenceError: torch.export cannot trace the model, or the model raises on these inputs.
-    """
-    wrapped = _Selected(model, outputs or without_cache)
-    try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export")  # LSTM, GRU: restored
-            return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise InferenceError(
-            f"{type(model).__name__} cannot be exported with these inputs, so that its symmetry cannot be inferred:"
-            f" {type(error).__name__}: {first}\nIf the inputs are right (it must run with them), the model has python"
-            " control flow that depends on data, or operators that torch.export does not trace. Write the symmetry by"
-            " hand (docs/symmetry.md), or use learned_opt.independent(dict(model.named_parameters()))."
-        ) from error
-
-
-def operator_name(target: Any) -> str:
-    """Name of an operator without namespace and overload."""
-    if hasattr(target, "overloadpacket"):
-        return str(target.overloadpacket.__name__)
-    return str(getattr(target, "__name__", target))
-
-
-# ------------------------------------------------------------------------------------- the network
-class Network:
-    """An exported model: its graph, and the tensors that a group element moves.
-
-    Attributes:
-        tensors: parameters and running statistics by their first name in the model.
-        placeholders: for every placeholder of the graph the name of its tensor, or the constant that it holds, or
-            None for an input of the model.
-    """
-
-    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
-        self.program, self.graph = program, program.graph_module
-        named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        first: dict[Any, str] = {}
-        for name, tensor in named.items():
-            first.setdefault(_storage_key(tensor), name)
-        specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
-        written = set(program.graph_signature.buffers_to_mutate.values())  # where the graph is functional
-        mutated = _mutated(self.graph) | {n for n, s in specs.items() if s.target in written}
-        changed = _statistics(self.graph, specs, mutated)
-        self.tensors: dict[str, Tensor] = {}
-        self.placeholders: dict[str, str | Tensor | None] = {}
-        for node in self.graph.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            spec = specs.get(node.name)
-            target = (spec.target or "").removeprefix("model.") if spec is not None else ""
-            if spec is not None and (spec.kind == InputKind.PARAMETER or node.name in changed):
-                name = first[_storage_key(named[target])]
-                self.tensors[name] = named[target]
-                self.placeholders[node.name] = name
-            elif spec is not None and spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                value = named.get(target)
-                value = program.constants.get(spec.target) if value is None else value
-                held = value is not None and value.device.type != "meta" and node.name not in mutated
-                self.placeholders[node.name] = value.detach().clone() if held else None  # graphs may write into it
-            else:
-                self.placeholders[node.name] = None
-        order = {n: i for i, n in enumerate(named)}
-        self.tensors = dict(sorted(self.tensors.items(), key=lambda item: order[item[0]]))
-        self.overlapping = _overlapping(self.tensors)
-
-    def operations(self) -> float:
-        """Multiplications of linear maps and convolutions with weights in one forward pass (an estimate)."""
-        total = 0.0
-        for node in self.graph.graph.nodes:
-            held = [self.placeholders.get(a.name) for a in node.all_input_nodes if a.op == "placeholder"]
-            matrices = [self.tensors[n] for n in held if isinstance(n, str) and self.tensors[n].ndim > 1]
-            meta = node.meta.get("val")
-            if matrices and isinstance(meta, Tensor) and operator_name(node.target).startswith(_MULTIPLICATIONS):
-                total += meta.numel() * max(m.numel() / m.shape[0] for m in matrices)
-        return total
-
-
-def _storage_key(t: Tensor) -> Any:
-    return (t.data_ptr(), tuple(t.shape), t.stride()) if t.device.type != "meta" and t.data_ptr() else id(t)
-
-
-def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Tensors that share memory with another one of another shape: nothing can be said of them."""
-    owners: dict[int, list[str]] = {}
-    for name, t in tensors.items():
-        if t.device.type != "meta" and t.untyped_storage().data_ptr():
-            owners.setdefault(t.untyped_storage().data_ptr(), []).append(name)
-    # parameters flattened into one buffer share storage without overlap
-    found: set[str] = set()
-    for names in owners.values():
-        furthest, owner = 0, ""
-        for name in sorted(names, key=lambda n: tensors[n].storage_offset()):
-            t = tensors[name]
-            end = int(t.storage_offset()) + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-            if owner and t.storage_offset() < furthest:
-                found |= {owner, name}
-            if end > furthest:
-                furthest, owner = end, name
-    return found
-
-
-def _statistics(graph: GraphModule, specs: Mapping[str, Any], mutated: Set[str]) -> set[str]:
-    """Placeholders of running means and variances: what a batch norm reads, and what is called so.
-
-    They are no constants, though a new network's look like some (0 and 1): training will have changed them.
-    """
-    found = set()
-    for node in _all_nodes(graph):
-        spec = specs.get(node.name)
-        if node.op == "placeholder" and spec is not None and spec.kind == InputKind.BUFFER and spec.persistent:
-            called_so = spec.target.rpartition(".")[2] in STATISTICS and node.meta["val"].is_floating_point()
-            found |= {node.name} if called_so and node.name not in mutated else set()
-        if node.op == "call_function" and operator_name(node.target).startswith(_BATCH_NORMS):
-            found |= {
-                a.name
-                for a in node.args[1:]
-                if isinstance(a, Node) and a.name in specs and specs[a.name].kind == InputKind.BUFFER
-            }
-    return found
-
-
-def _mutated(graph: GraphModule) -> set[str]:
-    """Placeholders that the graph writes into: what they hold now is not a constant."""
-    found = set()
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and is_in_place(operator_name(node.target)) and isinstance(node.args[0], Node):
-            base: Any = node.args[0]
-            while base.op == "call_function" and operator_name(base.target) in _VIEWS:
-                base = base.args[0]
-            found.add(base.name)
-    return found
-
-
-def _all_nodes(graph: GraphModule) -> list[Node]:
-    return [n for m in graph.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
-
-
-def is_in_place(name: str) -> bool:
-    """``add_`` is, ``__and__`` is not."""
-    return name.endswith("_") and not name.endswith("__")
-
-
-# -------------------------------------------------------------------------------------- propagation
 class Propagation(Engine):
-    """Labels of a network's tensors, by passes over its graph until nothing changes."""
+    """Labels of a model's tensors, by passes over its graph until nothing changes.
 
-    def __init__(self, network: Network) -> None:
+    Args:
+        networks: the same model, exported as it was called in one or several ways: what is found holds in all of them.
+    """
+
+    def __init__(self, *networks: Network) -> None:
         super().__init__()
-        self.network = network
+        self.networks = networks
+        self.tensors = {n: t for network in networks for n, t in network.tensors.items()}
         self.axes: dict[str, list[Tree]] = {}
         self.unknown: Counter[str] = Counter()
         self._profiles: dict[Node, Profile] = {}
         self._constants: dict[Node, Any] = {}
+        self._expansions = Expansions()
+        self.written_out = False  # by operators that no rule covers
         self._reset()
         for _ in range(PASSES):
             before, stacks = self.changes, len(self.stacked)
@@ -259,10 +68,8 @@ class Propagation(Engine):
     def _reset(self) -> None:
         """Start again (with what is known of stacks)."""
         self._atoms, self.roles = {}, {}
-        self.axes = {
-            n: [Unit(Atom(k)) if k != 1 else self.atom(1) for k in t.shape] for n, t in self.network.tensors.items()
-        }
-        for name in self.network.overlapping:
+        self.axes = {n: [Unit(Atom(k)) if k != 1 else self.atom(1) for k in t.shape] for n, t in self.tensors.items()}
+        for name in {n for network in self.networks for n in network.overlapping}:
             for axis in self.axes[name]:
                 self.restrict(axis, "shares memory with another tensor")
 
@@ -284,14 +91,18 @@ class Propagation(Engine):
         self.unknown = Counter()
         self.read: set[str] = set()
         self.moved: set[Node] = set()  # nodes that depend on the network's tensors
-        env: dict[Node, Any] = {}
-        state = {n: self.tensor(n) for n in self.network.tensors}
+        state = {n: self.tensor(n) for n in self.tensors}
         for value in state.values():
             self.note(value)
-        for node in self.network.graph.graph.nodes:
+        for k, network in enumerate(self.networks):
+            self._pass_over(network, state, f"{k}:" if k else "")
+
+    def _pass_over(self, network: Network, state: dict[str, Value], prefix: str) -> None:
+        env: dict[Node, Any] = {}
+        for node in network.graph.graph.nodes:
             if node.op == "placeholder":
-                self.begin(node.name, node.meta.get("val"))
-                held = self.network.placeholders[node.name]
+                self.begin(prefix + node.name, node.meta.get("val"))
+                held = network.placeholders[node.name]
                 if isinstance(held, str):
                     env[node] = state[held]
                     self.moved.add(node)
@@ -300,8 +111,8 @@ class Propagation(Engine):
                     env[node] = held
                 else:
                     env[node] = self._like(node.meta.get("val"), "input")
-        result = self._run(self.network.graph, env, "")
-        counted = self.network.program.graph_signature.output_specs
+        result = self._run(network.graph, env, prefix)
+        counted = network.program.graph_signature.output_specs
         for value, spec in zip(result, counted, strict=True):
             if spec.kind == OutputKind.USER_OUTPUT:
                 self._output(value)
@@ -322,7 +133,7 @@ class Propagation(Engine):
                 held = getattr(graph, node.target)
                 env[node] = held
             elif node.op == "call_function":
-                env[node] = self._call(graph, node, env, prefix)
+                env[node] = self._call(node, env, prefix)
                 aliases.after(self, node, env)
             elif node.op == "output":
                 out = node.args[0]
@@ -330,7 +141,7 @@ class Propagation(Engine):
                 return list(values) if isinstance(values, (list, tuple)) else [values]
         raise AssertionError("a graph without output")
 
-    def _call(self, graph: GraphModule, node: Node, env: dict[Node, Any], prefix: str) -> Any:
+    def _call(self, node: Node, env: dict[Node, Any], prefix: str) -> Any:
         name = operator_name(node.target)
         self.begin(prefix + node.name, node.meta.get("val"))
         self.results = {u.args[1] for u in node.users if u.users and operator_name(u.target) == "getitem"}
@@ -349,18 +160,32 @@ class Propagation(Engine):
             return env[cast(Node, source)][index]
         if name.startswith("_assert") or name.startswith("sym_"):
             return None
+        self.given_as = map_arg(node.args, lambda a: a.meta.get("val"))
         args = map_arg(node.args, lambda a: self._symbolic(a, env))
         kwargs = map_arg(node.kwargs, lambda a: self._symbolic(a, env))
         try:
             result = self._apply(name[:-1] if is_in_place(name) else name, args, kwargs)
         except Exception as error:  # of a rule that does not cover these arguments, and does not say so
-            reason = "" if isinstance(error, UnknownOperator) else f"{type(error).__name__}: "
-            if reason:
+            unknown = isinstance(error, UnknownOperator)
+            if not unknown:
                 logger.warning("the rule of %s failed", node.target, exc_info=error)
+            elif moved and (graph := self._expansions.of(node, any(isinstance(i, Tensor) for i in inputs))) is not None:
+                return self._expanded(node, graph, env, prefix)
+            self.written_out = self.written_out or "out" in kwargs
             if moved:
-                self.unknown[f"{node.target}" if str(error) == name else f"{node.target}: {reason}{error}"] += 1
+                reason = f"{node.target}: " if unknown else f"{node.target}: {type(error).__name__}: "
+                self.unknown[f"{node.target}" if str(error) == name else f"{reason}{error}"] += 1
             result = self._give_up(name, args, kwargs, moved)
         return self._fit(name, result, args, kwargs, moved)
+
+    def _expanded(self, node: Node, graph: GraphModule, env: dict[Node, Any], prefix: str) -> Any:
+        """What an operator without rule does, by the operators that it is made of."""
+        holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        given = {h: env[a] for h, a in zip(holders, node.all_input_nodes, strict=True)}
+        for h, a in zip(holders, node.all_input_nodes, strict=True):  # nodes that are alike share the graph
+            (self.moved.add if a in self.moved else self.moved.discard)(h)
+        result = list(self._run(graph, given, f"{prefix}{node.name}/"))
+        return result if isinstance(node.meta.get("val"), (list, tuple)) else result[0]
 
     def _apply(self, name: str, args: Any, kwargs: Any) -> Any:
         if args and isinstance(args[0], Stack):
@@ -463,7 +288,7 @@ class _Aliases:
             return
         name, source = operator_name(node.target), node.args[0]
         base = self.base.get(source, source)
-        if name in _VIEWS or is_in_place(name):
+        if name in VIEWS or is_in_place(name):
             self.base[node] = base
             self.family.setdefault(base, [base]).append(node)
         if not is_in_place(name) or isinstance(env[source], Tensor) and isinstance(env[node], Tensor):
@@ -475,6 +300,9 @@ class _Aliases:
             t.moved |= {source} if node in t.moved else set()
             read_later.remove(source)
         if read_later:  # views of what was changed under them
+            if node in t.moved:
+                t.written_out = True
+                t.unknown["a view of a tensor that is changed in place"] += 1
             values = [env[m] for m in read_later] + [env[node]]
             t.kill([v for v in values if not isinstance(v, Tensor)], "a view of a tensor changed in place")
             for m in read_later:

@@ -14,33 +14,28 @@ from typing import Any
 from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum
 from learned_opt.symmetry.group import Symmetry
 from learned_opt.symmetry.infer import trees
-from learned_opt.symmetry.infer.graph import Network, Propagation
+from learned_opt.symmetry.infer.graph import Propagation
 from learned_opt.symmetry.infer.trees import Atom, Number, Tree, Unit, Variable, normal, together, units
 from learned_opt.symmetry.labels import Kind, Label, Role, Scale, Spec
 
 Generator = dict[Variable, int]
 
 
-def symmetry_of(
-    network: Network, parameters: Mapping[str, Sequence[int]], t: Propagation, *, declare_fixed: bool = False
-) -> Symmetry:
+def symmetry_of(parameters: Mapping[str, Sequence[int]], t: Propagation, *, declare_fixed: bool = False) -> Symmetry:
     """What the propagation has found, under the names of the model.
 
     Args:
-        network: the exported model.
-        parameters: shape of every parameter; those that the graph does not have are fixed.
+        parameters: shape of every parameter; those that the graphs do not have are fixed.
         t: labels, exponents and roles.
         declare_fixed: give every fixed axis a (fixed) label too, so that it can be spoken of.
     """
-    return _Assembly(network, parameters, t, declare_fixed).symmetry()
+    return _Assembly(parameters, t, declare_fixed).symmetry()
 
 
 class _Assembly:
-    def __init__(
-        self, network: Network, parameters: Mapping[str, Sequence[int]], t: Propagation, declare_fixed: bool
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Sequence[int]], t: Propagation, declare_fixed: bool) -> None:
         self.t, self.parameters, self.declare_fixed = t, parameters, declare_fixed
-        for name in network.tensors:
+        for name in t.tensors:
             if name not in t.read:  # no value has it: the example says nothing of its axes
                 for axis in t.axes[name]:
                     t.restrict(axis, "not used by the model on the example inputs")

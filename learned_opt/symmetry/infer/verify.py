@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from learned_opt.symmetry.axes import Leaf, map_leaves
 from learned_opt.symmetry.group import Element, Symmetry, randomised
-from learned_opt.symmetry.infer.graph import Network, operator_name
+from learned_opt.symmetry.infer.network import Network, operator_name
 from learned_opt.symmetry.labels import Spec
 
 TOLERANCE = 1e-9
@@ -99,12 +99,16 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
         return None
     if name in _DROPOUTS:
         return args[0]
+    if name in ("_grouped_mm", "grouped_mm"):  # has no float64
+        return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
     if name == "native_dropout":
         return [args[0], torch.ones_like(args[0])]
     if name == "scaled_dot_product_attention" and len(args) > 4:
         args = (*args[:4], 0.0, *args[5:])
     if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         args = (*args[:5], 0.0, *args[6:])
+    if name == "packed_recurrent":
+        args = (*args[:7], 0.0, *args[8:])
     at = next((i for i, a in enumerate(args) if isinstance(a, GraphModule)), None)
     if at is not None:
         inner, operands = args[at], args[at + 1 :]
@@ -112,6 +116,14 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
         return _run(inner, dict(zip(holders, operands, strict=True)))
     target: Any = node.target
     return target(*args, **kwargs)
+
+
+def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None) -> Tensor:
+    if x.ndim != 2 or w.ndim != 3 or offs is None:
+        raise NotImplementedError("grouped_mm of other shapes")
+    ends = offs.tolist()
+    runs = [x[a:b] @ m for a, b, m in zip([0, *ends], ends, w, strict=False)]
+    return torch.cat([*runs, x.new_zeros(x.shape[0] - ends[-1], w.shape[2])])
 
 
 def _arguments(of: Any, env: dict[Node, Any]) -> Any:
@@ -145,19 +157,23 @@ class Check:
     """Compares a network's function before and after group elements.
 
     Args:
-        network: as exported.
+        networks: as exported, in one or several ways: the outputs of all of them count.
         seed: of the random weights and of the group elements.
     """
 
-    def __init__(self, network: Network, seed: int = 0) -> None:
+    def __init__(self, *networks: Network, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.function = Function(network)
-        plain = {n: _wide(t) for n, t in network.tensors.items()}
+        self.functions = [Function(network) for network in networks]
+        plain = {n: _wide(t) for network in networks for n, t in network.tensors.items()}
         self.weights = {n: randomised(t, self.generator) for n, t in plain.items()}
         self.reference = self.function(self.weights)
         if not self._usable():
             self.weights = plain
             self.reference = self.function(plain)
+
+    def function(self, tensors: Weights) -> list[Tensor]:
+        """The outputs of all networks."""
+        return [y for f in self.functions for y in f(tensors)]
 
     def _usable(self) -> bool:
         return bool(self.reference) and all(bool(torch.isfinite(y).all()) for y in self.reference)
@@ -236,3 +252,10 @@ def without(symmetry: Symmetry, names: Sequence[str]) -> Symmetry:
         scales={n: s for n, s in symmetry.scales.items() if n not in gone},
         notes=(*symmetry.notes, *(f"{n}: fixed, because the numeric check failed with it" for n in names)),
     )
+
+
+def unscaled(symmetry: Symmetry) -> Symmetry:
+    """The subgroup of permutations and signs."""
+    scales = {n: s if s.kind == "sign" else replace(s, kind="sign") for n, s in symmetry.scales.items()}
+    gone = [n for n, s in symmetry.scales.items() if s.kind == "positive"]
+    return replace(without(replace(symmetry, scales=scales), [f"scale {n}" for n in gone]), notes=symmetry.notes)

@@ -23,20 +23,21 @@ class Case:
     inputs: Callable[[], Inputs]
     slow: bool = False
     needs: str | None = None  # a package that is not always there
+    covered: float = 0.97  # the share of the weights that is on a label that moves
 
 
-def _generator() -> torch.Generator:
+def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
 def floats(*shape: int) -> Callable[[], Inputs]:
     """A function that makes one normal tensor."""
-    return lambda: (torch.randn(shape, generator=_generator()),)
+    return lambda: (torch.randn(shape, generator=generator()),)
 
 
 def tokens(vocabulary: int, *lengths: int) -> Callable[[], Inputs]:
     """A function that makes token ids ``[2, length]`` for each length; ids repeat."""
-    return lambda: tuple(torch.randint(vocabulary, (2, n), generator=_generator()) for n in lengths)
+    return lambda: tuple(torch.randint(vocabulary, (2, n), generator=generator()) for n in lengths)
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -388,11 +389,11 @@ def _vision(build: Callable[[], nn.Module], inputs: Callable[[], Inputs] = _SMAL
 
 
 def _graph() -> Inputs:
-    return torch.randn(2, 4, 5, generator=_generator()), torch.rand(2, 4, 4, generator=_generator())
+    return torch.randn(2, 4, 5, generator=generator()), torch.rand(2, 4, 4, generator=generator())
 
 
 def _pair() -> Inputs:
-    return torch.randn(2, 6, 5, generator=_generator()), torch.randn(2, 4, 4, generator=_generator())
+    return torch.randn(2, 6, 5, generator=generator()), torch.randn(2, 4, 4, generator=generator())
 
 
 _ROWS, _SEQUENCE, _TEXT = floats(4, 10), floats(2, 6, 5), tokens(11, 7)
@@ -468,6 +469,7 @@ CASES: dict[str, Case] = {
         state_size=4,
         time_step_rank=2,
     ),
+    "hf_mixtral": _hf("MixtralForCausalLM", "MixtralConfig", **_DECODER, num_local_experts=4, num_experts_per_tok=2),
     "hf_t5": Case(
         hugging_face("T5ForConditionalGeneration", "T5Config", "input_ids", "decoder_input_ids", **_T5),
         tokens(19, 8, 6),

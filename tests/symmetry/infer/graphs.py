@@ -17,6 +17,11 @@ def headwise(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return lambda h: function(heads(h)).flatten(1)
 
 
+def headwise_of_two(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of two sets of heads as one of units."""
+    return lambda a, b: function(heads(a), heads(b)).flatten(1)
+
+
 def _half_in_place(h: Tensor) -> Tensor:
     h[:, :6].relu_()
     return h
@@ -34,6 +39,21 @@ def _attention_by_einsum(h: Tensor) -> Tensor:
 def _grouped_queries(h: Tensor) -> Tensor:
     q = h.view(-1, 4, 1, 3)
     return F.scaled_dot_product_attention(q, q[:, :2], q[:, 2:].tanh(), enable_gqa=True).flatten(1)
+
+
+PLACES = torch.tensor([2, 0, 2])  # of 3 rows
+UNITS = torch.tensor([3, 3, 1, 0, 2, 11, 5, 6, 7, 8, 9, 10])
+
+
+def _written(h: Tensor, dim: int) -> Tensor:
+    """A part of a tensor of zeros is written."""
+    y = torch.zeros_like(h)
+    y.narrow(dim, 1, 2).copy_(h.narrow(dim, 0, 2).relu())
+    return y + h
+
+
+def _cdist(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(heads(a), heads(b)).repeat(1, 1, 3)[:, :, :3].flatten(1)
 
 
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,6 +94,17 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros beside": lambda h: torch.cat([h[:, :6], h.new_zeros(3, 6)], -1),
     "ones beside": lambda h: torch.cat([h[:, :6], h.new_ones(3, 6)], -1),
     "cosine of zero": lambda h: h + torch.cos(h * 0.0),
+    "sinc": torch.sinc,
+    "rounded": lambda h: torch.round(3 * h) + torch.trunc(h),
+    "finite": lambda h: h.nan_to_num() * h.isfinite(),
+    "logical": lambda h: h * torch.logical_and(h > 0, h.abs() < 1),
+    "floor division": lambda h: torch.div(h, 0.3, rounding_mode="floor"),
+    "remainder": lambda h: torch.remainder(h, 0.7),
+    "powers": lambda h: h.abs() ** torch.arange(1, 4.0).repeat(4),
+    "powers of itself": lambda h: (1 + h.abs()) ** h,
+    "filled": lambda h: h + torch.empty_like(h).fill_(0.5) * h.relu(),
+    "hypot": lambda h: torch.hypot(h, h.relu()),
+    "angle": lambda h: torch.atan2(h, h.abs() + 1),
     "tables": lambda h: h * torch.arange(4.0).repeat_interleave(3),
 }
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -111,6 +142,23 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "pool over units": lambda h: F.max_pool1d(h[:, None], 3, 1, 1)[:, 0],
     "adaptive pool": headwise(lambda h: h - F.adaptive_avg_pool1d(h, 1)),
     "adaptive max pool": headwise(lambda h: h - F.adaptive_max_pool1d(h, 1)),
+    "any": headwise(lambda h: h * (h > 0).any(-1, keepdim=True)),
+    "count": headwise(lambda h: h * (h > 0).sum(1, keepdim=True)),
+    "argmax": headwise(lambda h: h * h.argmax(-1, keepdim=True)),
+    "argmax over heads": headwise(lambda h: h * h.argmax(1, keepdim=True)),
+    "product": headwise(lambda h: h + h.prod(-1, keepdim=True)),
+    "median": headwise(lambda h: h - h.median(1, keepdim=True)[0]),
+    "var and mean": lambda h: torch.var_mean(h, 0)[1] + h * torch.var_mean(h, 0)[0],
+    "extremes": headwise(lambda h: h - h.aminmax(dim=-1, keepdim=True)[0]),
+    "largest two": headwise(lambda h: h * h.topk(2, 1)[0].sum(1, keepdim=True)),
+    "largest two units": headwise(lambda h: h * h.topk(2, -1)[0].sum(-1, keepdim=True)),
+    "gate by rank": lambda h: h * h.argsort(0),
+    "linalg norm": headwise(lambda h: h / (torch.linalg.norm(h, dim=(1, 2), keepdim=True) + 0.1)),
+    "segments": lambda h: torch.segment_reduce(h, "mean", lengths=torch.tensor([1, 2]), axis=0)[PLACES.clamp(max=1)],
+    "spectrum": lambda h: torch.fft.fft(h, dim=0).real,
+    "spectrum of units": headwise(lambda h: torch.fft.ifft(torch.fft.fft(h, dim=2) * 2, dim=2).imag + h),
+    "spectrum of heads": headwise(lambda h: torch.fft.irfft(torch.fft.rfft(h, dim=1), n=4, dim=1)),
+    "size of spectrum": headwise(lambda h: torch.fft.rfft(h, dim=1, n=7).abs().tanh()),
     "interpolate": headwise(lambda h: F.interpolate(h, scale_factor=2)[..., :3]),
 }
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -157,6 +205,35 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "pixels": lambda h: F.pixel_shuffle(h.view(-1, 4, 1, 3), 2).flatten(1),
     "shuffle channels": lambda h: torch.channel_shuffle(h[:, :, None, None], 3).flatten(1),
     "sort": lambda h: h.sort(-1)[0],
+    "sort rows": lambda h: h.sort(0)[0],
+    "index add": lambda h: torch.zeros_like(h).index_add(0, PLACES, h),
+    "index add to units": lambda h: torch.zeros_like(h).index_add(1, UNITS, h),
+    "index copy": headwise(lambda h: h.index_copy(1, torch.tensor([3, 1]), h[:, :2].tanh())),
+    "index maximum": lambda h: torch.zeros_like(h).index_reduce(0, PLACES, h, "amax"),
+    "index product": lambda h: torch.ones_like(h).index_reduce(0, PLACES, h, "prod"),
+    "index put": lambda h: h.index_put((PLACES,), h.relu(), accumulate=True),
+    "index fill": headwise(lambda h: h.index_fill(1, torch.tensor([2]), 0.0)),
+    "scatter add": lambda h: torch.zeros_like(h).scatter_add(0, PLACES[:, None].expand(3, 12), h),
+    "scatter to units": lambda h: h.scatter(1, UNITS.expand(3, 12), h.tanh()),
+    "scatter a number": lambda h: h.scatter(1, UNITS[:3].expand(3, 3), 1.5),
+    "scatter mean": headwise(
+        lambda h: h.scatter_reduce(1, torch.tensor([1, 1, 3, 0])[None, :, None].expand(3, 4, 3), h.relu(), "mean")
+    ),
+    "scatter maximum": lambda h: h.scatter_reduce(0, PLACES[:, None].expand(3, 12), h, "amax", include_self=False),
+    "scatter along itself": lambda h: h.scatter_add(1, UNITS.expand(3, 12), h),
+    "gather rows": lambda h: h.gather(0, PLACES[:, None].expand(3, 12)),
+    "gather by rank": lambda h: h.gather(0, h.argsort(0)),
+    "middle index": headwise(lambda h: h[:, torch.tensor([0, 0, 3, 2])]),
+    "inner index": headwise(lambda h: h[:, :, torch.tensor([0, 0, 2])]),
+    "apart indices": headwise(lambda h: h[PLACES, :, torch.tensor([0, 2, 1])][:, :, None].expand(3, 4, 3)),
+    "write rows": lambda h: _written(h, 0),
+    "write units": lambda h: _written(h, 1),
+    "differences": headwise(lambda h: torch.cat([h[:, :1], h.diff(dim=1)], 1)),
+    "running maximum": lambda h: h.cummax(0)[0],
+    "as complex": headwise(
+        lambda h: torch.view_as_real(torch.view_as_complex(h.mT[..., :2].contiguous())).repeat(1, 1, 2).mT
+    ),
+    "polar": lambda h: torch.polar(h.abs(), h).real,
 }
 CONTRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gram": headwise(lambda q: q @ q.mT @ q),
@@ -170,6 +247,9 @@ CONTRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "einsum sum": lambda h: torch.einsum("bhd->bd", heads(h)).repeat(1, 4),
     "einsum transpose": lambda h: torch.einsum("bhd->bdh", heads(h)).flatten(1),
     "einsum product": lambda h: torch.einsum("bhd,bhe->bhd", heads(h), heads(h).abs()).flatten(1),
+    "einsum with ellipsis": lambda h: torch.einsum("...hd,...hd->...h", heads(h), heads(h)).repeat(1, 3),
+    "einsum of four": lambda h: torch.einsum("bhd,bge,bhe,bgd->bhd", *(heads(h),) * 4).flatten(1),
+    "einsum to all": lambda h: h * torch.einsum("bi,ci->bc", h, h.relu()).sum(),
     "einsum of three": lambda h: torch.einsum("bhd,bge,bhe->bgd", *(heads(h),) * 3).flatten(1),
     "einsum diagonal": lambda h: torch.einsum("bii->bi", h[:, :, None] * h[:, None]),
     "outer": lambda h: (h[:, :, None] * h[:, None]).tanh().mean(1),
@@ -201,6 +281,17 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "outer": lambda a, b: (a[:, :, None] * b[:, None]).relu().sum(1),
     "added to an outer product": lambda a, b: (heads(a)[:, :, None] + heads(b)[:, None]).relu().mean(2).flatten(1),
     "batch with batch": lambda a, b: (a @ b.mT) @ b,
+    "distances": _cdist,
+    "distances of units": lambda a, b: (
+        torch.cdist(heads(a).mT, heads(b).mT, p=1.0).repeat(1, 1, 2)[:, :, :4].flatten(1)
+    ),
+    "logaddexp": torch.logaddexp,
+    "power of the other": lambda a, b: (0.1 + a.abs()) ** b,
+    "complex": lambda a, b: torch.complex(a, b).abs(),
+    "scatter of both": lambda a, b: a.scatter_add(0, PLACES[:, None].expand(3, 12), b),
+    "slices of both": headwise_of_two(lambda a, b: torch.slice_scatter(a, b[:, :2], 1, 1, 3)),
+    "one of both": headwise_of_two(lambda a, b: torch.select_scatter(a, b[:, 0], 1, 2)),
+    "picked by the other": lambda a, b: a.gather(0, b.argsort(0)),
     "addmm": lambda a, b: torch.addmm(a, a @ b.mT, b, alpha=0.5),
 }
 
@@ -254,6 +345,18 @@ class Tables(nn.Module):
         return h * self.rows(torch.tensor([4, 1, 4])) + self.positions[:3]
 
 
+class Experts(nn.Module):
+    """A matrix for each row, by the largest of four logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.w = nn.Linear(12, 4), nn.Parameter(torch.randn(4, 12, 12))
+
+    def forward(self, h: Tensor) -> Tensor:
+        gate, best = self.router(h).softmax(-1).max(-1)
+        return torch.einsum("bi,bij->bj", h, self.w[best]) * gate[:, None]
+
+
 def _tied(layer: nn.Module, h: Tensor) -> Tensor:
     return F.linear(F.linear(h, layer.weight).relu(), layer.weight.mT)
 
@@ -298,6 +401,21 @@ LAYERS: dict[str, Made] = {
     "head-wise": lambda net: Applied(nn.Linear(3, 3), lambda m, h: m(heads(h)).flatten(1)),
     "across heads": lambda net: Applied(nn.Linear(4, 4), lambda m, h: m(heads(h).mT).mT.flatten(1)),
     "low rank": lambda net: LowRank(),
+    "lstm cell": lambda net: Applied(nn.LSTMCell(12, 12), lambda m, h: m(h, m(h.relu()))[0]),
+    "gru cell": lambda net: Applied(nn.GRUCell(12, 12), lambda m, h: m(h.relu(), m(h))),
+    "gru cell of units": lambda net: Applied(nn.GRUCell(12, 12), lambda m, h: m(h, h)),
+    "rnn cell": lambda net: Applied(nn.RNNCell(12, 12, nonlinearity="relu"), lambda m, h: m(h)),
+    "transposed conv in groups": lambda net: Applied(
+        nn.ConvTranspose1d(4, 4, 3, padding=1, groups=2), lambda m, h: m(heads(h)).flatten(1)
+    ),
+    "bag": lambda net: Applied(
+        nn.EmbeddingBag(7, 12, mode="max"), lambda m, h: h * m(torch.tensor([[4, 1], [0, 0], [2, 4]]))
+    ),
+    "experts": lambda net: Experts(),
+    "masked encoder": lambda net: Applied(
+        nn.TransformerEncoderLayer(12, 4, 12, 0.0, batch_first=True),
+        lambda m, h: m(h[None], torch.ones(3, 3).triu(1) * -1e4)[0],
+    ),
     "tables": lambda net: Tables(),
     "held": lambda net: Held(False),
     "written": lambda net: Held(True),

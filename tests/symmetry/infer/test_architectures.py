@@ -17,10 +17,13 @@ from learned_opt import NFNOpt, infer_symmetry
 from learned_opt.frame import potentials
 from learned_opt.symmetry import Element, Label, Spec, Symmetry, randomised
 from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum, leaves_of
-from tests.symmetry.infer.architectures import CASES, Inputs
+from tests.symmetry.infer.architectures import CASES as FIRST
+from tests.symmetry.infer.architectures import Inputs
 from tests.symmetry.infer.expert_notation import Table, differences
 from tests.symmetry.infer.experts import EXPERTS
+from tests.symmetry.infer.more_architectures import MORE
 
+CASES = FIRST | MORE
 EXACT = 1e-9  # relative, in float64
 CHANGED = 1e-6  # what a transformation outside the group must at least do
 
@@ -31,9 +34,16 @@ class Widened(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if "grouped_mm" in getattr(func, "__name__", ""):  # has no float64
+            return grouped_product(*args, **(kwargs or {}))
         func = Tensor.double if func is Tensor.float else func
         widen = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
         return func(*map(widen, args), **{n: widen(x) for n, x in (kwargs or {}).items()})
+
+
+def grouped_product(x: Tensor, w: Tensor, offs: Tensor, **kwargs: Any) -> Tensor:
+    runs = x.tensor_split(offs.tolist())
+    return torch.cat([run @ m for run, m in zip(runs, w, strict=False)])
 
 
 def names(pool: Mapping[str, object]) -> list[Any]:
@@ -74,7 +84,7 @@ def test_every_operator_is_known_and_parameters_are_covered(name: str) -> None:
     assert symmetry.notes == ()
     parameters = dict(built(name)[0].named_parameters())
     free = [p.numel() for n, p in parameters.items() if any(map(_moves, _labels(symmetry, n)))]
-    assert sum(free) >= 0.97 * sum(p.numel() for p in parameters.values())
+    assert sum(free) >= CASES[name].covered * sum(p.numel() for p in parameters.values())
 
 
 def _labels(symmetry: Symmetry, name: str) -> list[Label]:
@@ -164,7 +174,7 @@ def test_moving_one_tensor_alone_changes_the_function(name: str) -> None:
     matrices = [n for n, p in model.named_parameters() if p.ndim > 1 and any(map(_moves, _labels(symmetry, n)))]
     for tensor in dict.fromkeys((matrices[0], matrices[len(matrices) // 2], matrices[-1])):
         alone = replace(symmetry, specs={tensor: symmetry.specs[tensor]})
-        assert change(alone, model, inputs, samples=1) > CHANGED, f"{tensor} alone"
+        assert change(alone, model, inputs) > CHANGED, f"{tensor} alone"
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from learned_opt import NFNOpt, Symmetry, infer_symmetry
 from learned_opt.symmetry.infer import InferenceError
-from learned_opt.symmetry.infer.graph import Network, export
+from learned_opt.symmetry.infer.network import Network, export
 from learned_opt.symmetry.infer.verify import Check
 from tests.symmetry.infer.graphs import FUNCTIONS, JOINS, LAYERS, RandomNet
 

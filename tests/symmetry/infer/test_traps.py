@@ -16,7 +16,7 @@ from learned_opt import Symmetry, infer_symmetry
 from learned_opt.symmetry import Kind
 from learned_opt.symmetry.infer import register_rule
 from learned_opt.symmetry.infer.engine import Engine, Value
-from learned_opt.symmetry.infer.graph import Network, export
+from learned_opt.symmetry.infer.network import Network, export
 from learned_opt.symmetry.infer.operators import RULES
 from learned_opt.symmetry.infer.trees import product
 from learned_opt.symmetry.infer.verify import Check

@@ -47,21 +47,78 @@ def addmm(t: Engine, c: Value, a: Value, b: Value, *, beta: float = 1, alpha: fl
 
 @register_rule("einsum")
 def einsum(t: Engine, equation: str, operands: Sequence[Value], **kwargs: Any) -> Value:
-    """Einsum of one or two operands, without ellipsis and without diagonals."""
-    ins, out = equation.replace(" ", "").split("->") if "->" in equation else (equation, "")
-    indices = ins.split(",")
-    if "->" not in equation or len(operands) > 2 or "." in equation or any(len(set(i)) < len(i) for i in indices):
+    """Any einsum without diagonals; several operands are contracted from left to right."""
+    indices, out = _indices(equation, [len(x.axes) for x in operands])
+    if any(len(set(i)) < len(i) for i in [*indices, out]):
         raise UnknownOperator(f"einsum({equation})")
+    x, own = operands[0], indices[0]
+    for k, y in enumerate(operands[1:], 1):
+        needed = {*out, *(i for later in indices[k + 1 :] for i in later)}
+        kept = [i for i in dict.fromkeys([*own, *indices[k]]) if i in needed]
+        kept = out if k == len(operands) - 1 else kept
+        x, own = t.einsum(x, own, y, indices[k], kept), kept
     if len(operands) == 1:
-        x = t.reduce(operands[0], [d for d, i in enumerate(indices[0]) if i not in out] or [], True)
-        return replace(x, axes=tuple(x.axes[indices[0].index(i)] for i in out))
-    return t.einsum(operands[0], list(indices[0]), operands[1], list(indices[1]), list(out))
+        gone = [d for d, i in enumerate(own) if i not in out]
+        x = t.reduce(x, gone, True) if gone else x
+        x = replace(x, axes=tuple(x.axes[own.index(i)] for i in out))
+    return x
+
+
+def _indices(equation: str, ndims: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """The indices of the operands and of the result, an ellipsis being numbered from the right."""
+    ins, arrow, out = equation.replace(" ", "").partition("->")
+    parts = ins.split(",")
+    if not arrow:
+        letters = [i for p in parts for i in p.replace("...", "")]
+        out = ("..." if "..." in ins else "") + "".join(sorted(i for i in set(letters) if letters.count(i) == 1))
+    spread = [n - len(p.replace("...", "")) if "..." in p else 0 for p, n in zip(parts, ndims, strict=True)]
+
+    def spelt(part: str, count: int) -> list[str]:
+        before, dots, after = part.partition("...")
+        return [*before, *(f"...{k}" for k in range(count, 0, -1) if dots), *after]
+
+    return [spelt(p, n) for p, n in zip(parts, spread, strict=True)], spelt(out, max(spread))
 
 
 @register_rule("outer", "ger")
 def outer(t: Engine, a: Value, b: Value) -> Value:
     """Outer product of two vectors."""
     return t.einsum(a, ["a"], b, ["b"], ["a", "b"])
+
+
+@register_rule("bilinear")
+def bilinear(t: Engine, x: Value, y: Value, w: Value, b: Value | None = None) -> Value:
+    """``sum_ij x_i W_oij y_j + b_o``."""
+    lead = list(range(len(x.axes) - 1))
+    half = t.einsum(x, [*lead, "i"], w, ["o", "i", "j"], [*lead, "o", "j"])
+    z = t.einsum(half, [*lead, "o", "j"], y, [*lead, "j"], [*lead, "o"])
+    return z if b is None else t.add(z, b)
+
+
+@register_rule("cdist", "_cdist_forward")
+def cdist(t: Engine, x: Value, y: Value, p: float = 2.0, mode: Any = None) -> Value:
+    """``|x_i - y_j|_p``: an even norm of differences."""
+    apart = t.add(unsqueeze(t, x, -2), unsqueeze(t, y, len(y.axes) - 2))
+    return t.reduce(apart, -1, False, 0 if p == 0 else 1, "even")
+
+
+@register_rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+def grouped_mm(
+    t: Engine, x: Value, w: Value, offs: Value | None = None, bias: Value | None = None, *args: Any, **kwargs: Any
+) -> Value:
+    """Rows ``[n, k]`` in runs, each times the matrix of its expert ``w[e]`` ``[k, m]``.
+
+    Experts and rows stay in place; the units of all experts are one label.
+    """
+    offs, bias = kwargs.get("offs", offs), kwargs.get("bias", bias)
+    if len(x.axes) != 2 or len(w.axes) != 3 or offs is None or bias is not None:
+        raise UnknownOperator("grouped_mm of other shapes")
+    for axis in (x.axes[0], w.axes[0], offs.axes[0]):
+        t.unscaled(axis)
+        t.restrict(axis, "experts")
+    t.role(w, {0: "out", 1: "in", 2: "out"})
+    y = t.einsum(replace(x, axes=(ONE, x.axes[1])), ["n", "k"], replace(w, axes=w.axes[1:]), ["k", "m"], ["n", "m"])
+    return replace(y, axes=(x.axes[0], y.axes[1]))
 
 
 # ------------------------------------------------------------------------------------ convolutions
@@ -93,6 +150,10 @@ def convolution(
 
 
 def _convolve(t: Engine, x: Value, w: Value, b: Value | None, groups: int, out: int) -> Value:
+    if groups > 1 and out == 1:
+        if w.shape[:2] != [groups, 1]:
+            raise UnknownOperator("a grouped transposed convolution")
+        out = 0  # a kernel for each channel
     space = len(w.axes) - 2
     batched = len(x.axes) == space + 2
     roles: dict[int, Role] = {out: "out", 1 - out: "in"}
@@ -105,22 +166,20 @@ def _convolve(t: Engine, x: Value, w: Value, b: Value | None, groups: int, out: 
     channels = normal(x.axes[-space - 1])
     if groups == 1:
         t.contract(channels, w.axes[1 - out], "a convolution")
-        units = normal(w.axes[out])
-    elif out == 0:
-        units = _grouped(t, channels, w, groups)
+        units, summed = normal(w.axes[out]), w.axes[1 - out]
     else:
-        raise UnknownOperator("a grouped transposed convolution")
+        units, summed = _grouped(t, channels, w, groups)
     y = Value((*(x.axes[:1] if batched else ()), normal(units), *spaces))
-    t.note(replace(y, axes=(*y.axes, normal(w.axes[1 - out]))))  # before the sum, as in an einsum
+    t.note(replace(y, axes=(*y.axes, normal(summed))))  # before the sum, as in an einsum
     return y if b is None else t.add(y, _at_channel(t, b, space))
 
 
-def _grouped(t: Engine, channels: Tree, w: Value, groups: int) -> Tree:
-    """Within a group of channels a linear map of its own; the groups are a batch."""
+def _grouped(t: Engine, channels: Tree, w: Value, groups: int) -> tuple[Tree, Tree]:
+    """Within a group of channels a linear map of its own; the groups are a batch. What is written, and summed over."""
     g, c = t.factor(channels, [groups, size_of(channels) // groups], "groups of channels")
     h, o = t.factor(w.axes[0], [groups, size_of(w.axes[0]) // groups], "groups of channels")
     t.contract(c, w.axes[1], "a convolution") if size_of(c) > 1 else None
-    return product([t.joined(g, h, "groups of channels"), normal(o)])
+    return product([t.joined(g, h, "groups of channels"), normal(o)]), w.axes[1]
 
 
 def _at_channel(t: Engine, v: Value, space: int) -> Value:

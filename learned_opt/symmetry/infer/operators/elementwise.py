@@ -13,13 +13,17 @@ from learned_opt.symmetry.infer.trees import ONE, normal, size_of
 
 # (degree, parity): f(d x) = d^degree f(x) for d > 0, None if for d = 1 only; f(-x) = -f(x), f(x) or neither
 _NEITHER = """gelu silu sigmoid exp exp2 log log2 log10 log1p expm1 elu selu celu softplus mish hardswish hardsigmoid
-log_sigmoid relu6 erfc ceil floor round logit alpha_dropout"""
-_ODD = "tanh sin erf atan asinh tan sinh asin atanh softsign hardshrink softshrink"
+log_sigmoid relu6 erfc ceil floor logit alpha_dropout digamma lgamma log_ndtr special_log_ndtr special_ndtr
+special_entr special_xlog1py special_expit i0e"""
+_ODD = """tanh sin erf atan asinh tan sinh asin atanh softsign hardshrink softshrink round trunc
+frac fix erfinv special_erfinv arctan arcsin arctanh arcsinh"""
 UNARY: dict[str, tuple[int | Fraction | None, Parity]] = {
     **dict.fromkeys(("relu", "leaky_relu"), (1, None)),
     **dict.fromkeys(_NEITHER.split(), (None, None)),
     **dict.fromkeys(_ODD.split(), (None, "odd")),
-    **dict.fromkeys(("cos", "cosh"), (None, "even")),
+    **dict.fromkeys(("cos", "cosh", "sinc", "special_sinc", "i0", "special_i0"), (None, "even")),
+    **dict.fromkeys(("isnan", "isinf", "isfinite", "logical_not"), (0, "even")),
+    **dict.fromkeys(("nan_to_num", "absolute"), (None, "odd")),
     "abs": (1, "even"),
     "neg": (1, "odd"),
     "sign": (0, "odd"),
@@ -43,6 +47,24 @@ def same(t: Engine, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Identity (dropout: in distribution). A cast to integers or truth values lets no scale through."""
     to: torch.dtype = getattr(t.meta, "dtype", torch.float32)
     return x if to.is_floating_point or to.is_complex else replace(t.unary(x, None, None), zero=x.zero)
+
+
+@register_rule("copy")
+def copy(t: Engine, x: Value, source: Any, *args: Any) -> Value:
+    """What is copied, spread to the shape of what it takes the place of."""
+    if not isinstance(source, Value):
+        raise UnknownOperator("a copy of a number")
+    old = [*[ONE] * (len(x.axes) - len(source.axes)), *source.axes]
+    axes = [normal(a) if size_of(a) == n else t.atom(n) for a, n in zip(old, x.shape, strict=True)]
+    return same(t, Value(tuple(axes), source.zero))
+
+
+@register_rule("fill", "zero")
+def fill(t: Engine, x: Value, value: Any = 0) -> Value:
+    """The same number everywhere."""
+    if isinstance(value, Value):
+        raise UnknownOperator("fill with a tensor")
+    return Value(tuple(t.atom(n) for n in x.shape), value == 0)
 
 
 @register_rule("native_dropout")
@@ -70,7 +92,7 @@ def mul(t: Engine, a: Any, b: Any) -> Value:
 def div(t: Engine, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
     """A quotient."""
     if rounding_mode is not None:
-        raise UnknownOperator(f"div({rounding_mode})")
+        return t.unary(div(t, a, b), None, "odd" if rounding_mode == "trunc" else None)
     if not isinstance(b, Value):
         return a
     if not isinstance(a, Value):
@@ -78,11 +100,17 @@ def div(t: Engine, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
     return t.mul(a, b, inverse=True)
 
 
+@register_rule("floor_divide")
+def floor_divide(t: Engine, a: Any, b: Any) -> Value:
+    """Nothing scales."""
+    return div(t, a, b, "floor")
+
+
 @register_rule("pow")
 def power(t: Engine, x: Any, exponent: Any) -> Value:
-    """Powers with a constant exponent."""
+    """Powers: homogeneous if the exponent is a number."""
     if isinstance(exponent, Value) or not isinstance(x, Value):
-        raise UnknownOperator("pow with a tensor as exponent")
+        return t.unary(t.add(x, exponent), None, None)
     e = Fraction(exponent).limit_denominator(64)
     if float(e) != float(exponent):
         raise UnknownOperator(f"pow({exponent})")
@@ -132,6 +160,24 @@ def maximum(t: Engine, a: Value, b: Any = None, *args: Any, **kwargs: Any) -> An
     if 1 in t.results:
         t.restrict(a.axes[b], "positions of maxima")
     return [largest, t.unary(largest, 0, None)]
+
+
+@register_rule("logical_and", "logical_or", "logical_xor")
+def logical(t: Engine, a: Value, b: Value) -> Value:
+    """Of two truth values, or of whether two numbers are zero."""
+    return t.add(t.unary(a, 0, "even"), t.unary(b, 0, "even"))
+
+
+@register_rule("hypot")
+def hypotenuse(t: Engine, a: Value, b: Value) -> Value:
+    """Homogeneous."""
+    return t.unary(t.add(a, b), 1, "even")
+
+
+@register_rule("atan2", "arctan2", "logaddexp", "logaddexp2", "fmod", "remainder", "xlogy", "special_xlogy")
+def of_both(t: Engine, a: Any, b: Any, *args: Any, **kwargs: Any) -> Value:
+    """A function of two entries: nothing scales."""
+    return t.unary(t.add(a, b), None, None)
 
 
 @register_rule("prelu")
@@ -225,6 +271,20 @@ def deviation(t: Engine, x: Value, dim: Any = None, *args: Any, keepdim: bool = 
     return _spread(t, x, dim, 1, keepdim, args)
 
 
+@register_rule("var_mean")
+def variance_and_mean(t: Engine, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> list[Value]:
+    """Both."""
+    keep = bool(kwargs.get("keepdim")) or (len(args) > 1 and bool(args[1]))
+    return [variance(t, x, dim, *args, **kwargs), t.reduce(x, dim, keep)]
+
+
+@register_rule("std_mean")
+def deviation_and_mean(t: Engine, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> list[Value]:
+    """Both."""
+    keep = bool(kwargs.get("keepdim")) or (len(args) > 1 and bool(args[1]))
+    return [deviation(t, x, dim, *args, **kwargs), t.reduce(x, dim, keep)]
+
+
 def _spread(t: Engine, x: Value, dim: Any, degree: int, keepdim: bool, args: Any) -> Value:
     if isinstance(dim, bool):
         raise UnknownOperator("a variance over everything")
@@ -238,12 +298,3 @@ def _spread(t: Engine, x: Value, dim: Any, degree: int, keepdim: bool, args: Any
 def logsumexp(t: Engine, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     """Nothing scales."""
     return t.reduce(x, dim, keepdim, None, None)
-
-
-@register_rule("cumsum")
-def cumulative(t: Engine, x: Value, dim: int, **kwargs: Any) -> Value:
-    """Along an axis with an order, which is fixed; along the others linear."""
-    dim %= len(x.axes)
-    t.unscaled(x.axes[dim])
-    t.restrict(x.axes[dim], "a cumulative sum")
-    return x

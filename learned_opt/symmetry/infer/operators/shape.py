@@ -192,40 +192,6 @@ def pad(t: Engine, x: Value, padding: Sequence[int], mode: Any = "constant", val
     return t.unary(x, None, None) if value else x
 
 
-@register_rule("index")
-def index(t: Engine, x: Value, indices: Sequence[Any]) -> Value:
-    """Leading axes gathered by tensors of positions: those axes are fixed."""
-    n = len([i for i in indices if i is not None])
-    if any(not isinstance(i, Value) for i in indices[:n]):
-        raise UnknownOperator("index of a later axis")
-    for axis in x.axes[:n]:
-        t.unscaled(axis)
-        t.restrict(axis, "positions picked by an index")
-    t.kill(list(indices[:n]), "an index")
-    t.role(x, dict.fromkeys(range(n), "lookup"))
-    rest = x.axes[n:]
-    lead = list(t.meta.shape)[: len(t.meta.shape) - len(rest)]
-    return replace(x, axes=(*(t.opaque(k, "positions picked by an index") for k in lead), *rest))
-
-
-@register_rule("index_select")
-def index_select(t: Engine, x: Value, dim: int, indices: Value) -> Value:
-    """One axis gathered."""
-    dim %= len(x.axes)
-    t.role(x, {dim: "lookup"})
-    t.kill(indices, "an index")
-    return _replaced(x, dim, spatial(t, x.axes[dim], t.meta.shape[dim], "positions picked by an index"))
-
-
-@register_rule("embedding")
-def embedding(t: Engine, w: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
-    """Rows of a table."""
-    t.role(w, {0: "lookup", 1: "out"})
-    t.unscaled(w.axes[0])
-    t.restrict(w.axes[0], "rows of a table")
-    return Value((*(t.unscaled(a) for a in indices.axes), w.axes[1]), weight=False)
-
-
 @register_rule("tril", "triu")
 def triangle(t: Engine, x: Value, diagonal: int = 0) -> Value:
     """A mask of the last two axes by their order."""

@@ -1,0 +1,203 @@
+"""Recurrent layers and cells in an export, as operators of their own.
+
+*Packed sequences.* How many sequences are there at each time step depends on data, and is held constant: the lengths of
+the example are taken from a run of the model. A packed sequence is the rows of the padded one, picked by constant
+indices, and a recurrent layer on it is one operator (``packed_recurrent``).
+
+*Cells.* A step of a cell is one operator (``cell``): to trace what torch makes of it takes ten times as long, and a
+loop has hundreds of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import _VF, Tensor
+from torch.nn.modules import rnn as layers
+from torch.nn.utils import rnn as utilities
+
+_KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+
+
+class UnknownLengths(Exception):
+    """A model packs sequences, whose lengths are not known."""
+
+
+class _Sizes(list[int]):
+    """Batch sizes as plain numbers, in the place of a tensor."""
+
+    device = torch.device("cpu")
+
+    def size(self, dim: int = 0) -> int:
+        """Number of time steps."""
+        return len(self)
+
+
+@torch.library.custom_op("learned_opt::packed_recurrent", mutates_args=())
+def packed_recurrent(
+    kind: str, data: Tensor, sizes: Sequence[int], start: Sequence[Tensor], params: Sequence[Tensor], bias: bool,
+    layers: int, dropout: float, train: bool, bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A recurrent layer on packed rows ``[n, features]``: its outputs, its last states, and cells of an LSTM."""
+    return _computed(kind, data, sizes, start, params, bias, layers, dropout, train, bidirectional)
+
+
+def _computed(
+    kind: str, data: Tensor, sizes: Sequence[int], start: Sequence[Tensor], params: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = list(start) if kind == "lstm" else start[0]
+    found = getattr(_VF, kind)(data, torch.tensor(sizes), state, list(params), *rest)
+    return (*found, data.new_empty(0)) if len(found) == 2 else found
+
+
+@packed_recurrent.register_fake
+def _(
+    kind: str, data: Tensor, sizes: Sequence[int], start: Sequence[Tensor], params: Sequence[Tensor], bias: bool,
+    layers: int, dropout: float, train: bool, bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    width = start[0].shape[-1] * (2 if bidirectional else 1)
+    cell = torch.empty_like(start[1]) if kind == "lstm" else data.new_empty(0)
+    return data.new_empty(data.shape[0], width), torch.empty_like(start[0]), cell
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.inputs = inputs
+
+
+def _gradients(
+    run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Any]:
+    """Of the tensors, by running it again."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with torch.enable_grad():
+        outputs = run(leaves)
+    used = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad and g is not None]
+    ys, gs = zip(*used, strict=True)
+    return torch.autograd.grad(ys, leaves, gs, allow_unused=True)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, data, sizes, start, params, *rest = ctx.inputs
+    n = 1 + len(start)
+
+    def run(ts: list[Tensor]) -> Sequence[Tensor]:
+        return _computed(kind, ts[0], sizes, ts[1:n], ts[n:], *rest)
+
+    found = _gradients(run, [data, *start, *params], grads)
+    return None, found[0], None, list(found[1:n]), list(found[n:]), *[None] * len(rest)
+
+
+packed_recurrent.register_autograd(_backward, setup_context=_remember)
+
+
+@torch.library.custom_op("learned_opt::cell", mutates_args=())
+def cell(kind: str, x: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One step of a cell: its state, and the cell of an LSTM."""
+    return _step(kind, x, state, params)
+
+
+def _step(kind: str, x: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    both = kind == "lstm_cell"
+    found = getattr(_VF, kind)(x, list(state) if both else state[0], *params)
+    return found if both else (found, x.new_empty(0))
+
+
+@cell.register_fake
+def _(kind: str, x: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(state[0]), torch.empty_like(state[1]) if kind == "lstm_cell" else x.new_empty(0)
+
+
+def _cell_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, x, state, params = ctx.inputs
+    n = 1 + len(state)
+    found = _gradients(lambda ts: _step(kind, ts[0], ts[1:n], ts[n:]), [x, *state, *params], grads)
+    return None, found[0], list(found[1:n]), list(found[n:])
+
+
+cell.register_autograd(_cell_backward, setup_context=_remember)
+
+
+class _Functions:
+    """``torch._VF`` with other functions in some places."""
+
+    def __init__(self, **functions: Callable[..., Any]) -> None:
+        self.__dict__ |= functions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_VF, name)
+
+
+@contextmanager
+def _replaced(**functions: Callable[..., Any]) -> Iterator[None]:
+    before = utilities._VF, layers._VF
+    utilities._VF = layers._VF = _Functions(**functions)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        utilities._VF, layers._VF = before  # type: ignore[misc]
+
+
+@contextmanager
+def recorded_lengths(found: list[list[int]]) -> Iterator[None]:
+    """Note the batch sizes of every sequence that is packed."""
+
+    def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
+        data, sizes = _VF._pack_padded_sequence(x, lengths, batch_first)
+        found.append(sizes.tolist())
+        return data, sizes
+
+    with _replaced(_pack_padded_sequence=pack):
+        yield
+
+
+@contextmanager
+def as_operators(known: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Layers on packed sequences, and cells, are the operators above.
+
+    Sequences have the batch sizes that are known, in order of packing. :class:`UnknownLengths`: there are no more.
+    """
+    left = iter(known)
+
+    def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
+        sizes = next(left, None)
+        if sizes is None:
+            raise UnknownLengths
+        rows = [(b, t) for t, n in enumerate(sizes) for b in range(n)]
+        at, times = (torch.tensor(i, device=x.device) for i in zip(*rows, strict=True))
+        return (x[at, times] if batch_first else x[times, at]), _Sizes(sizes)
+
+    def pad(data: Tensor, sizes: Any, batch_first: bool, value: float, total: int) -> Any:
+        if not isinstance(sizes, _Sizes):
+            return _VF._pad_packed_sequence(data, sizes, batch_first, value, total)
+        starts = [sum(sizes[:t]) for t in range(len(sizes))]
+        places = [[s + b if b < n else -1 for b in range(sizes[0])] for s, n in zip(starts, sizes, strict=True)]
+        places += [[-1] * sizes[0]] * (total - len(sizes))
+        at = torch.tensor(places, device=data.device)
+        at = at.T if batch_first else at
+        there = (at >= 0).reshape(*at.shape, *[1] * (data.ndim - 1))
+        padded = torch.where(there, data[at.clamp(min=0)], value)
+        return padded, torch.tensor([sum(n > b for n in sizes) for b in range(sizes[0])])
+
+    def recurrent(kind: str) -> Callable[..., Any]:
+        def run(data: Tensor, sizes: Any, state: Any, params: Any, *rest: Any) -> Any:
+            if not isinstance(sizes, _Sizes):
+                return getattr(_VF, kind)(data, sizes, state, params, *rest)
+            start = list(state) if kind == "lstm" else [state]
+            found = packed_recurrent(kind, data, list(sizes), start, list(params), *rest)
+            return found if kind == "lstm" else found[:2]
+
+        return run
+
+    def one_step(kind: str) -> Callable[..., Any]:
+        def run(x: Tensor, state: Any, *params: Tensor | None) -> Any:
+            held = [p for p in params if p is not None]
+            found = cell(kind, x, list(state) if kind == "lstm_cell" else [state], held)
+            return found if kind == "lstm_cell" else found[0]
+
+        return run
+
+    ours = {k: recurrent(k) for k in _KINDS} | {k: one_step(k) for k in _CELLS}
+    with _replaced(_pack_padded_sequence=pack, _pad_packed_sequence=pad, **ours):
+        yield
