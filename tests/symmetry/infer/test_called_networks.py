@@ -73,7 +73,7 @@ def test_features_of_a_model_that_is_trained_with_its_head(said: Any) -> None:
 
 OF_THE_ZOO = (
     *("packed_lstm", "packed_gru_unsorted", "cells_lstm", "cells_gru", "masked_encoder", "experts_sorted", "dora"),
-    *("neural_operator", "written_step_by_step", "graph_attention", "bags_of_maxima"),
+    *("neural_operator", "written_step_by_step", "graph_attention", "bags_of_maxima", "hypernetwork"),
 )
 
 

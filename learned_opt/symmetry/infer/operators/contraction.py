@@ -15,6 +15,8 @@ from learned_opt.symmetry.labels import Role
 @register_rule("linear")
 def linear(t: Engine, x: Value, w: Value, b: Value | None = None) -> Value:
     """``x W^T + b``."""
+    if b is not None:  # also where x is made of weights: a bias has the units that its matrix writes
+        t.role(w, {0: "out", 1: "in"} if len(w.axes) == 2 else {0: "in"})
     lead = list(range(len(x.axes) - 1))
     if len(w.axes) == 1:
         y = t.einsum(x, [*lead, "i"], w, ["i"], lead)
