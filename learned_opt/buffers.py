@@ -104,11 +104,16 @@ class Buffers:
             self.slots[name][f"diag{i}"] = like.new_zeros(d, dtype=wide)
 
     def fill(self, slots: Mapping[str, Mapping[str, Tensor]], network: Mapping[str, Tensor] | None) -> None:
-        """Copy what other tensors hold by these names, where the shape is the same; and the network's numbers."""
+        """Copy what other tensors hold by these names, and the network's numbers.
+
+        A tensor of which some slot is missing, or has another shape, begins anew (another tensor took its place, or
+        someone else keeps slots of the same name): an age and averages that do not belong together mislead.
+        """
         for n, own in self.slots.items():
-            for k, x in slots.get(n, {}).items():
-                if k in own and own[k].shape == x.shape:
-                    own[k].copy_(x)
+            old = slots.get(n, {})
+            if all(isinstance(old.get(k), Tensor) and old[k].shape == x.shape for k, x in own.items()):
+                for k, x in own.items():
+                    x.copy_(old[k])
         if NUMBERS in self.state:
             for k, x in (network or {}).items():
                 if k in self.state["network"] and self.state["network"][k].shape == x.shape:

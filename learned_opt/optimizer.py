@@ -19,16 +19,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers
 from learned_opt.functional import apply_rule, stepped
+from learned_opt.habits import ScheduleWatch, warn_of_habit
 from learned_opt.params import (
     NamedParam,
     ParamMap,
+    add_by_name,
     check_options,
+    check_order,
     check_same_horizon,
     independent_map,
     infer_or_warn,
     match,
     named_params,
-    warn_of_habit,
+    refuse_unsupported,
 )
 from learned_opt.recorder import Call, ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
@@ -39,6 +42,7 @@ from learned_opt.state_dict import (
     accumulator_dtype,
     describe,
     identity,
+    own_horizon,
     pop_identity,
     saved_network,
     saved_rule,
@@ -126,6 +130,7 @@ class NFNOpt(torch.optim.Optimizer):
         self._names = WeakIdKeyDictionary()  # of all tensors that were ever bound
         self._recorder: ForwardRecorder | None = None
         self._outlasted: float | None = None  # the horizon that a run was said to be beyond
+        self._schedule = ScheduleWatch()
         self._buffers: dict[torch.device, Buffers] = {}
         self._network: dict[torch.device, dict[str, Tensor]] = {}  # loaded, of buffers that are not made yet
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
@@ -147,7 +152,7 @@ class NFNOpt(torch.optim.Optimizer):
             self._recorder = ForwardRecorder(self, modules)
         else:
             self._bind()
-        entries = named_params(self.param_groups)
+        entries = [e for e in named_params(self.param_groups) if e.has_data]
         if entries and not isinstance(rule, UpdateRule):  # ours alone: keep it where the weights are
             self.rule.to(entries[0].param.device)
 
@@ -198,10 +203,13 @@ class NFNOpt(torch.optim.Optimizer):
     def _match(self, entries: list[NamedParam]) -> ParamMap:
         if self._known == "infer":
             self._known = infer_or_warn(self._stop_recording(), entries) or "independent"
-        if isinstance(self._given, Symmetry):
+        if isinstance(self._known, ParamMap):
+            known = self._known.rebind(self._names, entries)
+            if isinstance(self._given, Symmetry):
+                known = add_by_name(known, entries, self._given)
+            self._known = known.without_reshaped(entries).extend(entries).validate(entries)
+        elif isinstance(self._given, Symmetry):
             self._known = match(entries, self._given)
-        elif isinstance(self._known, ParamMap):
-            self._known = self._known.rebind(self._names, entries).extend(entries).validate(entries)
         return self._known if isinstance(self._known, ParamMap) else independent_map(entries)
 
     def _placed(self) -> ParamMap | Mode:
@@ -236,12 +244,13 @@ class NFNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         entries = named_params(self.param_groups)
-        with _plain_modes({e.param.device for e in entries}):
-            for entry in entries:
-                _refuse_unsupported(entry)
+        with _plain_modes({e.param.device for e in entries if e.has_data}):
+            refuse_unsupported(entries)
             if self._known == "infer" and self._is_probe(entries):
                 self._create_state([e for e in entries if e.trained])
                 return loss
+            if self._recorder is not None and self._known != "infer":  # loaded, for tensors without names
+                check_order(self._stop_recording(), entries, self._known)
             entries, symmetry = self._bind()
             trained = [e for e in entries if e.trained]
             usable = self._usable([e for e in trained if e.param.numel()])
@@ -255,6 +264,8 @@ class NFNOpt(torch.optim.Optimizer):
 
     def _count(self) -> None:
         self._steps += 1
+        if self.rule.ends:
+            self._schedule.see(self.param_groups)
         total = float(self.param_groups[0]["total_steps"] or math.inf)
         if self.rule.ends and self._steps - 1 >= total and self._outlasted != total:
             self._outlasted = total
@@ -381,21 +392,24 @@ class NFNOpt(torch.optim.Optimizer):
             found = pop_identity(saved["param_groups"])
             loading["rule"] = saved_rule(found, self.rule)
             loading["known"] = saved_symmetry(found, self._known, self._given, named_params(self.param_groups))
-            loading["state"] = saved_state(saved, self.param_groups, self.rule)
+            loading["state"] = saved_state(saved, self.param_groups, self.rule, ours=bool(found))
             loading["network"] = saved_network(found)
+            loading["total_steps"] = own_horizon(self.param_groups, saved["param_groups"])
             return saved
 
         def restore(_: torch.optim.Optimizer) -> None:
             self.rule, self._known = loading["rule"], loading["known"]
             for p, slots in loading["state"]:
-                self.state[p] = slots  # torch has cast them to the dtype of the parameter
-            devices = dict.fromkeys(e.param.device for e in named_params(self.param_groups))
+                self.state[p] |= slots  # torch has cast them to the dtype of the parameter
+            for group in self.param_groups:
+                group["total_steps"] = loading["total_steps"]
+            devices = dict.fromkeys(e.param.device for e in named_params(self.param_groups) if e.has_data)
             self._network = dict(zip(devices, loading["network"], strict=False))
             self._bound, self._buffers = None, {}
             self.param_groups[0][NETWORK] = ""
             self._steps = max((int(n["clock"]) for n in loading["network"]), default=0)
-            if self._known != "infer":
-                self._stop_recording()
+            if self._known == "independent" or "param_names" in self.param_groups[0]:
+                self._stop_recording()  # of others, the next forward pass tells whether their order is the same
 
         # after the caller's hooks that may adapt the state dict, before those that see it loaded
         before = self.register_load_state_dict_pre_hook(check)
@@ -414,6 +428,7 @@ class NFNOpt(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound, self._names, self._complete = None, WeakIdKeyDictionary(), True
+        self._schedule = ScheduleWatch()
         self._buffers = {}
         if "_recorder" not in self.__dict__:  # a copy; torch also calls this to load a state dict
             self._recorder = ForwardRecorder(self) if self._known == "infer" else None
@@ -448,20 +463,6 @@ def _plain_modes(devices: Iterable[torch.device]) -> Iterator[None]:
         for device in devices:
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
-
-
-def _refuse_unsupported(entry: NamedParam) -> None:
-    if not entry.trained:
-        return
-    if entry.param.is_complex():
-        raise RuntimeError(f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real.")
-    if entry.grad.layout != torch.strided:
-        raise RuntimeError(f"NFNOpt does not take sparse gradients: {entry.name}. Use nn.Embedding(sparse=False).")
-    if hasattr(entry.param, "placements"):  # torch.distributed.tensor.DTensor, which takes long to import
-        raise RuntimeError(
-            f"NFNOpt does not take sharded parameters (DTensor, as of fully_shard): {entry.name}. Its steps need whole "
-            "matrices. Use DistributedDataParallel."
-        )
 
 
 def _add(params: list[Tensor], updates: list[Tensor], rates: list[float | Tensor]) -> None:

@@ -21,8 +21,9 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import GeneratorType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,25 @@ from torch.utils.hooks import RemovableHandle
 HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
-class Call(NamedTuple):
-    """A forward pass: the module (without wrappers), detached arguments, and the modes it ran in."""
+@dataclass(eq=False)
+class Call:
+    """A forward pass: the module (without wrappers), detached arguments, and the modes it ran in.
+
+    Optimizers that see the same forward pass have the same object (one optimizer for every parameter, say), so that
+    what one of them ``found``, a symmetry or the error of looking for it, need not be looked for again.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     training: dict[nn.Module, bool]
+    found: Any = None
+
+    def is_same(self, other: "Call") -> bool:
+        """Whether both are of the same forward pass: the same module in the same modes, the same memory read."""
+        ours, theirs = (pytree.tree_flatten((c.args, c.kwargs)) for c in (self, other))
+        same = self.module is other.module and self.training == other.training and ours[1] == theirs[1]
+        return same and all(map(_is_same, ours[0], theirs[0]))
 
     @contextmanager
     def in_its_modes(self) -> Iterator[None]:
@@ -110,6 +123,7 @@ class ForwardRecorder:
     """
 
     _waiting: "weakref.WeakSet[ForwardRecorder]" = weakref.WeakSet()
+    _latest: "weakref.WeakSet[Call]" = weakref.WeakSet()  # at most one
 
     def __init__(self, optimizer: torch.optim.Optimizer, roots: Iterable[nn.Module] = ()) -> None:
         self.calls: list[Call] = []
@@ -165,7 +179,7 @@ class ForwardRecorder:
         optimizer, inner = self._optimizer(), unwrapped(module)
         if optimizer is None:
             return False
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if not _is_integer(p)}
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if _counts(p)}
         if trained <= {id(p) for p in inner.parameters()}:
             self.calls.clear()
             self._stop_waiting()
@@ -186,7 +200,11 @@ class ForwardRecorder:
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args, kwargs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
         inner = unwrapped(module)
-        self.calls.append(Call(inner, args, kwargs, {m: m.training for m in inner.modules()}))
+        call = Call(inner, args, kwargs, {m: m.training for m in inner.modules()})
+        call = next((other for other in self._latest if other.is_same(call)), call)
+        self._latest.clear()
+        self._latest.add(call)
+        self.calls.append(call)
 
     def _intercept(self, root: nn.Module, compiled: Callable[..., Any]) -> None:
         """See a call of a module that was compiled in place: its hooks run inside of what is compiled."""
@@ -200,5 +218,17 @@ class ForwardRecorder:
         self._in_place.append((root, ours, compiled))
 
 
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
+def _counts(tensor: Tensor) -> bool:
+    """Whether a module must have this tensor to be what is trained: no integers, nothing that is frozen elsewhere."""
+    trainable = tensor.is_floating_point() or tensor.is_complex()
+    return trainable and (tensor.requires_grad or tensor.device.type != "meta")
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two values are the same object, or tensors on the same memory."""
+    if a is b or not (type(a) is type(b) is Tensor):
+        return a is b
+    try:
+        return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+    except RuntimeError:  # without memory, or without strides
+        return False
