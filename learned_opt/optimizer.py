@@ -218,6 +218,9 @@ class NFNOpt(torch.optim.Optimizer):
             self._bind()
         return self._known
 
+    def _tensors(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
     def _stop_recording(self) -> list[Call]:
         calls = [] if self._recorder is None else self._recorder.release()
         self._recorder = None
@@ -369,7 +372,11 @@ class NFNOpt(torch.optim.Optimizer):
         The first group also names the rule and holds theta (tensors) and the symmetry (JSON, with the
         name of every position), so that a run resumes bit for bit with what it was started with.
         """
-        saved = super().state_dict()
+        kept, self.state = self.state, {p: self.state[p] for p in self._tensors() if p in self.state}  # not of others
+        try:
+            saved = super().state_dict()
+        finally:
+            self.state = kept
         for group in saved["param_groups"]:  # plain numbers: torch.load(weights_only=True) takes no NumPy scalars
             group |= {k: v.item() for k, v in group.items() if isinstance(v, np.generic)}
         saved["param_groups"][0] |= identity(self.rule, self._placed(), list(self._networks().values()))

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 OWN = "#"  # between a name and a position, where the name alone is another tensor's
 _MADE = "Make the optimizer after the model has been given its weights (to_empty replaces its parameters)."
+SOME, MANY = 60, 400  # tensors of a model whose symmetry takes about two seconds, about ten seconds to infer
 WAY_OUT = (
     "To use the symmetry, pass symmetry=learned_opt.infer_symmetry(model, example_input) to NFNOpt; "
     'symmetry="independent" says that it is not wanted.'
@@ -260,6 +261,11 @@ def _found(call: Call) -> Symmetry:
     from learned_opt.symmetry.infer import infer_symmetry  # loads torch.export
 
     if call.found is None:
+        tensors = sum(1 for _ in call.module.parameters())
+        if tensors > SOME:
+            level = logging.WARNING if tensors > MANY else logging.INFO
+            text = "NFNOpt: looking for the symmetry of %s (%d tensors), which takes seconds, once"
+            logger.log(level, text, type(call.module).__name__, tensors)
         try:
             with call.in_its_modes(), torch.inference_mode(False), torch.enable_grad():
                 call.found = infer_symmetry(call.module, *call.args, keywords=call.kwargs)

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from learned_opt.recorder import unwrapped
 from learned_opt.symmetry.group import Symmetry
 from learned_opt.symmetry.infer.engine import UnknownOperator
 from learned_opt.symmetry.infer.graph import InferenceError, Network, Propagation, export
 from learned_opt.symmetry.infer.operators.registry import register_rule
+from learned_opt.symmetry.infer.quiet import same_random_numbers, silent
 from learned_opt.symmetry.infer.solve import symmetry_of
 from learned_opt.symmetry.infer.verify import TOLERANCE, Check
 from learned_opt.text import listed
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 # float64 on the CPU (a large training batch, seen by NFNOpt, would take minutes)
 AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
 _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...}}."
+MANY = 1500  # operations of a graph beyond which it is told that it takes long
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 
 
@@ -69,7 +72,7 @@ def infer_symmetry(
     """
     if not isinstance(verify, bool) and (not isinstance(verify, str) or verify != "auto"):
         raise ValueError(f"verify={verify!r:.200} is unknown; it is True, False or 'auto'. {_CLASH.format('verify')}")
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
     symmetry = _with_unread(model, propagation.read, symmetry_of(network, _shapes(model), propagation))
     weights = sum(t.numel() for t in network.tensors.values())
@@ -79,7 +82,8 @@ def infer_symmetry(
         symmetry = _verified(network, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
     elif verify == "auto":
         logger.info(
-            "the symmetry of %s is not verified numerically: too large (verify=True does it)", type(model).__name__
+            "the symmetry of %s is not verified numerically: too large, or without data (verify=True does it)",
+            type(model).__name__,
         )
     return symmetry
 
@@ -135,9 +139,11 @@ def _propagated(model: nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> tup
         raise ValueError(
             f"outputs={outputs!r:.200} is not a function of what the model returns. {_CLASH.format('outputs')}"
         )
-    with torch.random.fork_rng(devices=[]):  # nothing depends on the caller's noise, and none of it is used up
-        torch.default_generator.manual_seed(0)
+    with same_random_numbers(model):
         program = export(model, inputs, kwargs, outputs)
+        nodes = len(program.graph.nodes)
+        if nodes > MANY:
+            logger.warning("the symmetry of %s: a graph of %d operations, which takes a while", type(model).__name__, nodes)
         try:
             return _better(model, program)
         except InferenceError:
@@ -156,7 +162,8 @@ def _better(model: nn.Module, program: ExportedProgram) -> tuple[Network, Propag
     propagation = Propagation(network)
     if propagation.unknown:
         try:
-            decomposed = Network(model, program.run_decompositions())
+            with silent():
+                decomposed = Network(model, program.run_decompositions())
             second = Propagation(decomposed)
         except Exception as error:  # some programs cannot be decomposed: the first result stands
             logger.debug("no decomposition of %s: %s", type(model).__name__, error)

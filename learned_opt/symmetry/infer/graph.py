@@ -6,7 +6,6 @@ in their decomposed form. In-place operators are read as functions whose result 
 """
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, cast
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from learned_opt.symmetry.infer.engine import Engine, Profile, Stack, UnknownOperator, Value
 from learned_opt.symmetry.infer.operators import RULES
 from learned_opt.symmetry.infer.operators.stacks import on_stack
+from learned_opt.symmetry.infer.quiet import silent
 from learned_opt.symmetry.infer.trees import Atom, Exponent, Tree, Unit, each, normal
 from learned_opt.symmetry.labels import STATISTICS, SymmetryError
 
@@ -92,8 +92,7 @@ def export(
     """
     wrapped = _Selected(model, outputs or without_cache)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export")  # LSTM, GRU: restored
+        with torch.enable_grad(), silent():
             return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
     except (KeyboardInterrupt, SystemExit):
         raise
