@@ -301,9 +301,7 @@ def infer_or_warn(calls: list[Call], params: list[NamedParam]) -> ParamMap | Non
                 _log_coverage(modules, param_map.symmetry, time.perf_counter() - start)
             return param_map
     level = logging.DEBUG if again else logging.WARNING
-    logger.log(
-        level, "NFNOpt: every axis moves by itself, because the symmetry is not known: %s. %s", reason, WAY_OUT
-    )
+    logger.log(level, "NFNOpt: every axis moves by itself, because the symmetry is not known: %s. %s", reason, WAY_OUT)
     return None
 
 

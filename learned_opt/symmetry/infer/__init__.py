@@ -143,7 +143,9 @@ def _propagated(model: nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> tup
         program = export(model, inputs, kwargs, outputs)
         nodes = len(program.graph.nodes)
         if nodes > MANY:
-            logger.warning("the symmetry of %s: a graph of %d operations, which takes a while", type(model).__name__, nodes)
+            logger.warning(
+                "the symmetry of %s: a graph of %d operations, which takes a while", type(model).__name__, nodes
+            )
         try:
             return _better(model, program)
         except InferenceError:
