@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 

@@ -332,8 +332,8 @@ def test_wrapped_networks_are_the_same_data_and_load_what_is_edited(wrap, space_
     editor = WeightSpaceEditor(space, kind="general", loss=lambda w, t: sum(v.square().sum() for v in w.values()))
     editor.fit(states, targets, settings=FAST)
     wanted = editor.edit_stacked(models)
-    for given in (wrapped, states):
-        wrapped[1].load_state_dict(editor.edit(given)[0])
+    for of in (wrapped, states):
+        wrapped[1].load_state_dict(editor.edit(of)[0])
         assert torch.equal(models[1][0].weight, next(iter(wanted.values()))[0])
 
 
