@@ -38,7 +38,7 @@ class Buffers:
         self.rule, self.names, self.symmetry = rule, tuple(params), symmetry
         self._clock, self._steps = 0, dict.fromkeys(self.names, 0)  # of the network and of every tensor, without a read
         some = next(iter(params.values()))
-        wide = computing_dtype(params.values())
+        wide = self.dtype = computing_dtype(params.values())
         like = {n: p.detach() if p.dtype == wide else torch.empty_like(p, dtype=wide) for n, p in params.items()}
         self.state: State = rule.init(like, symmetry)
         self.slots: dict[str, dict[str, Tensor]] = {n: {} for n in self.names}
@@ -107,13 +107,20 @@ class Buffers:
         """Copy what other tensors hold by these names, and the network's numbers.
 
         A tensor of which some slot is missing, or has another shape, begins anew (another tensor took its place, or
-        someone else keeps slots of the same name): an age and averages that do not belong together mislead.
+        someone else keeps slots of the same name): an age and averages that do not belong together mislead. A bias has
+        the age of its matrix, and begins anew with it.
         """
+        whole = {n: all(_fits(slots.get(n, {}).get(k), x) for k, x in own.items()) for n, own in self.slots.items()}
+        shared = self.state[NUMBERS].keys() if NUMBERS in self.state else ()
+        matrix_of = {
+            bias: n for b in (self.layout.batches if shared else ()) for n, bias in zip(b.names, b.biases, strict=False)
+        }
         for n, own in self.slots.items():
-            old = slots.get(n, {})
-            if all(isinstance(old.get(k), Tensor) and old[k].shape == x.shape for k, x in own.items()):
+            matrix = matrix_of.get(n, n)
+            if whole[n] and whole[matrix] and not ("step" in shared and slots[n]["step"] > slots[matrix]["step"]):
                 for k, x in own.items():
-                    x.copy_(old[k])
+                    if matrix == n or k not in shared:
+                        x.copy_(slots[n][k])
         if NUMBERS in self.state:
             for k, x in (network or {}).items():
                 if k in self.state["network"] and self.state["network"][k].shape == x.shape:
@@ -126,10 +133,11 @@ class Buffers:
         """Values of the clocks at a step of these tensors; those of others do not say what is due."""
         return {self._clock + 1, *(t + 1 for n, t in self._steps.items() if n in moving)}
 
-    def holds(self, symmetry: Symmetry, slots: Mapping[str, Mapping[str, Tensor]]) -> bool:
-        """Whether these tensors' slots are this one's views."""
+    def holds(self, symmetry: Symmetry, slots: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> bool:
+        """Whether these tensors' slots are this one's views, for computing in this dtype."""
         return (
             symmetry is self.symmetry
+            and dtype == self.dtype
             and slots.keys() == self.slots.keys()
             and all(slots[n].get(k) is x for n, own in self.slots.items() for k, x in own.items())
         )
@@ -151,3 +159,7 @@ class Buffers:
                         old[k].copy_(x)
         self._clock += 1
         self._steps = {n: t + (n in moved) for n, t in self._steps.items()}
+
+
+def _fits(old: Any, new: Tensor) -> bool:
+    return isinstance(old, Tensor) and old.shape == new.shape

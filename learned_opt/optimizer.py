@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers
-from learned_opt.functional import apply_rule, stepped
+from learned_opt.functional import apply_rule, computing_dtype, stepped
 from learned_opt.habits import ScheduleWatch, warn_of_habit
 from learned_opt.params import (
     NamedParam,
@@ -307,9 +307,9 @@ class NFNOpt(torch.optim.Optimizer):
         known = [e for e in entries if e.param in self.state and self.state[e.param]]
         device = known[0].param.device
         buffers = self._buffers.get(device)
-        if buffers is not None and buffers.holds(symmetry, {e.name: self.state[e.param] for e in known}):
-            return buffers
         old = {e.name: self.state[e.param] for e in known}
+        if buffers is not None and buffers.holds(symmetry, old, computing_dtype(e.param for e in known)):
+            return buffers
         fresh = Buffers(self.rule, {e.name: e.param for e in known}, symmetry)
         fresh.fill(old, self._network.pop(device, None) if buffers is None else buffers.state.get("network"))
         for e in known:

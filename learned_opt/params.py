@@ -16,13 +16,14 @@ from torch import Tensor
 from learned_opt.names import known_names, plain_name
 from learned_opt.recorder import Call
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
-from learned_opt.symmetry.axes import Leaf, map_leaves
+from learned_opt.symmetry.axes import Leaf, leaves_of, map_leaves
 from learned_opt.symmetry.labels import UNKNOWN, is_statistic
 from learned_opt.symmetry.table import one_line
 from learned_opt.text import listed
 
 logger = logging.getLogger(__name__)
 
+BESIDE = "own:"  # in front of the labels of tensors that a symmetry lacked
 OWN = "#"  # between a name and a position, where the name alone is another tensor's
 _MADE = "Make the optimizer after the model has been given its weights (to_empty replaces its parameters)."
 SOME, MANY = 60, 400  # tensors of a model whose symmetry takes about two seconds, about ten seconds to infer
@@ -83,7 +84,7 @@ class ParamMap(NamedTuple):
         logger.info(
             "NFNOpt: %s: not in the symmetry that is known, every axis moves by itself", listed(rest.names.values())
         )
-        apart = _prefixed(rest.symmetry, labels="own:")
+        apart = _prefixed(rest.symmetry, labels=BESIDE)
         return ParamMap(_joined(self.symmetry, apart), {**self.names, **rest.names})
 
     def _free_name(self, p: NamedParam) -> str:
@@ -109,13 +110,18 @@ class ParamMap(NamedTuple):
         other = [p for p in params if p.position in names and self._shape(names[p.position]) != tuple(p.param.shape)]
         if other:
             logger.log(
-                logging.INFO if all(OWN in names[p.position] for p in other) else logging.WARNING,
+                logging.INFO if all(self._is_own(names[p.position]) for p in other) else logging.WARNING,
                 "NFNOpt: the shape of %s has changed: every axis of these tensors moves by itself from now on, with "
                 "fresh state. To use their symmetry again, make a new optimizer.",
                 listed(f"{names[p.position]} (now {tuple(p.param.shape)})" for p in other),
             )
         gone = {p.position for p in other}
         return ParamMap(self.symmetry, {k: n for k, n in names.items() if k not in gone})
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a tensor moved by itself already."""
+        leaves = [leaf for axis in self.symmetry.specs[name].axes for leaf in leaves_of(axis)]
+        return all((leaf.label or BESIDE).startswith(BESIDE) for leaf in leaves)
 
     def _shape(self, name: str) -> tuple[int, ...] | None:
         return self.symmetry.specs[name].shape if name in self.symmetry.specs else None
