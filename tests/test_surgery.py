@@ -139,9 +139,7 @@ def test_old_code_that_pads_every_slot_gets_fresh_state(said):
         points.grad = torch.randn(n, 3)
         optimizer.step()
         old = optimizer.state.pop(points)
-        padded = {
-            k: v if k == "step" else torch.cat([v, v.new_zeros(3, *v.shape[1:])]) for k, v in old.items() if v.ndim
-        }
+        padded = {k: torch.cat([v, v.new_zeros(3, *v.shape[1:])]) for k, v in old.items() if v.ndim}
         points = nn.Parameter(torch.cat([points.detach(), torch.randn(3, 3)]))
         optimizer.param_groups[0]["params"] = [points]
         optimizer.state[points] = {**old, **padded}

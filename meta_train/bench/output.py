@@ -55,21 +55,21 @@ def _parts(lines: Sequence[str], width: int) -> list[Any]:
         return []
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     columns = list(zip(header, *rows, strict=True))
-    least = [
-        max(*(len(word) for word in c[0].split()), *map(len, c[1:]), 1) + 3 for c in columns
-    ]  # with what rich puts between
-    groups: list[list[int]] = [[]]
+    whole = [max(*map(len, c), 1) + 3 for c in columns]  # 3: what rich puts between
+    least = [max(*map(len, c[0].split()), *map(len, c[1:]), 1) + 3 for c in columns]  # with a heading of several lines
+    groups: list[list[int]] = [[0]]
     for k in range(1, len(columns)):
-        if groups[-1] and least[0] + sum(least[i] for i in (*groups[-1], k)) > width:
-            groups.append([])
+        if groups[-1][1:] and sum(least[i] for i in (*groups[-1], k)) > width:
+            groups.append([0])
         groups[-1].append(k)
     parts = []
     for group in groups:
+        widths = whole if sum(whole[i] for i in group) <= width else least
         part = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for k in (0, *group):
-            part.add_column(Text(columns[k][0]), overflow="fold", min_width=min(least[k] - 3, width - 4))
+        for k in group:
+            part.add_column(Text(columns[k][0]), overflow="fold", width=widths[k] - 3)
         for row in rows:
-            part.add_row(*(Text(row[k]) for k in (0, *group)))
+            part.add_row(*(Text(row[k]) for k in group))
         parts.append(part)
     return parts
 
