@@ -117,7 +117,11 @@ class Buffers:
         }
         for n, own in self.slots.items():
             matrix = matrix_of.get(n, n)
-            if whole[n] and whole[matrix] and not ("step" in shared and slots[n]["step"] > slots[matrix]["step"]):
+            if (
+                whole[n]
+                and whole[matrix]
+                and not ("step" in shared and float(slots[n]["step"]) > float(slots[matrix]["step"]))
+            ):
                 for k, x in own.items():
                     if matrix == n or k not in shared:
                         x.copy_(slots[n][k])
@@ -159,6 +163,12 @@ class Buffers:
                         old[k].copy_(x)
         self._clock += 1
         self._steps = {n: t + (n in moved) for n, t in self._steps.items()}
+
+
+def left_behind(buffers: dict[torch.device, Buffers], devices: Collection[torch.device]) -> Buffers | None:
+    """Take out the buffers of a device that the tensors have left for one of ``devices``; None if there are none."""
+    gone = [device for device in buffers if device not in devices]
+    return buffers.pop(gone[0]) if gone else None
 
 
 def _fits(old: Any, new: Tensor) -> bool:

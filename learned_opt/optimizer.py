@@ -6,7 +6,7 @@ share, and adds the updates to the weights.
 
 import math
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from learned_opt.buffers import Buffers
+from learned_opt.buffers import Buffers, left_behind
 from learned_opt.functional import apply_rule, computing_dtype, stepped
 from learned_opt.habits import ScheduleWatch, warn_of_habit
 from learned_opt.params import (
@@ -306,7 +306,7 @@ class NFNOpt(torch.optim.Optimizer):
         """The buffers of the tensors that have state, made anew where these, or what they hold, are others."""
         known = [e for e in entries if e.param in self.state and self.state[e.param]]
         device = known[0].param.device
-        buffers = self._buffers.get(device)
+        buffers = self._buffers.get(device) or left_behind(self._buffers, {p.device for p in self._tensors()})
         old = {e.name: self.state[e.param] for e in known}
         if buffers is not None and buffers.holds(symmetry, old, computing_dtype(e.param for e in known)):
             return buffers
@@ -372,7 +372,8 @@ class NFNOpt(torch.optim.Optimizer):
         The first group also names the rule and holds theta (tensors) and the symmetry (JSON, with the
         name of every position), so that a run resumes bit for bit with what it was started with.
         """
-        kept, self.state = self.state, {p: self.state[p] for p in self._tensors() if p in self.state}  # not of others
+        kept = self.state
+        self.state = defaultdict(dict, {p: kept[p] for p in self._tensors() if p in kept})  # not of those that are gone
         try:
             saved = super().state_dict()
         finally:

@@ -86,11 +86,12 @@ def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tenso
     one = {n: x[:1].unsqueeze(1) for n, x in table.items()}
     if isinstance(space, TransformerSpec):
         known = set(space.unpack(space.pack(one)))
-    more = {n for n, x in table.items() if n not in known and _varies(x)}
-    if more := sorted(n for n in more if not any(torch.equal(table[n], table[k]) for k in known & table.keys())):
+    more = [n for n, x in table.items() if n not in known and _varies(x)]
+    more = [n for n in more if not any(torch.equal(table[n], table[k]) for k in known & table.keys())]
+    if more:
         raise SymmetryError(
-            f"the weight space knows nothing of {', '.join(more[:5])}. Make it from one of these state_dicts, or leave"
-            " these tensors out."
+            f"the weight space knows nothing of {', '.join(sorted(more)[:5])}. Make it from one of these state_dicts,"
+            " or leave these tensors out."
         )
     if isinstance(space, Symmetry):
         check_features(space, {n: x for n, x in one.items() if n in known})

@@ -365,6 +365,12 @@ def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     cnn.dataset_of.cache_clear()
 
 
+@pytest.mark.parametrize("experiment", ["cnn", "inr-classification", "inr-editing", "transformer"])
+def test_a_zoo_of_nothing_is_refused(experiment, tmp_path):
+    with pytest.raises(SystemExit, match="count must be 1 or more, not 0"):
+        command.main([experiment, "--out", str(tmp_path / "out"), "--count", "0"])
+
+
 def test_bad_input_of_the_command_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="unknown method HPN; there are StatNN"):
         command.main(f"cnn --out {tmp_path} --methods HPN".split())
