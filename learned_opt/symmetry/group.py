@@ -99,14 +99,16 @@ class Symmetry(AxisLabels):
         return x
 
     def act(self, g: Element, weights: Mapping[str, Tensor], *, dual: bool = False) -> dict[str, Tensor]:
-        """``g . weights`` (tensors that the symmetry does not name pass through).
+        """``g . weights`` (tensors that the symmetry does not name, up to wrappers' prefixes, pass through).
 
         With ``dual=True`` the contragredient action, by which gradients and momenta transform.
         """
         moved = {}
-        for name, tensor in weights.items():
+        names = known_names(weights, self.specs)
+        for given, tensor in weights.items():
+            name = names[given]
             if name not in self.specs:
-                moved[name] = tensor
+                moved[given] = tensor
                 continue
             pieces = self.pieces(name, tensor)
             out = []
@@ -114,7 +116,7 @@ class Symmetry(AxisLabels):
                 leaves = tuple(leaf for part in choice for leaf in part)
                 piece = self._permute(g, piece, [leaf.label for leaf in leaves])
                 out.append(self._scale(g, piece, leaves, dual))
-            moved[name] = self.assemble(name, out)
+            moved[given] = self.assemble(name, out)
         return moved
 
     def compose(self, a: Element, b: Element) -> Element:

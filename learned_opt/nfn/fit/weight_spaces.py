@@ -79,13 +79,10 @@ def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tenso
     """
     if space is None:
         return _finite({n: x for n, x in table.items() if _varies(x) or bool(x.isfinite().all())})  # no masks
-    if not isinstance(space, TransformerSpec):  # whose names are made from a state_dict's
-        known = set(space.specs if isinstance(space, Symmetry) else space.names)
-        names = known_names(table, known)
-        table = {names[n]: x for n, x in table.items()}
+    names = known_names(table, _names_of(space))
+    table = {names[n]: x for n, x in table.items()}
     one = {n: x[:1].unsqueeze(1) for n, x in table.items()}
-    if isinstance(space, TransformerSpec):
-        known = set(space.unpack(space.pack(one)))
+    known = set(space.unpack(space.pack(one))) if isinstance(space, TransformerSpec) else set(_names_of(space))
     more = [n for n, x in table.items() if n not in known and _varies(x)]
     more = [n for n in more if not any(torch.equal(table[n], table[k]) for k in known & table.keys())]
     if more:
@@ -98,6 +95,14 @@ def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tenso
     elif isinstance(space, Chain):
         space.validate(one)
     return _finite({n: x for n, x in table.items() if n in known})
+
+
+def _names_of(space: Space) -> list[str]:
+    """The tensors that a space describes; of a transformer also biases that it may lack."""
+    if not isinstance(space, TransformerSpec):
+        return list(space.specs if isinstance(space, Symmetry) else space.names)
+    modules = [n for b in space.names for n in (*b.qkv, b.out, b.fc1, b.fc2)]
+    return [*space.rest, *(f"{n}.{kind}" for n in modules for kind in ("weight", "bias"))]
 
 
 def _varies(x: Tensor) -> bool:

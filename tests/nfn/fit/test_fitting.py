@@ -251,6 +251,10 @@ def test_transformers_are_predicted_and_edited():
     own = WeightSpacePredictor(spec, module=TransformerNFN(spec, channels=(4,), width=4, sigmoid=False))
     own.module.load_state_dict(predictor.module.state_dict())
     torch.testing.assert_close(own.outputs_of(states), predictor.outputs_of(states))
+    wrapped = [{f"_orig_mod.{n}": x for n, x in s.items()} for s in states]
+    assert torch.equal(predictor.predict(wrapped), predictor.predict(states))
+    other = WeightSpacePredictor(zoo_spec(wrapped[0]), channels=(4,), width=4).fit(wrapped, targets, settings=FAST)
+    assert torch.equal(other.predict(states), other.predict(wrapped))
     editor = WeightSpaceEditor(spec, loss=lambda w, t: sum(x.square().sum() for x in w.values()) / len(t), width=3)
     editor.fit(states, targets, settings=FAST)
     edited = editor.edit(states)
