@@ -346,6 +346,8 @@ def test_integer_tensors_are_passed_over():
         ({"total_steps": 0.5}, ValueError, "total_steps=0.5"),
         ({"maximize": "no"}, TypeError, "maximize='no'"),
         ({"rule": "adamw2"}, ValueError, "adamw2"),
+        ({"rule": "muon"}, ValueError, "unknown rule 'muon'"),
+        ({"rule": "nfn-permutation"}, ValueError, "unknown rule 'nfn-permutation'"),
         ({"nan_policy": "ignore"}, ValueError, "nan_policy"),
     ],
 )

@@ -18,6 +18,7 @@ REFUSED = {
     "evaluate --optimizers adam=muon": "the label 'adam' is the name of an optimizer",
     "evaluate --optimizers muon=sgdm muon": "the label 'muon' is the name of an optimizer",
     "evaluate --optimizers nfnopt=nfn:whitened_polar": "the label 'nfnopt' is the name of an optimizer",
+    "evaluate --optimizers nfn:nfn-permutation": "unknown rule 'nfn-permutation'",
     "evaluate --suite HELD_OUT --data nowhere": "the data folder nowhere does not exist",
     "evaluate --seeds 0": "seeds must be 1 or more, not 0",
     "evaluate --tuning-seeds 0": "tuning_seeds must be 1 or more, not 0",
