@@ -29,7 +29,8 @@ class ScheduleWatch:
 
     def see(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Look at the rates of a step (of those that are on a GPU at none: that would wait for it)."""
-        if self._told or groups[0]["total_steps"] is None:
+        total = groups[0]["total_steps"]
+        if self._told or total is None:
             return
         for i, group in enumerate(groups):
             lr = group["lr"]
@@ -40,8 +41,8 @@ class ScheduleWatch:
                 self._told = True
                 warnings.warn(
                     f"NFNOpt: lr has fallen from {highest:g} to {float(lr):g} (a learning rate scheduler?), and "
-                    f"total_steps={groups[0]['total_steps']:g} already lets the rate decay to zero: their product "
-                    "decays too fast. Leave lr constant (lr_scheduler_type='constant' in a Trainer of transformers), "
+                    f"total_steps={float(total):g} already lets the rate decay to zero: their product decays too fast. "
+                    "Leave lr constant (lr_scheduler_type='constant' in a Trainer of transformers), "
                     "or leave total_steps out.",
                     stacklevel=6,
                 )

@@ -203,7 +203,8 @@ def own_horizon(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> An
         return other
     if other is not None and float(own) != float(other):
         warnings.warn(
-            f"NFNOpt: going on with total_steps={own:g} of this optimizer; the state dict was made with {other:g}.",
+            f"NFNOpt: going on with total_steps={float(own):g} of this optimizer; the state dict was made with "
+            f"{float(other):g}.",
             stacklevel=5,
         )
     return own
