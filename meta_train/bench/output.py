@@ -24,8 +24,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def duration(seconds: float) -> str:
     """A length of time in the unit that suits it: ``12 seconds``, ``3.4 minutes``, ``5.6 hours``."""
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
+    if seconds < 99:
+        return f"{seconds:.2g} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 

@@ -93,7 +93,8 @@ def test_the_report_names_data_that_depend_on_a_folder():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3, "3 seconds"), (59.6, "60 seconds"), (240, "4.0 minutes"), (36000, "10.0 hours")]
+    ("seconds", "text"),
+    [(0.031, "0.031 seconds"), (3, "3 seconds"), (59.6, "60 seconds"), (240, "4.0 minutes"), (36000, "10.0 hours")],
 )
 def test_durations_are_in_the_unit_that_suits_them(seconds, text):
     assert duration(seconds) == text
