@@ -43,7 +43,7 @@ class Buffers:
         self.rule, self.names, self.symmetry, self.dtype = rule, tuple(params), symmetry, dtype
         self._clock, self._steps = 0, dict.fromkeys(self.names, 0)  # of the network and of every tensor, without a read
         some = next(iter(params.values()))
-        wide = computing_dtype(params.values())
+        wide = self.wide = computing_dtype(params.values())
         like = {n: p.detach() if p.dtype == wide else torch.empty_like(p, dtype=wide) for n, p in params.items()}
         self.state: State = rule.init(like, symmetry)
         self.slots: dict[str, dict[str, Tensor]] = {n: {} for n in self.names}
@@ -109,11 +109,27 @@ class Buffers:
             self.slots[name][f"diag{i}"] = like.new_zeros(d, dtype=wide)
 
     def fill(self, slots: Mapping[str, Mapping[str, Tensor]], network: Mapping[str, Tensor] | None) -> None:
-        """Copy what other tensors hold by these names, where the shape is the same; and the network's numbers."""
+        """Copy what other tensors hold by these names, and the network's numbers.
+
+        A tensor of which some slot is missing, or has another shape, begins anew (another tensor took its place, or
+        someone else keeps slots of the same name): an age and averages that do not belong together mislead. A bias has
+        the age of its matrix, and begins anew with it.
+        """
+        whole = {n: all(_fits(slots.get(n, {}).get(k), x) for k, x in own.items()) for n, own in self.slots.items()}
+        shared = self.state[NUMBERS].keys() if NUMBERS in self.state else ()
+        matrix_of = {
+            bias: n for b in (self.layout.batches if shared else ()) for n, bias in zip(b.names, b.biases, strict=False)
+        }
         for n, own in self.slots.items():
-            for k, x in slots.get(n, {}).items():
-                if k in own and own[k].shape == x.shape:
-                    own[k].copy_(x)
+            matrix = matrix_of.get(n, n)
+            if (
+                whole[n]
+                and whole[matrix]
+                and not ("step" in shared and float(slots[n]["step"]) > float(slots[matrix]["step"]))
+            ):
+                for k, x in own.items():
+                    if matrix == n or k not in shared:
+                        x.copy_(slots[n][k])
         if NUMBERS in self.state:
             for k, x in (network or {}).items():
                 if k in self.state["network"] and self.state["network"][k].shape == x.shape:
@@ -126,10 +142,11 @@ class Buffers:
         """Values of the clocks at a step of these tensors; those of others do not say what is due."""
         return {self._clock + 1, *(t + 1 for n, t in self._steps.items() if n in moving)}
 
-    def holds(self, symmetry: Symmetry, slots: Mapping[str, Mapping[str, Tensor]]) -> bool:
-        """Whether these tensors' slots are this one's views."""
+    def holds(self, symmetry: Symmetry, slots: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> bool:
+        """Whether these tensors' slots are this one's views, for computing in this dtype."""
         return (
             symmetry is self.symmetry
+            and dtype == self.wide
             and slots.keys() == self.slots.keys()
             and all(slots[n].get(k) is x for n, own in self.slots.items() for k, x in own.items())
         )
@@ -184,10 +201,20 @@ def shared(
         dtype: as of :class:`Buffers`.
     """
     slots = {n: state[p] for n, p in params.items()}
-    if old is not None and old.holds(symmetry, slots):
+    if old is not None and old.holds(symmetry, slots, computing_dtype(params.values())):
         return old
     buffers = Buffers(rule, params, symmetry, dtype)
     buffers.fill(slots, network if old is None else old.state.get("network"))
     for n, p in params.items():
         state[p] = {**slots[n], **buffers.slots[n]}
     return buffers
+
+
+def left_behind(buffers: dict[torch.device, Buffers], devices: Collection[torch.device]) -> Buffers | None:
+    """Take out the buffers of a device that the tensors have left for one of ``devices``; None if there are none."""
+    gone = [device for device in buffers if device not in devices]
+    return buffers.pop(gone[0]) if gone else None
+
+
+def _fits(old: Any, new: Tensor) -> bool:
+    return isinstance(old, Tensor) and old.shape == new.shape

@@ -136,6 +136,7 @@ class Call:
     explains: bool = False
     gradients: MutableMapping[int, Tensor] = field(default_factory=dict)
     complete: bool = True
+    reads: tuple[Any, ...] = ()
 
     @classmethod
     def begin(cls, module: nn.Module, args: tuple[Any, ...], compiled: bool) -> "Call":
@@ -158,6 +159,7 @@ class Call:
             buffers,
             compiled,
             any(torch.is_autocast_enabled(k) for k in kinds if k != "meta"),
+            reads=_memory(args),
         )
 
     def end(self, kwargs: dict[str, Any], output: Any, differentiate: bool) -> None:
@@ -201,6 +203,17 @@ class Call:
             for module, mode in modes.items():
                 module.training = mode
             _install(self.training, forwards)
+
+
+def _memory(args: Any) -> tuple[Any, ...]:
+    """What says that two calls at about the same time had the same arguments."""
+    found: list[Any] = []
+    for x in pytree.tree_leaves(args):
+        try:
+            found.append((x.data_ptr(), x._version, x.shape) if isinstance(x, Tensor) else repr(x)[:100])
+        except RuntimeError:  # without memory
+            found.append(object())
+    return tuple(found)
 
 
 def _modes(module: nn.Module) -> dict[nn.Module, bool]:

@@ -16,22 +16,6 @@ NanPolicy = Literal["skip", "raise", "propagate"]
 LARGEST = 1e15  # largest gradient entry that a rule sees; float32 squares overflow at 2e19
 
 
-def refuse_unsupported(entries: list[NamedParam]) -> None:
-    """Raises RuntimeError for a trained parameter that is complex or sharded, or has a sparse gradient."""
-    for entry in entries:
-        if not entry.trained:
-            continue
-        if entry.param.is_complex():
-            raise RuntimeError(f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real.")
-        if entry.grad.layout != torch.strided:
-            raise RuntimeError(f"NFNOpt does not take sparse gradients: {entry.name}. Use nn.Embedding(sparse=False).")
-        if hasattr(entry.param, "placements"):  # torch.distributed.tensor.DTensor, which takes long to import
-            raise RuntimeError(
-                f"NFNOpt does not take sharded parameters (DTensor, as of fully_shard): {entry.name}. Its steps need "
-                "whole matrices. Use DistributedDataParallel."
-            )
-
-
 def nothing_to_do(trained: list[NamedParam], groups: list[dict[str, Any]]) -> bool:
     """Whether a call of ``step`` is none: no gradients, or all of them zero while the ``lr`` of all groups is.
 

@@ -5,7 +5,7 @@ share, and adds the updates to the weights.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,23 +16,25 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-from learned_opt.buffers import Buffers, create_slots, shared
+from learned_opt.buffers import Buffers, create_slots, left_behind, shared
 from learned_opt.distributed import agreed, refuse_pieces
 from learned_opt.functional import apply_rule, stepped
-from learned_opt.gradients import NanPolicy, nothing_to_do, refuse_unsupported, to_descend, usable
+from learned_opt.gradients import NanPolicy, nothing_to_do, to_descend, usable
+from learned_opt.habits import ScheduleWatch, warn_of_habit
 from learned_opt.params import (
     Mode,
     NamedParam,
     ParamMap,
     check_choices,
     check_options,
+    check_order,
     checked_group,
     independent_map,
     infer_or_say,
     named_params,
     rebound,
+    refuse_unsupported,
     warn_of_end,
-    warn_of_habit,
     warn_of_independence,
 )
 from learned_opt.recorder import ForwardRecorder, modules_behind
@@ -119,6 +121,7 @@ class NFNOpt(torch.optim.Optimizer):
         self._names = WeakIdKeyDictionary()  # of all tensors that were ever bound
         self._recorder: ForwardRecorder | None = None
         self._outlasted: float | None = None  # the horizon that a run was said to be beyond
+        self._schedule = ScheduleWatch()
         self._buffers: dict[torch.device, Buffers] = {}
         self._network: dict[torch.device, dict[str, Tensor]] = {}  # loaded, for buffers that are to be made
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
@@ -132,7 +135,7 @@ class NFNOpt(torch.optim.Optimizer):
             self._recorder = ForwardRecorder(self, modules)
         else:
             self._bind()
-        entries = named_params(self.param_groups)
+        entries = [e for e in named_params(self.param_groups) if e.has_data]
         if entries and not isinstance(rule, UpdateRule):  # ours alone: keep it where the weights are
             self.rule.to(entries[0].param.device)
 
@@ -156,18 +159,23 @@ class NFNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         entries = named_params(self.param_groups)
-        with _plain_modes({e.param.device for e in entries}):
+        with _plain_modes({e.param.device for e in entries if e.has_data}):
             refuse_unsupported(entries)
             trained = {e.name: e.param for e in entries if e.trained}
             if nothing_to_do([e for e in entries if e.trained], self.param_groups):
                 create_slots(self.rule, trained, self.state, self.state_dtype)
                 return loss
+            if self._recorder is not None and self._known != "infer":  # loaded, for tensors without names
+                calls, self._recorder = self._recorder.release(), None
+                check_order(calls, entries, self._known)
             if not self._agreed:
                 self._agree(entries)
             entries, symmetry = self._bind()
             moving = usable([e for e in entries if e.trained], self.nan_policy, self.skipped_steps)
             create_slots(self.rule, trained, self.state, self.state_dtype)
             self._steps += bool(moving)
+            if moving and self.rule.ends:
+                self._schedule.see(self.param_groups)
             end = float(self.param_groups[0]["total_steps"] or math.inf)
             if moving and self.rule.ends and self._steps >= end + 1 and self._outlasted != end:
                 self._outlasted = end
@@ -181,7 +189,9 @@ class NFNOpt(torch.optim.Optimizer):
         """Update ``moving``; the other tensors of ``entries`` are context, and those with a state age along."""
         grads = {e.name: to_descend(e) for e in moving}
         device, own = entries[0].param.device, {e.name: e.param for e in entries if self.state.get(e.param)}
-        old, network = self._buffers.get(device), self._network.get(device)
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        old = self._buffers.get(device) or left_behind(self._buffers, devices)
+        network = self._network.get(device)
         self._buffers[device] = buffers = shared(self.rule, own, symmetry, self.state, old, network, self.state_dtype)
         updates, state = apply_rule(
             self.rule,
@@ -247,7 +257,7 @@ class NFNOpt(torch.optim.Optimizer):
         found = agreed(own, reason, entries, self._process_group, steps=self._steps, given=given)
         if self._known == "infer" or found is not own:
             self._known, self._bound, self._names = found or "independent", None, WeakIdKeyDictionary()
-        if found is None:
+        if found is None and reason:
             warn_of_independence(reason)
         self._agreed = True
 
@@ -258,7 +268,14 @@ class NFNOpt(torch.optim.Optimizer):
         The first group also names the rule and holds theta (tensors) and the symmetry (JSON, with the name of every
         position), so that a run resumes bit for bit with what it was started with.
         """
-        saved = super().state_dict()
+        kept = self.state  # not of tensors that are gone
+        self.state = defaultdict(
+            dict, {p: kept[p] for group in self.param_groups for p in group["params"] if p in kept}
+        )
+        try:
+            saved = super().state_dict()
+        finally:
+            self.state = kept
         own = self.__getstate__()
         add_identity(saved, self.rule, own["_known"], list(own["_network"].values()))
         return saved
@@ -280,11 +297,15 @@ class NFNOpt(torch.optim.Optimizer):
             return saved
 
         def restore(_: torch.optim.Optimizer) -> None:
-            self.rule, self._known, state, self._network = found[0]
-            self.state.update(state)  # torch has cast it to the dtype of the parameters
+            self.rule, self._known, state, self._network, total_steps = found[0]
+            for p, slots in state:  # torch has cast them to the dtype of the parameters
+                self.state[p] |= slots
+            for group in self.param_groups:
+                group["total_steps"] = total_steps
             self.param_groups[0][NETWORK] = ""
             self._steps = max((int(n["clock"]) for n in self._network.values()), default=0)
-            if self._known != "infer" and self._recorder is not None:
+            in_order = self._known == "independent" or "param_names" in self.param_groups[0]
+            if in_order and self._recorder is not None:  # of others, the next forward pass tells their order
                 self._recorder.release()
                 self._recorder = None
 
@@ -308,6 +329,7 @@ class NFNOpt(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound, self._names, self._buffers, self._complete = None, WeakIdKeyDictionary(), {}, True
+        self._schedule = ScheduleWatch()
         self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("_agreed", False)
         if "_recorder" not in self.__dict__:  # a copy; torch also calls this to load a state dict

@@ -2,24 +2,33 @@
 
 import logging
 import math
+import numbers
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from learned_opt.names import known_names, plain_name
 from learned_opt.recorder import Call
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
-from learned_opt.symmetry.axes import Leaf, map_leaves
-from learned_opt.symmetry.labels import is_statistic
+from learned_opt.symmetry.axes import Leaf, leaves_of, map_leaves
+from learned_opt.symmetry.labels import UNKNOWN, is_statistic
+from learned_opt.symmetry.table import one_line
 from learned_opt.text import listed
 
 logger = logging.getLogger(__name__)
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+BESIDE = "own:"  # in front of the labels of tensors that a symmetry lacked
+OWN = "#"  # between a name and a position, where the name alone is another tensor's
+_MADE = "Make the optimizer after the model has been given its weights (to_empty replaces its parameters)."
+SOME, MANY = 60, 400  # tensors of a model whose symmetry takes about two seconds, about ten seconds to infer
 WAY_OUT = (
     "To use the symmetry, pass symmetry=learned_opt.infer_symmetry(model, example_input) to NFNOpt; "
     'symmetry="independent" says that it is not wanted.'
@@ -42,6 +51,11 @@ class NamedParam(NamedTuple):
     def trained(self) -> bool:
         """Whether this step may move it."""
         return self.param.requires_grad and self.param.grad is not None
+
+    @property
+    def has_data(self) -> bool:
+        """Whether it is anywhere; what is offloaded to the meta device is passed over."""
+        return self.param.device.type != "meta"
 
     @property
     def grad(self) -> Tensor:
@@ -70,14 +84,19 @@ class ParamMap(NamedTuple):
         missing = [p for p in params if p.position not in self.names]
         if not missing:
             return self
-        taken = set(self.symmetry.specs)
-        missing = [p._replace(name=f"{p.name}#{p.position}") if p.name in taken else p for p in missing]
+        missing = [p._replace(name=self._free_name(p)) if p.name in self.symmetry.specs else p for p in missing]
         rest = independent_map(missing)
         logger.info(
             "NFNOpt: %s: not in the symmetry that is known, every axis moves by itself", listed(rest.names.values())
         )
-        apart = _prefixed(rest.symmetry, labels="own:")
+        apart = _prefixed(rest.symmetry, labels=BESIDE)
         return ParamMap(_joined(self.symmetry, apart), {**self.names, **rest.names})
+
+    def _free_name(self, p: NamedParam) -> str:
+        """One of no tensor that there is; what a tensor that is gone was called so may be forgotten."""
+        used = set(self.names.values())
+        names = (f"{p.name}{OWN}{p.position}" + "'" * k for k in range(len(used) + 1))
+        return next(n for n in names if n not in used)
 
     def rebind(self, names: Mapping[Tensor, str], params: list[NamedParam]) -> "ParamMap":
         """The map where groups have changed.
@@ -90,6 +109,28 @@ class ParamMap(NamedTuple):
         free = {k: n for k, n in self.names.items() if n not in kept.values()}
         return ParamMap(self.symmetry, {p.position: free[p.position] for p in params if p.position in free} | kept)
 
+    def without_reshaped(self, params: list[NamedParam]) -> "ParamMap":
+        """The map without the tensors that have another shape than it describes, which one log line names."""
+        names = {p.position: self.names[p.position] for p in params if p.position in self.names}
+        other = [p for p in params if p.position in names and self._shape(names[p.position]) != tuple(p.param.shape)]
+        if other:
+            logger.log(
+                logging.INFO if all(self._is_own(names[p.position]) for p in other) else logging.WARNING,
+                "NFNOpt: the shape of %s has changed: every axis of these tensors moves by itself from now on, with "
+                "fresh state. To use their symmetry again, make a new optimizer.",
+                listed(f"{names[p.position]} (now {tuple(p.param.shape)})" for p in other),
+            )
+        gone = {p.position for p in other}
+        return ParamMap(self.symmetry, {k: n for k, n in names.items() if k not in gone})
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a tensor moved by itself already."""
+        leaves = [leaf for axis in self.symmetry.specs[name].axes for leaf in leaves_of(axis)]
+        return all((leaf.label or BESIDE).startswith(BESIDE) for leaf in leaves)
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        return self.symmetry.specs[name].shape if name in self.symmetry.specs else None
+
 
 def named_params(groups: Iterable[dict[str, Any]]) -> list[NamedParam]:
     """Every floating (or complex) tensor of the parameter groups once, with its name: as given, else its position."""
@@ -99,14 +140,35 @@ def named_params(groups: Iterable[dict[str, Any]]) -> list[NamedParam]:
     for group in groups:
         names = group.get("param_names")
         for i, p in enumerate(group["params"]):
-            name = str(position) if names is None else names[i]
+            name = names[i] if names is not None and i < len(names) else str(position)
             if name in found:  # two networks in one optimizer
-                name = f"{name}#{position}"
+                name = f"{name}{OWN}{position}"
             if id(p) not in seen and (p.is_floating_point() or p.is_complex()):
                 found[name] = NamedParam(name, p, group, position)
             position += 1
             seen.add(id(p))
     return list(found.values())
+
+
+def refuse_unsupported(params: list[NamedParam]) -> None:
+    """Raises RuntimeError for a tensor that no step can be taken of; says what to do."""
+    for p in params:
+        if not p.trained:
+            continue
+        if not p.has_data:
+            raise RuntimeError(f"{p.name} is on the meta device: it has no data that NFNOpt could change. {_MADE}")
+        if p.param.is_complex():
+            raise RuntimeError(f"NFNOpt does not take complex parameters: {p.name}. Train its torch.view_as_real.")
+        if p.grad.layout != torch.strided:
+            raise RuntimeError(f"NFNOpt does not take sparse gradients: {p.name}. Use nn.Embedding(sparse=False).")
+        if hasattr(p.param, "placements"):  # torch.distributed.tensor.DTensor, which takes long to import
+            raise RuntimeError(
+                f"NFNOpt does not take sharded parameters (DTensor, as of fully_shard): {p.name}. Its steps need whole "
+                "matrices. Use DistributedDataParallel."
+            )
+    waiting = [p.name for p in params if p.param.requires_grad and not p.has_data]
+    if waiting and not any(p.trained for p in params):
+        raise RuntimeError(f"no parameter has a gradient, and {listed(waiting)} have no data (device meta). {_MADE}")
 
 
 def independent_map(params: list[NamedParam]) -> ParamMap:
@@ -123,7 +185,7 @@ def match(params: list[NamedParam], symmetry: Symmetry) -> ParamMap:
         SymmetryError: some tensor is not described with its shape, or two have one name.
     """
     if any("param_names" in p.group for p in params):
-        names = [p.name if p.name in symmetry.specs else plain_name(p.name) for p in params]
+        names = list(known_names((p.name for p in params), symmetry.specs).values())
     else:
         names = _in_order(params, symmetry)
     twice = [n for n, count in Counter(names).items() if count > 1]
@@ -133,10 +195,38 @@ def match(params: list[NamedParam], symmetry: Symmetry) -> ParamMap:
     return ParamMap(symmetry, dict(zip(positions, names, strict=True))).validate(params)
 
 
-def plain_name(name: str) -> str:
-    """A name without what wrappers put in (torch.compile, FSDP anywhere; DataParallel in front)."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    return ".".join(parts[1:] if parts[0] == "module" else parts)
+def add_by_name(known: ParamMap, params: list[NamedParam], symmetry: Symmetry) -> ParamMap:
+    """The map with the tensors that it lacks, as :func:`match` finds them, with its errors."""
+    new = [p for p in params if p.position not in known.names]
+    if not new:
+        return known
+    names = match(new, symmetry).names
+    twice = set(names.values()) & set(known.names.values())
+    if twice:
+        raise SymmetryError(f"several parameters are called {listed(twice)}: rename them.")
+    return ParamMap(known.symmetry, {**known.names, **names})
+
+
+def check_order(calls: list[Call], params: list[NamedParam], known: ParamMap | str) -> None:
+    """Compare the order of tensors that have no names with that of a state dict, now that their module was seen.
+
+    Raises:
+        SymmetryError: the same tensors in another order, so that each has another's state.
+    """
+    if len(calls) != 1 or not isinstance(known, ParamMap) or any("param_names" in p.group for p in params):
+        return
+    here = {id(p): plain_name(n) for n, p in reversed(list(calls[0].module.named_parameters(remove_duplicate=False)))}
+    pairs = [
+        (plain_name(known.names[p.position]), here[id(p.param)])
+        for p in params
+        if p.position in known.names and id(p.param) in here
+    ]
+    wrong = [f"{a} where {b} is here" for a, b in pairs if a != b]
+    if wrong and {a for a, _ in pairs} == {b for _, b in pairs}:
+        raise SymmetryError(
+            f"the state dict that was loaded has the parameters in another order: {listed(wrong)}. Give them in the "
+            "same order, or give model.named_parameters() when saving and when loading."
+        )
 
 
 def rebound(
@@ -153,9 +243,11 @@ def rebound(
     Raises:
         SymmetryError: the symmetry does not describe them.
     """
-    if isinstance(given, Symmetry):
-        return match(params, given)
-    return known.rebind(names, params).extend(params).validate(params) if isinstance(known, ParamMap) else known
+    if isinstance(known, ParamMap):
+        known = known.rebind(names, params)
+        known = add_by_name(known, params, given) if isinstance(given, Symmetry) else known
+        return known.without_reshaped(params).extend(params).validate(params)
+    return match(params, given) if isinstance(given, Symmetry) else known
 
 
 def _in_order(params: list[NamedParam], symmetry: Symmetry) -> list[str]:
@@ -181,13 +273,10 @@ def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
         SymmetryError: two of the modules share a parameter: each symmetry is then one of one use of it.
         Exception: what the inference raises.
     """
-    from learned_opt.symmetry.infer import infer_called  # loads torch.export
-
     symmetry, names = Symmetry({}), dict[int, str]()
     modules = list(dict.fromkeys(c.module for c in calls))
     for i, module in enumerate(modules):
-        with torch.inference_mode(False), torch.enable_grad():
-            found = infer_called([c for c in calls if c.module is module])
+        found = _symmetry_of([c for c in calls if c.module is module])
         prefix = f"{i}/" if len(modules) > 1 else ""
         known: dict[int, str] = {}
         for name, p in module.named_parameters(remove_duplicate=False):
@@ -200,21 +289,62 @@ def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
     return param_map.validate([p for p in params if p.position in names])
 
 
+_latest: WeakKeyDictionary[nn.Module, tuple[Any, Symmetry | Exception]] = WeakKeyDictionary()
+
+
+def _pass(calls: list[Call]) -> Any:
+    """What tells forward passes of a module apart."""
+    return [(c.kind(), c.reads) for c in calls]
+
+
+def _is_known(calls: list[Call]) -> bool:
+    """Whether another optimizer has asked about the same forward passes."""
+    return all(_latest.get(c.module, (None,))[0] == _pass([d for d in calls if d.module is c.module]) for c in calls)
+
+
+def _symmetry_of(calls: list[Call]) -> Symmetry:
+    """That of a module by its calls; looked for once for all optimizers that saw the same forward passes."""
+    from learned_opt.symmetry.infer import infer_called  # loads torch.export
+
+    module = calls[0].module
+    if not _is_known(calls):
+        found: Symmetry | Exception
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                found = infer_called(calls)
+        except Exception as error:  # of a user's model anything
+            found = error.with_traceback(None)
+        _latest[module] = _pass(calls), found
+    found = _latest[module][1]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def infer_or_say(calls: list[Call], params: list[NamedParam]) -> tuple[ParamMap | None, str]:
-    """What :func:`infer_map` finds, with one log line; or None, and why it finds nothing."""
+    """What :func:`infer_map` finds, with one log line; or None, and why it finds nothing.
+
+    Optimizers that saw the same forward passes say nothing more, the reason included.
+    """
+    start = time.perf_counter()
     if not calls:
         return None, (
             "no forward pass of a module that has all its parameters was seen before the first step (they were passed "
             "as a list of tensors of several modules, submodules were called one by one, or the call was compiled)"
         )
+    modules = ", ".join(type(m).__name__ for m in dict.fromkeys(c.module for c in calls))
+    again = _is_known(calls)
+    tensors = sum(1 for m in dict.fromkeys(c.module for c in calls) for _ in m.parameters())
+    if tensors > SOME and not again:
+        level = logging.WARNING if tensors > MANY else logging.INFO
+        text = "NFNOpt: looking for the symmetry of %s (%d tensors), which takes seconds, once"
+        logger.log(level, text, modules, tensors)
     try:
         param_map = infer_map(calls, params)
     except Exception as error:  # of a user's model anything; training goes on
-        return None, f"inferring it failed ({type(error).__name__}: {error})"
-    modules = ", ".join(type(m).__name__ for m in dict.fromkeys(c.module for c in calls))
-    logger.info("NFNOpt: inferred the symmetry of %s: %d tensors", modules, len(param_map.symmetry.specs))
-    for note in param_map.symmetry.notes:
-        logger.info("NFNOpt: %s", note)
+        return None, "" if again else f"inferring it failed ({type(error).__name__}: {error})"
+    if not again:
+        _log_coverage(modules, param_map.symmetry, time.perf_counter() - start)
     return param_map, ""
 
 
@@ -223,21 +353,42 @@ def warn_of_independence(reason: str) -> None:
     logger.warning("NFNOpt: every axis moves by itself, because the symmetry is not known: %s. %s", reason, WAY_OUT)
 
 
-def _prefixed(symmetry: Symmetry, specs: str = "", labels: str = "") -> Symmetry:
-    """The same symmetry with other names."""
+def _log_coverage(modules: str, symmetry: Symmetry, seconds: float) -> None:
+    """Say what was found; warn of operators that are not known where most weights lack a label for them."""
+    logger.info("NFNOpt: inferred the symmetry of %s in %.1f s: %s", modules, seconds, one_line(symmetry))
+    for note in symmetry.notes:
+        logger.info("NFNOpt: %s", note)
+    unknown = [note.partition(" (")[0] for note in symmetry.notes if note.endswith(UNKNOWN)]
+    covered = symmetry.summary()["covered"]
+    if unknown and covered < 0.5:
+        logger.warning(
+            "NFNOpt: only %.0f %% of the weights of %s have a symmetry, because these operators are not known: %s. "
+            "learned_opt.symmetry.infer.register_rule teaches one (docs/symmetry.md).",
+            100 * covered,
+            modules,
+            listed(unknown),
+        )
+
+
+def renamed(symmetry: Symmetry, specs: Callable[[str], str], labels: Callable[[str], str]) -> Symmetry:
+    """The same symmetry with other names of tensors (and notes), and of labels and scales."""
 
     def named(label: str | None) -> str | None:
-        return None if label is None else labels + label
+        return None if label is None else labels(label)
 
     def moved(leaf: Leaf) -> Leaf:
-        return Leaf(leaf.size, named(leaf.label), tuple((labels + s, e) for s, e in leaf.scale))
+        return Leaf(leaf.size, named(leaf.label), tuple((labels(s), e) for s, e in leaf.scale))
 
     return Symmetry(
-        {specs + n: Spec(tuple(map_leaves(moved, a) for a in s.axes), s.roles) for n, s in symmetry.specs.items()},
-        {labels + n: replace(g, over=tuple(labels + b for b in g.over)) for n, g in symmetry.labels.items()},
-        {labels + n: replace(s, label=named(s.label)) for n, s in symmetry.scales.items()},
-        tuple(specs + note for note in symmetry.notes),
+        {specs(n): Spec(tuple(map_leaves(moved, a) for a in s.axes), s.roles) for n, s in symmetry.specs.items()},
+        {labels(n): replace(g, over=tuple(map(labels, g.over))) for n, g in symmetry.labels.items()},
+        {labels(n): replace(s, label=named(s.label)) for n, s in symmetry.scales.items()},
+        tuple(map(specs, symmetry.notes)),
     )
+
+
+def _prefixed(symmetry: Symmetry, specs: str = "", labels: str = "") -> Symmetry:
+    return renamed(symmetry, lambda n: specs + n, lambda n: labels + n)
 
 
 def _joined(a: Symmetry, b: Symmetry) -> Symmetry:
@@ -247,22 +398,23 @@ def _joined(a: Symmetry, b: Symmetry) -> Symmetry:
 
 # --------------------------------------------------------------------------------- options of the groups
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError, or TypeError for text, unless ``lr``, ``weight_decay`` and ``total_steps`` can be meant."""
+    """Raises ValueError, or TypeError for what is no number, unless the options can be meant."""
     lr = options.get("lr", 0.0)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     for name in ("lr", "weight_decay", "total_steps"):
-        if isinstance(options.get(name), str):
-            raise TypeError(f"{name}={options[name]!r} must be a number")
+        value = options.get(name, 0.0)
+        if not _is_number(value) and (value is not None or name == "lr"):  # None: the rule's own decay, no horizon
+            raise TypeError(f"{name}={value!r} must be a number, not of type {type(value).__name__}")
     for name in ("lr", "weight_decay"):
         value = options.get(name, 0.0)
-        if value is None and name == "weight_decay":  # the rule's own
-            continue
-        if not 0.0 <= float(value) < math.inf:
+        if value is not None and not 0.0 <= float(value) < math.inf:
             raise ValueError(f"{name}={value} must be finite and not negative")
     steps = options.get("total_steps")
-    if steps is not None and not 0.0 < float(steps) < math.inf:
-        raise ValueError(f"total_steps={steps} must be positive and finite; leave it out if it is not known")
+    if steps is not None and not 1.0 <= float(steps) < math.inf:
+        raise ValueError(f"total_steps={steps} must be at least 1 and finite; leave it out if it is not known")
+    if not isinstance(options.get("maximize", False), bool | np.bool_ | int):
+        raise TypeError(f"maximize={options['maximize']!r} must be True or False")
 
 
 def check_choices(symmetry: Symmetry | str, nan_policy: str, state_dtype: torch.dtype | None) -> None:
@@ -275,14 +427,11 @@ def check_choices(symmetry: Symmetry | str, nan_policy: str, state_dtype: torch.
         raise ValueError(f"symmetry={symmetry!r} is unknown; it is a Symmetry, 'infer' or 'independent'")
 
 
-def warn_of_habit(lr: float | Tensor) -> None:
-    """Warn of a learning rate as of other optimizers, where a rule sets its own, which ``lr`` multiplies."""
-    if 0 < float(lr) < 0.03:
-        warnings.warn(
-            f"NFNOpt: lr={float(lr):g} multiplies the rate that the rule sets itself, so steps are {1 / float(lr):.3g} "
-            "times shorter than it measures. Leave lr out (it is 1).",
-            stacklevel=3,
-        )
+def _is_number(value: Any) -> bool:
+    """Whether it is one real number: of Python, of NumPy, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+    return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
 
 
 def warn_of_end(step: int, total_steps: float) -> None:

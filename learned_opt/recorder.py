@@ -179,7 +179,7 @@ class ForwardRecorder:
     def _trained(self) -> list[Tensor]:
         optimizer = self._optimizer()
         groups = [] if optimizer is None else optimizer.param_groups
-        return [p for group in groups for p in group["params"] if not _is_integer(p)]
+        return [p for group in groups for p in group["params"] if _counts(p)]
 
     def _only(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the one call of a compiled module that is recorded."""
@@ -269,5 +269,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in module.modules())
 
 
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
+def _counts(tensor: Tensor) -> bool:
+    """Whether a module must have this tensor to be what is trained: no integers, nothing that is frozen elsewhere."""
+    trainable = tensor.is_floating_point() or tensor.is_complex()
+    return trainable and (tensor.requires_grad or tensor.device.type != "meta")

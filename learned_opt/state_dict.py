@@ -12,7 +12,8 @@ from torch import Tensor
 
 from learned_opt.buffers import Buffers
 from learned_opt.checkpoint import digest
-from learned_opt.params import Mode, NamedParam, ParamMap, match, named_params, plain_name
+from learned_opt.names import plain_name
+from learned_opt.params import Mode, NamedParam, ParamMap, match, named_params, renamed
 from learned_opt.rules.base import UpdateRule
 from learned_opt.symmetry import Symmetry, independent
 from learned_opt.text import listed
@@ -30,12 +31,14 @@ class Loaded(NamedTuple):
         known: the symmetry.
         state: slots of every tensor that has some.
         network: numbers of the whole network, by device.
+        total_steps: the horizon to go on with.
     """
 
     rule: UpdateRule
     known: ParamMap | Mode
     state: list[tuple[Tensor, dict[str, Tensor]]]
     network: dict[torch.device, dict[str, Tensor]]
+    total_steps: Any
 
 
 def loaded(
@@ -54,12 +57,13 @@ def loaded(
     """
     found = pop_identity(saved["param_groups"])
     entries = named_params(groups)
-    devices = dict.fromkeys(e.param.device for e in entries)
+    devices = dict.fromkeys(e.param.device for e in entries if e.has_data)
     return Loaded(
         saved_rule(found, rule),
         saved_symmetry(found, known, given, entries),
-        saved_state(saved, groups, rule),
+        saved_state(saved, groups, rule, ours=bool(found)),
         dict(zip(devices, saved_network(found), strict=False)),
+        own_horizon(groups, saved["param_groups"]),
     )
 
 
@@ -152,7 +156,7 @@ def saved_symmetry(
 
 
 def _plain(symmetry: Symmetry | Mode) -> Any:
-    return symmetry if isinstance(symmetry, str) else symmetry.to_dict()
+    return symmetry if isinstance(symmetry, str) else renamed(symmetry, plain_name, plain_name).to_dict()
 
 
 def saved_rule(saved: Mapping[str, Any], rule: UpdateRule) -> UpdateRule:
@@ -192,9 +196,12 @@ def saved_rule(saved: Mapping[str, Any], rule: UpdateRule) -> UpdateRule:
 
 # ------------------------------------------------------------------------------------ state by position
 def saved_state(
-    saved: Mapping[str, Any], groups: list[dict[str, Any]], rule: UpdateRule
+    saved: Mapping[str, Any], groups: list[dict[str, Any]], rule: UpdateRule, ours: bool
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """State to restore per parameter, checked against the parameters and the rule.
+
+    Other slots, of an optimizer that wraps this one, are none of it. ``ours`` says that it is known to be a state dict
+    of NFNOpt, in which some tensors may have such slots alone.
 
     Raises:
         ValueError: other names, shapes or slots.
@@ -215,8 +222,12 @@ def saved_state(
     for key, slots in saved["state"].items():
         if key in owners and slots:
             name, p = owners[key]
-            wrong += [f"{name}: {reason}" for reason in _unfit(p, slots, rule)]
-            restored.append((p, {k: _as_slot(x, p) for k, x in slots.items()}))
+            wanted = _slot_shapes(p, rule)
+            own = {k: x for k, x in slots.items() if k in wanted}
+            if ours and not own:  # only what a wrapper has put there
+                continue
+            wrong += [f"{name}: {reason}" for reason in _unfit(own, slots, wanted)]
+            restored.append((p, {k: _as_slot(x, p) for k, x in own.items()}))
     if wrong:
         raise ValueError(
             f"the state dict does not fit this optimizer:\n  {listed(wrong, chr(10) + '  ')}\n"
@@ -226,17 +237,37 @@ def saved_state(
     return restored
 
 
-def _unfit(p: Tensor, slots: Mapping[str, Any], rule: UpdateRule) -> list[str]:
-    expected = Buffers(rule, {"p": torch.empty_like(p, device="meta")}, independent({"p": p})).slots["p"]
-    found = {k: tuple(torch.as_tensor(x).shape) for k, x in slots.items()}
-    wanted = {k: tuple(x.shape) for k, x in expected.items()}
-    if found.keys() != wanted.keys():
-        return [f"slots {', '.join(sorted(found))} instead of {', '.join(sorted(wanted))}"]
+def _slot_shapes(p: Tensor, rule: UpdateRule) -> dict[str, tuple[int, ...]]:
+    slots = Buffers(rule, {"p": torch.empty_like(p, device="meta")}, independent({"p": p})).slots["p"]
+    return {k: tuple(x.shape) for k, x in slots.items()}
+
+
+def _unfit(own: Mapping[str, Any], slots: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if own.keys() != wanted.keys():
+        return [f"slots {', '.join(sorted(slots))} instead of {', '.join(sorted(wanted))}"]
+    found = {k: tuple(torch.as_tensor(x).shape) for k, x in own.items()}
     return [f"{k} has shape {found[k]} instead of {wanted[k]}" for k in found if found[k] != wanted[k]]
 
 
 def _as_slot(value: Any, param: Tensor) -> Tensor:
     return torch.as_tensor(value).to(param.device)
+
+
+def own_horizon(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Any:
+    """The ``total_steps`` to go on with: the optimizer's own, if it has any, else those of the state dict.
+
+    A warning says so where both have some and they differ.
+    """
+    own, other = groups[0]["total_steps"], saved[0].get("total_steps") if saved else None  # none: torch refuses
+    if own is None:
+        return other
+    if other is not None and float(own) != float(other):
+        warnings.warn(
+            f"NFNOpt: going on with total_steps={float(own):g} of this optimizer; the state dict was made with "
+            f"{float(other):g}.",
+            stacklevel=5,
+        )
+    return own
 
 
 def saved_network(saved: Mapping[str, Any]) -> Network:

@@ -66,7 +66,9 @@ def _fail(message: str) -> None:
 
 
 def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto") -> None:
-    """Meta-train by a recipe. 'train RECIPE --help' also lists the recipe's fields, all options.
+    """Meta-train by a recipe: demo, tiny, tbptt, pes, es, shipped, finetune, or one of your own.
+
+    'train RECIPE --help' also lists the recipe's fields, all options.
 
     Args:
         recipe: name of a recipe, or path of a .py file that defines recipe().
@@ -139,6 +141,7 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
     Args:
         folder: the --out of an evaluation, of a training, or of both.
     """
+    from meta_train.bench.output import show
     from meta_train.bench.report import report
     from meta_train.progress import draw_training
 
@@ -147,7 +150,7 @@ def report(folder: Path = Path("runs/evaluation"), /) -> None:
         print(f"written: {folder / 'training.png'}" if drawn else "no outer step is finished yet: nothing to draw")
         if not (folder / "runs.jsonl").exists():
             return
-    print(report(folder))
+    show(report(folder))
     written = ("report.md", "curves.png", "speedups.png", "profile.png", "seconds.png")
     print("written: " + ", ".join(str(folder / name) for name in written if (folder / name).exists()))
 
@@ -188,7 +191,10 @@ def throughput(recipe: str, /) -> None:
     found = recipe_named(recipe)
     from meta_train.throughput import throughput
 
-    print(throughput(found, families=_tables(recipe).get("families")))
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    print(throughput(found, families=_tables(recipe).get("families"), say=say))
 
 
 def demo(out: Path = Path("runs/demo"), workers: int = 2, steps: int = 300) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.utils.tensorboard import SummaryWriter
 
 from meta_train import jsonl
-from meta_train.bench.output import COLOURS, new_figure, write_figure
+from meta_train.bench.output import COLOURS, new_figure, progress_bar, write_figure
 from meta_train.processes import under_torchrun
 
 
@@ -104,13 +104,7 @@ class Reporter(contextlib.AbstractContextManager["Reporter"]):
         self.log = path.open("a", buffering=1)  # whole lines, also when killed
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=self.console)
+            self.bar = progress_bar(self.console)
             self.bar.add_task("meta-training", total=self.total, completed=step)
             self.bar.start()
 

@@ -46,8 +46,9 @@ def throughput(
     *,
     rules: Mapping[str, Callable[[], UpdateRule]] | None = None,
     families: Mapping[str, TaskFamily] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Throughput:
-    """Measure one estimator call per family of the recipe, after one to warm up.
+    """Measure one estimator call per family of the recipe, after one to warm up; ``say`` is told the progress.
 
     Raises:
         RecipeError: a rule or a family that the tables lack.
@@ -61,10 +62,14 @@ def throughput(
     recipe = replace(recipe, curriculum=0.0)
     rows = {}
     for number, family in enumerate(recipe.families):
+        at = f"{family} ({number + 1} of {len(recipe.families)})"
+        say(f"{at}: warming up")
         worker = estimate(recipe, rule, theta, families, Worker(number, family), 0).worker
+        say(f"{at}: measuring")
         start = time.perf_counter()
         timed = estimate(recipe, rule, theta, families, worker, 1)
         seconds = time.perf_counter() - start
+        say(f"{at}: {timed.metrics['particle_steps'] / seconds:.0f} particle-steps/s; counting operations")
         with FlopCounterMode(display=False) as counter:
             counted = estimate(recipe, rule, theta, families, worker, 1)
         assert worker.unroll is not None

@@ -372,8 +372,13 @@ def _cached_images(name: str, data: Path, shift: int, download: bool) -> Crops:
 
 @functools.cache
 def handwriting(data: Path | None, shift: int = 1) -> Crops:
-    """Digits [1, 28, 28]: MNIST if the folder has it in IDX format, else scikit-learn's 8 x 8 ones, enlarged."""
-    if data is not None and has_idx("MNIST", data):
+    """Digits [1, 28, 28]: MNIST of the folder, in IDX format; without a folder scikit-learn's 8 x 8 ones, enlarged.
+
+    Raises:
+        FileNotFoundError: the folder has no MNIST.
+    """
+    if data is not None:
+        require_idx("MNIST", data)
         return images("MNIST", data, shift=shift)
     small = digits(shift=0)
 
@@ -386,6 +391,16 @@ def handwriting(data: Path | None, shift: int = 1) -> Crops:
 def has_idx(name: str, data: Path | str) -> bool:
     """Whether `data` has IDX files of `name`, so that `images` needs no torchvision."""
     return _idx_pair(Path(data) / name.lower(), "t10k") is not None
+
+
+def require_idx(name: str, data: Path | str) -> None:
+    """Raises FileNotFoundError if `data` has no IDX files of `name`: other data in their place would go unseen."""
+    if not has_idx(name, data):
+        raise FileNotFoundError(
+            f"the data folder {data} has no {name}: {name.lower()}/t10k-images-idx3-ubyte and -labels-idx1-ubyte (or "
+            ".gz). Put them there, or leave the data folder out (--data, LEARNED_OPT_DATA): then a stand-in of "
+            "scikit-learn's is used."
+        )
 
 
 def _read_idx_folder(folder: Path) -> tuple[Labelled, Labelled] | None:

@@ -33,16 +33,23 @@ class Corpus:
 
 @functools.cache
 def corpus(folder: Path | None) -> Corpus:
-    """AG News of the folder (its test rows: 6,800 to train, 800 held out, 4 classes), else paragraphs of help texts.
+    """AG News of the folder (its test rows: 6,800 to train, 800 held out, 4 classes), without one paragraphs of help
+    texts.
 
     The help texts are labelled by the quarter of the alphabet that their topic is in (of the list of topics); every
     ninth of their paragraphs is held out.
 
     Raises:
+        FileNotFoundError: the folder has no AG News.
         ValueError: a row of the file has not the three entries class, title and description.
     """
-    if folder is None or not (folder / NEWS).is_file():
+    if folder is None:
         return _help()
+    if not (folder / NEWS).is_file():
+        raise FileNotFoundError(
+            f"the data folder {folder} has no AG News: {NEWS}. Put it there, or leave the data folder out (--data, "
+            "LEARNED_OPT_DATA): then Python's own help texts are used."
+        )
     with (folder / NEWS).open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or any(len(row) != 3 for row in rows):

@@ -348,6 +348,15 @@ _WITH_DATA: dict[str, Callable[[Folder], Task]] = {
     "robust-attention": _robust,
 }
 
+IMAGES, TEXTS = ("MNIST", "scikit-learn's digits, enlarged"), ("AG News", "Python's help texts")
+_SOURCES = {name: IMAGES if name.endswith("handwriting") else TEXTS for name in _WITH_DATA}
+
+
+def source_of(task: str, folder: Folder = None) -> str:
+    """What the data of a task of HELD_OUT are called where they depend on the data folder, else an empty text."""
+    return _SOURCES[task][data_dir(folder) is None] if task in _SOURCES else ""
+
+
 HELD_OUT: dict[str, Callable[[], Task]] = {
     "mlp-wide": _mlp_wide,
     "mlp-deep": _mlp_deep,
@@ -364,7 +373,7 @@ HELD_OUT: dict[str, Callable[[], Task]] = {
     "policy-pendulum": _pendulum,
     **{name: partial(make, None) for name, make in _WITH_DATA.items()},
 }
-"""Those of `_WITH_DATA` use MNIST and AG News where the folder LEARNED_OPT_DATA has them; see docs/tasks.md."""
+"""Those of `_WITH_DATA` use MNIST and AG News of the folder LEARNED_OPT_DATA, if it is set; see docs/tasks.md."""
 
 
 def held_out(folder: Folder = None) -> dict[str, Callable[[], Task]]:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -334,7 +335,19 @@ def test_integer_tensors_are_passed_over():
         ({"total_steps": float("inf")}, ValueError, "total_steps=inf"),
         ({"total_steps": "100"}, TypeError, "total_steps='100'"),
         ({"lr": "1"}, TypeError, "lr='1'"),
+        ({"lr": True}, TypeError, "lr=True"),
+        ({"lr": None}, TypeError, "lr=None"),
+        ({"lr": torch.tensor(True)}, TypeError, "lr=tensor"),
+        ({"lr": torch.tensor(1j)}, TypeError, "lr=tensor"),
+        ({"lr": [1.0]}, TypeError, "lr=.*of type list"),
+        ({"weight_decay": False}, TypeError, "weight_decay=False"),
+        ({"weight_decay": np.bool_(True)}, TypeError, "weight_decay=.*True"),
+        ({"total_steps": True}, TypeError, "total_steps=True"),
+        ({"total_steps": 0.5}, ValueError, "total_steps=0.5"),
+        ({"maximize": "no"}, TypeError, "maximize='no'"),
         ({"rule": "adamw2"}, ValueError, "adamw2"),
+        ({"rule": "muon"}, ValueError, "unknown rule 'muon'"),
+        ({"rule": "nfn-permutation"}, ValueError, "unknown rule 'nfn-permutation'"),
         ({"nan_policy": "ignore"}, ValueError, "nan_policy"),
     ],
 )
@@ -344,10 +357,12 @@ def test_wrong_arguments_are_refused(options, error, match):
         NFNOpt(options.pop("params"), **options)
 
 
-@pytest.mark.parametrize("group", [{"lr": -1.0}, {"weight_decay": -1.0}, {"total_steps": 7}, {"lr": torch.ones(2)}])
+@pytest.mark.parametrize(
+    "group", [{"lr": -1.0}, {"lr": True}, {"weight_decay": -1.0}, {"total_steps": 7}, {"lr": torch.ones(2)}]
+)
 def test_wrong_options_of_a_group_are_refused(group):
     optimizer = NFNOpt([nn.Parameter(torch.ones(2))], rule=Adam(), total_steps=5)
-    with pytest.raises(ValueError):
+    with pytest.raises((ValueError, TypeError)):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **group})
     assert len(optimizer.param_groups) == 1
 
@@ -396,8 +411,8 @@ def test_a_run_that_outlasts_its_horizon_is_told_once_also_after_a_resume():
     with warnings.catch_warnings(action="error"):
         train(model, again, 1)
         train(model, make("adam", model, total_steps=1), 2)  # has no schedule
-    later = make("auto_lr", model, total_steps=100)
-    later.load_state_dict(again.state_dict())  # whose horizon it takes, as torch has it
+    later = make("auto_lr", model, total_steps=None)
+    later.load_state_dict(again.state_dict())
     with pytest.warns(UserWarning, match="step 6, but total_steps=3"):
         train(model, later, 1)
     later.param_groups[0]["total_steps"] = 6

@@ -337,7 +337,8 @@ def test_two_optimizers_may_share_a_model(asked, said):
     model(batch()).sum().backward()
     first.step()
     second.step()
-    assert [c[0] for c in asked] == [model, model] and not said(logging.WARNING)
+    assert [c[0] for c in asked] == [model] and not said(logging.WARNING)
+    assert len(said(logging.INFO)) == 2  # the symmetry and its note
     assert names(first) == ["body.0.weight", "body.0.bias"] and names(second) == ["head.weight", "head.bias"]
     assert first.symmetry == second.symmetry and len(first.symmetry.specs) == 4
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tasks import data, mlp, suites
+from tasks.zoo import sources
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -187,16 +188,41 @@ def test_mnist_with_its_training_files(tmp_path):
     assert torch.equal(source.held_x[:, 0], written["t10k"][0])
 
 
-def test_handwriting_is_mnist_where_the_folder_has_it(tmp_path):
-    small = data.handwriting(tmp_path)
+def test_handwriting_is_mnist_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
+    small = data.handwriting(None)
     assert small.canvas.shape == (1500, 1, 30, 30) and small.held_x.shape == (297, 1, 28, 28)
     assert 200 < small.canvas.max() <= 240 and small.canvas.dtype == torch.uint8
     folder = tmp_path / "data"
     x, _ = write_mnist(folder, ".gz")["t10k"]
     assert torch.equal(data.handwriting(folder).held_x, data.images("MNIST", folder).held_x)
     tasks = suites.held_out(folder)
-    there, here = (make["mlp-handwriting"]() for make in (tasks, suites.held_out(tmp_path)))
+    there, here = (make["mlp-handwriting"]() for make in (tasks, suites.held_out()))
     assert not torch.equal(there.held_out()[0][:5], here.held_out()[0][:5])
+
+
+@pytest.mark.parametrize("named", ["option", "environment"])
+def test_a_data_folder_without_the_data_is_refused(named, tmp_path, monkeypatch):
+    """What stands in for them where no folder is named would go unseen."""
+    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path))
+    folder = tmp_path if named == "option" else None
+    tasks = suites.held_out(folder)
+    for name, make in tasks.items():
+        if suites.source_of(name, folder):
+            with pytest.raises(FileNotFoundError, match=r"has no (MNIST|AG News): .*leave the data folder out"):
+                make()
+    with pytest.raises(FileNotFoundError, match="has no MNIST"):
+        sources.images(folder)
+
+
+def test_sources_are_called_by_what_the_folder_makes_of_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
+    assert {suites.source_of(n) for n in suites.HELD_OUT} == {
+        "",
+        "scikit-learn's digits, enlarged",
+        "Python's help texts",
+    }
+    assert {suites.source_of(n, tmp_path) for n in suites.HELD_OUT} == {"", "MNIST", "AG News"}
 
 
 def test_folder_errors_say_what_to_do(tmp_path, monkeypatch):

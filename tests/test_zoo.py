@@ -341,6 +341,10 @@ def test_the_command_line_makes_and_describes(tmp_path, monkeypatch, capsys):
         main(["describe", str(tmp_path)])
     with pytest.raises(SystemExit, match="LEARNED_OPT_DATA"):
         main(["transformer", "--task", "ag_news", "--out", str(tmp_path / "text")])
+    with pytest.raises(SystemExit, match="count must be 1 or more, not 0"):
+        main(["inr", "--count", "0", "--out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="has no MNIST"):
+        main(["inr", "--count", "3", "--out", str(tmp_path / "none"), "--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: checkpoints 60, 200, 600"):
         main(["cnn", "--steps", "100", "--out", str(tmp_path / "cnn")])
 

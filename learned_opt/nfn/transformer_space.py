@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learned_opt.names import plain_name
 from learned_opt.nfn.equivariant_basis import Dim, Dims
 from learned_opt.symmetry import SymmetryError
 
@@ -321,11 +322,12 @@ def zoo_spec(state: Mapping[str, Tensor], heads: int = 2, stream: Stream = "bloc
     vectors) are alike in all networks and are left out.
 
     Args:
-        state: of one network, without batch.
+        state: of one network, without batch; wrappers' prefixes are left out of the names.
         heads: number of heads; the zoo's networks have 2.
         stream: ``block`` for the published networks, which have no residual connections; their positions are fixed
             sinusoids, so with residual connections it is ``fixed``.
     """
+    state = {plain_name(n): x for n, x in state.items()}
     _need(state, "encoder.0.attention.queries.weight", "encoder.0.fc1.weight", "classifier.fc1.weight")
     names = tuple(
         BlockNames(
@@ -369,6 +371,7 @@ def task_spec(state: Mapping[str, Tensor], heads: int) -> TransformerSpec:
     Names: ``blocks.N.attn.qkv`` (or ``q``, ``k``, ``v``) and ``proj``, ``blocks.N.{ln1,ln2,fc1,fc2}``, ``embed``,
     ``pos``, ``ln_f``, ``head``, projections biased.
     """
+    state = {plain_name(n): x for n, x in state.items()}
     _need(state, "blocks.0.attn.proj.bias", "blocks.0.fc1.weight", "embed.weight", "head.weight", "pos")
     fused = "blocks.0.attn.qkv.weight" in state
     depth = _indices(state, r"blocks\.(\d+)\.")

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from learned_opt.names import known_names
+from learned_opt.recorder import unwrapped
 from learned_opt.symmetry import plot, table
 from learned_opt.symmetry.axes import Leaf, choices, lay, map_leaves
-from learned_opt.symmetry.labels import STATISTICS, AxisLabels, Label, Role, Spec, base_dim
-from learned_opt.text import counted
+from learned_opt.symmetry.labels import STATISTICS, AxisLabels, Label, Role, Spec, SymmetryError, base_dim
+from learned_opt.text import counted, listed
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,16 @@ class Symmetry(AxisLabels):
         return x
 
     def act(self, g: Element, weights: Mapping[str, Tensor], *, dual: bool = False) -> dict[str, Tensor]:
-        """``g . weights`` (tensors that the symmetry does not name pass through).
+        """``g . weights`` (tensors that the symmetry does not name, up to wrappers' prefixes, pass through).
 
         With ``dual=True`` the contragredient action, by which gradients and momenta transform.
         """
         moved = {}
-        for name, tensor in weights.items():
+        names = known_names(weights, self.specs)
+        for given, tensor in weights.items():
+            name = names[given]
             if name not in self.specs:
-                moved[name] = tensor
+                moved[given] = tensor
                 continue
             pieces = self.pieces(name, tensor)
             out = []
@@ -111,7 +116,7 @@ class Symmetry(AxisLabels):
                 leaves = tuple(leaf for part in choice for leaf in part)
                 piece = self._permute(g, piece, [leaf.label for leaf in leaves])
                 out.append(self._scale(g, piece, leaves, dual))
-            moved[name] = self.assemble(name, out)
+            moved[given] = self.assemble(name, out)
         return moved
 
     def compose(self, a: Element, b: Element) -> Element:
@@ -153,7 +158,8 @@ class Symmetry(AxisLabels):
         *inputs: Any,
         samples: int = 3,
         generator: torch.Generator | None = None,
-        output: Callable[[Any], Tensor] | None = None,
+        output: Callable[[Any], Any] | None = None,
+        keywords: Mapping[str, Any] | None = None,
     ) -> float:
         """Largest relative change of the function under random group elements, in float64 at random weights.
 
@@ -161,34 +167,53 @@ class Symmetry(AxisLabels):
         buffers stay as they are: a mask or a table of positions is part of the function.
 
         Args:
-            model: left as it is; a float64 copy is used, in its training or evaluation mode.
-            inputs: example inputs; floating ones are cast to float64.
+            model: left as it is; a float64 copy is used, in its training or evaluation mode. It may be wrapped.
+            inputs: example inputs, tensors or trees of them; floating ones are cast to float64.
             samples: number of random group elements.
             generator: source of the weights and of the group elements; default: seeded with 0.
-            output: picks the tensor to compare from what the model returns; default: that tensor itself.
+            output: picks what to compare from what the model returns; default: all of it.
+            keywords: example keyword inputs.
 
         Returns:
-            ``max |f(g.W) - f(W)| / max |f(W)|``: about 1e-15 for a true symmetry, NaN where f is zero,
-            infinite or NaN.
+            ``max |f(g.W) - f(W)| / max |f(W)|``, the largest over the tensors of f (a tuple, a dict, any pytree): about
+            1e-15 for a true symmetry, NaN where f is zero, infinite or NaN.
+
+        Raises:
+            SymmetryError: the model lacks tensors that are described, has them in another shape, or returns none.
         """
         generator = generator or torch.Generator().manual_seed(0)
         output = output or (lambda y: y)
-        model = copy.deepcopy(model).double()
-        inputs = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        model = copy.deepcopy(unwrapped(model)).double()
+        inputs, kwargs = pytree.tree_map(_wide, (inputs, dict(keywords or {})))
         weights = {n: w.detach() for n, w in model.named_buffers()}
-        moving = {n: w for n, w in weights.items() if n in self.specs or n.rpartition(".")[2] in STATISTICS}
+        here = {*weights, *dict(model.named_parameters())}
+        names = {known: n for n, known in known_names(here, self.specs).items() if known in self.specs}
+        if missing := [n for n in self.specs if n not in names]:
+            raise SymmetryError(f"the model has no {listed(missing)}, which the symmetry describes")
+        described = {*names.values()}
+        moving = {n: w for n, w in weights.items() if n in described or n.rpartition(".")[2] in STATISTICS}
         moving = dict(model.named_parameters()) | moving
         weights |= {n: randomised(w.detach(), generator) for n, w in moving.items()}
-        self.validate({n: w for n, w in weights.items() if n in self.specs})
+        own = {known: weights[n] for known, n in names.items()}
+        self.validate(own)
 
-        def evaluate(w: dict[str, Tensor]) -> Tensor:
-            fresh = {n: x.clone() for n, x in w.items()}  # running statistics are updated in place
+        def evaluate(moved: Mapping[str, Tensor]) -> list[Tensor]:
+            fresh = weights | {names[known]: x for known, x in moved.items()}
+            fresh = {n: x.clone() for n, x in fresh.items()}  # running statistics are updated in place
             with torch.no_grad():
-                return output(torch.func.functional_call(model, fresh, inputs))
+                found = pytree.tree_leaves(output(torch.func.functional_call(model, fresh, inputs, kwargs)))
+            return [x if x.is_complex() else x.double() for x in found if isinstance(x, Tensor) and x.numel()]
 
-        reference = evaluate(weights)
-        moved = torch.stack([evaluate(self.act(self.sample(generator), weights)) for _ in range(samples)])
-        return ((moved - reference).abs().max() / reference.abs().max()).item()
+        reference = evaluate(own)
+        if not reference:
+            raise SymmetryError(f"{type(model).__name__} returns no tensor that could be compared: pass output=")
+        errors = [
+            (a - b).abs().max() / b.abs().max()
+            for _ in range(samples)
+            for a, b in zip(evaluate(self.act(self.sample(generator), own)), reference, strict=True)
+            if a.any() or b.any()  # NaN is not nothing
+        ]
+        return torch.stack(errors).max().item() if errors else math.nan
 
     # -- for people
     def __str__(self) -> str:
@@ -211,6 +236,10 @@ class Symmetry(AxisLabels):
 
 
 # --------------------------------------------------------------------------------------------- helpers
+def _wide(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
 def randomised(x: Tensor, generator: torch.Generator) -> Tensor:
     """A tensor near ``x`` without its initial regularities (zero biases, unit gains); what is positive stays so."""
     if not x.is_floating_point():

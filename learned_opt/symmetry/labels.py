@@ -31,6 +31,7 @@ Kind = Literal["positive", "sign", "real"]
 Shape = tuple[int, ...]
 
 STATISTICS = ("running_mean", "running_var")  # that a symmetry may describe, and no optimizer has
+UNKNOWN = "is not known: the axes that meet it are fixed"  # how a note on an operator ends
 
 
 class SymmetryError(ValueError):

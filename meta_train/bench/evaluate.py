@@ -23,7 +23,7 @@ from meta_train.bench.jobs import do_missing, job_progress, pool
 from meta_train.bench.optimizers import OPTIMIZERS, MakeOptimizer, optimizer_named
 from meta_train.bench.outcomes import REFERENCE, Outcome, job, outcomes, search_horizon, timing_job, tuned_rate
 from meta_train.bench.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
-from meta_train.bench.suites import suite_named, task_fingerprint, task_named
+from meta_train.bench.suites import source_of, suite_named, task_fingerprint, task_named
 from meta_train.bench.timing import Contender, TimingJob, Timings, TimingStore, time_steps
 from meta_train.errors import UnknownName, UsageError, at_least_one
 from meta_train.symmetries import inferred_symmetry, symmetry_of
@@ -131,7 +131,8 @@ def make_plan(
     for name in tasks or suite_named(suite, data):
         task = task_named(suite, name, data, steps)
         check_ceiling(task)
-        infos[name] = PlannedTask(task.steps, float(task.ceiling), task_fingerprint(task))
+        source = source_of(suite, name, data)
+        infos[name] = PlannedTask(task.steps, float(task.ceiling), task_fingerprint(task), source)
     return Plan(suite, infos, planned, seeds, min(tuning_seeds, seeds), tuple(dict.fromkeys(pairs)))
 
 

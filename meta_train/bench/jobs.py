@@ -186,11 +186,12 @@ def job_progress(say: Callable[[str], None] | None) -> Iterator[JobProgress]:
         yield JobProgress(say)
         return
     from rich.console import Console
-    from rich.progress import Progress
+
+    from meta_train.bench.output import progress_bar
 
     console = Console()
     if not console.is_terminal:
         yield JobProgress(partial(print, flush=True))
         return
-    with Progress(console=console) as bar:
+    with progress_bar(console) as bar:
         yield JobProgress(bar.console.print, bar)

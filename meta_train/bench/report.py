@@ -10,7 +10,7 @@ import numpy as np
 from learned_opt.checkpoint import write_atomically
 from meta_train.bench.curves import CAP, iqm, iqm_interval
 from meta_train.bench.outcomes import HORIZON_CAP, REFERENCE, Outcome, by_task, of_label, outcomes, ranked
-from meta_train.bench.output import table
+from meta_train.bench.output import duration, table
 from meta_train.bench.pictures import draw_curves, draw_profile, draw_seconds, draw_speed_ups
 from meta_train.bench.store import Plan, Store
 from meta_train.bench.timing import PERIOD, WARM_UP, StepSeconds, TimingStore
@@ -39,10 +39,8 @@ def report(folder: Path) -> str:
             f"{len(store.runs)} runs in {folder}, but no optimizer has all that its measures need. "
             "Run the same evaluate command again: it goes on where it stopped."
         )
-    hours = sum(c.cpu_seconds for c in store.runs.values()) / 3600
-    text = (
-        markdown(store.plan, found) + f"\n{len(store.runs)} runs: {hours:.1f} hours of processor time in their steps.\n"
-    )
+    used = duration(sum(c.cpu_seconds for c in store.runs.values()))
+    text = markdown(store.plan, found) + f"\n{len(store.runs)} runs: {used} of processor time in their steps.\n"
     write_atomically(folder / "report.md", text.encode())
     draw_curves(store.plan, found, folder / "curves.png")
     draw_speed_ups(store.plan, found, folder / "speedups.png")
@@ -63,7 +61,7 @@ def markdown(plan: Plan, found: Sequence[Outcome]) -> str:
             f"**Incomplete: {len(found)} of {expected} (task, optimizer, seed) are there.**",
             "",
         ]
-    parts += [summary_table(plan, found), "", _legend(plan, found), ""]
+    parts += [summary_table(plan, found), "", *_data(plan), _legend(plan, found), ""]
     parts += ["## Speed-up per task (median over seeds)", "", speed_up_table(plan, found), ""]
     for label, other in plan.horizon:
         parts += [f"## Horizon speed-up of {label} over {other} (median over seeds)", ""]
@@ -77,6 +75,16 @@ def markdown(plan: Plan, found: Sequence[Outcome]) -> str:
     parts += ["## Best held-out loss per task", "", loss_table(plan, found, "best_held_out"), ""]
     parts += ["## Learning rates", "", rate_table(plan, found), ""]
     return "\n".join(parts)
+
+
+def _data(plan: Plan) -> list[str]:
+    """A line on the data of those tasks whose data depend on a folder."""
+    by_source: dict[str, list[str]] = {}
+    for name, task in plan.tasks.items():
+        if task.source:
+            by_source.setdefault(task.source, []).append(name)
+    parts = [f"{source} ({', '.join(names)})" for source, names in by_source.items()]
+    return [f"Data: {'; '.join(parts)}.", ""] if parts else []
 
 
 def summary_table(plan: Plan, found: Sequence[Outcome]) -> str:

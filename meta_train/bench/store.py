@@ -18,6 +18,7 @@ class PlannedTask:
     steps: int
     ceiling: float
     fingerprint: str
+    source: str = ""  # what its data are called, where they depend on the data folder
 
 
 @dataclass(frozen=True)

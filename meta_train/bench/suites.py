@@ -48,13 +48,23 @@ def _makes(value: Any) -> bool:
     return True
 
 
+def source_of(suite: str, name: str, data: str | None = None) -> str:
+    """What the data of a task are called, where they depend on the data folder; else an empty text."""
+    from tasks import suites
+
+    return suites.source_of(name, data) if suite == "HELD_OUT" else ""
+
+
 @lru_cache(maxsize=64)
 def task_named(suite: str, name: str, data: str | None = None, steps: int | None = None) -> Any:
     """Build a task of a suite; ``steps`` replaces its own horizon."""
     table = suite_named(suite, data)
     if name not in table:
         raise UnknownName(f"unknown task {name!r} in {suite}. Valid tasks: {', '.join(table)}.")
-    task = table[name]()
+    try:
+        task = table[name]()
+    except FileNotFoundError as error:  # of the data folder
+        raise UsageError(f"{name}: {error}") from None
     if steps is not None:
         task = copy.copy(task)
         task.steps = steps

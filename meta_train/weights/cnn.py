@@ -18,6 +18,7 @@ from torch import Tensor
 
 from learned_opt import Symmetry, infer_symmetry
 from learned_opt.nfn import Chain, Fit, WeightSpacePredictor
+from meta_train.bench.output import show
 from meta_train.errors import at_least_one
 from meta_train.weights.runs import (
     Grid,
@@ -105,14 +106,20 @@ DEFAULTS = Settings()
 def whole_zoo(folder: Path, activation: zoos.Activation, count: int, data: Path | None = None) -> Zoo:
     """All checkpoints of the first ``count`` networks of a zoo of CNNs; makes what is missing or damaged.
 
-    A zoo.safetensors that is there stays, as it may be of more networks.
+    A finished zoo is not made larger.
 
     Raises:
-        ZooError: the folder holds a zoo of other networks.
+        ZooError: the folder holds a zoo of other networks, or a finished one of another number of networks.
     """
     settings, chunk = recipe(folder, activation)
     zoo = chunks.load(folder, count, chunk)
     if zoo is None:
+        there = chunks.made(folder)
+        if (folder / "zoo.safetensors").is_file() and there not in (0, count):
+            raise ZooError(
+                f"{folder} holds a finished zoo of {there} networks, not of {count}. Give --count {there}, or another "
+                "folder for a zoo of another size."
+            )
         if not (folder / "zoo.safetensors").is_file():
             zoos.make(settings, folder, count, data, chunk)
         zoo = zoos.every_checkpoint(settings, folder, count, data, chunk)
@@ -259,6 +266,8 @@ def generalisation(
     activations = list(dict.fromkeys(DATASETS[d][0] for d in datasets))
     for activation in activations:  # a wrong folder is named before another zoo is generated
         recipe(folders[activation], activation)
+        if (folders[activation] / "zoo.safetensors").is_file():
+            whole_zoo(folders[activation], activation, settings.count, data)
     digests = {a: zoo_digest(whole_zoo(folders[a], a, settings.count, data)) for a in activations}
     jobs = [replace(job, settings={**job.settings, "zoo": digests[DATASETS[job.dataset][0]]}) for job in jobs]
     work = partial(run_job, folders=folders, device=grid.device)
@@ -298,4 +307,4 @@ def report(out: Path, runs: Sequence[Run], settings: Settings) -> None:
         if part:
             path, lines = out / f"{activation}.png", activation == "relu"
             draw(path, part, PUBLISHED, label="Kendall's tau", lines=lines, titles=TITLES)
-    print(text)
+    show(text)

@@ -21,6 +21,7 @@ from learned_opt import infer_symmetry
 from learned_opt.checkpoint import write_atomically
 from learned_opt.nfn import Chain, EquivariantNFN, InvariantNFN, TransformerFeatures, TransformerNFN, inr_classifier
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
+from meta_train.bench.output import show
 from meta_train.bench.output import table as markdown_table
 from meta_train.errors import UsageError
 from meta_train.weights.runs import Grid, Job, Measures, Run, cells, draw, run_grid
@@ -230,4 +231,4 @@ def efficiency(grid: Annotated[Grid, tyro.conf.arg(name="")]) -> None:
     methods, tasks = grid.choose(names, list(MODELS))
     jobs = [Job(m, t, s) for s in range(grid.seeds) for t in tasks for m in MODELS[t] if m in methods]
     runs = run_grid(jobs, run_job, grid.out / "runs.jsonl", workers=1)  # others would share the processor
-    print(write(grid.out, runs))
+    show(write(grid.out, runs))

@@ -35,7 +35,7 @@ from learned_opt.nfn import (
 )
 from learned_opt.nfn.fit.builders import make_editor, make_predictor
 from meta_train.bench.jobs import short_hash
-from meta_train.bench.output import new_figure, write_figure
+from meta_train.bench.output import new_figure, show, write_figure
 from meta_train.errors import at_least_one
 from meta_train.weights.runs import (
     Grid,
@@ -236,6 +236,7 @@ def classification(
         count: images of a zoo that has to be generated.
         data: folder with mnist/ in IDX format, for the generation; default: LEARNED_OPT_DATA, else digits.
     """
+    at_least_one(count=count)
     networks = zoo_of(zoo, count, data)[1]
     named = {**asdict(settings), "zoo": zoo_digest(networks)}
     jobs = chosen(grid, {key: asdict(method) for key, method in CLASSIFIERS.items()}, named)
@@ -248,7 +249,7 @@ def classification(
         grid.out, runs, "accuracy", title=title, note=note, published=PUBLISHED, digits=1, titles=TITLES, about=about
     )
     draw(grid.out / "picture.png", cells(runs, "accuracy"), PUBLISHED, label="test accuracy, %", titles=TITLES)
-    print(text)
+    show(text)
 
 
 def chosen(grid: Grid, known: Mapping[tuple[str, str], Any], settings: Mapping[str, Any]) -> list[Job]:
@@ -457,6 +458,7 @@ def editing(
         count: images of a zoo that has to be generated.
         data: folder with mnist/ in IDX format; default: LEARNED_OPT_DATA, else digits.
     """
+    at_least_one(count=count)
     networks = zoo_of(zoo, count, data)[1]
     edited_images(next(iter(EDITS)), networks, data)  # says early if they do not belong together
     named = {**asdict(settings), "zoo": zoo_digest(networks)}
@@ -472,4 +474,4 @@ def editing(
     draw(grid.out / "picture.png", cells(runs, "mse"), EDIT_PUBLISHED, label="mean square error")
     for name in dict.fromkeys(run.job.dataset for run in runs):
         draw_examples(grid.out, name, runs)
-    print(text)
+    show(text)

@@ -29,6 +29,7 @@ from learned_opt.nfn.fit.scores import Loss
 from learned_opt.nfn.models import head
 from learned_opt.nfn.transformer_invariants import transformer_invariants
 from learned_opt.nfn.transformer_space import TransformerSpec, zoo_spec
+from meta_train.bench.output import show
 from meta_train.errors import at_least_one
 from meta_train.weights.runs import (
     Grid,
@@ -408,4 +409,4 @@ def report(out: Path, runs: Sequence[Run], settings: Settings) -> None:
     note = f"{NOTE} Rows to train, validate and test in the last split: {rows_text}."
     text = write_results(out, runs, "tau", title=title, note=note, published=PUBLISHED, titles=titles, about=about)
     draw(out / "picture.png", cells(runs, "tau"), PUBLISHED, label="Kendall's tau", titles=titles)
-    print(text)
+    show(text)

@@ -31,8 +31,10 @@ def generate(out: Path, count: int, chunk: int, settings: Mapping[str, Any], mak
         All chunks joined; `about` holds `settings` and the processor time in seconds.
 
     Raises:
-        ZooError: the folder holds a zoo with other settings.
+        ZooError: the folder holds a zoo with other settings, or the count is none.
     """
+    if count < 1:
+        raise ZooError(f"count must be 1 or more, not {count}.")
     _same_settings(out, {**settings, "chunk": chunk})
     parts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -51,6 +53,11 @@ def load(out: Path, count: int, chunk: int) -> Zoo | None:
         return Zoo.join([Zoo.load(path) for _, path in _files(out, count, chunk)])
     except (FileNotFoundError, ZooError):
         return None
+
+
+def made(out: Path) -> int:
+    """How many networks, from the first, the files in `out` are of."""
+    return max((int(path.stem.partition("-")[2]) for path in (out / "chunks").glob("*-*.safetensors")), default=0)
 
 
 def settings_of(out: Path) -> dict[str, Any]:

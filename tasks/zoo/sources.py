@@ -29,13 +29,17 @@ class Examples:
 
 
 def images(folder: Path | str | None = None) -> tuple[str, Tensor, Tensor]:
-    """Name, images [n, 1, size, size] float32 in [-1, 1] and labels [n]: MNIST if the data folder has it, else digits.
+    """Name, images [n, 1, size, size] float32 in [-1, 1] and labels [n]: MNIST of the data folder, without one digits.
 
     MNIST is what the folder's IDX files hold, training images first (28 x 28). The digits are scikit-learn's 1,797,
     enlarged to 16 x 16 by bilinear interpolation.
+
+    Raises:
+        FileNotFoundError: there is a data folder, but no MNIST in it.
     """
     found = suites.data_dir(folder)
-    if found is not None and data.has_idx("MNIST", found):
+    if found is not None:
+        data.require_idx("MNIST", found)
         source, name, white = data.images("MNIST", found, shift=0), "mnist", 255.0
     else:
         source, name, white = data.digits(shift=0), "digits", 16.0

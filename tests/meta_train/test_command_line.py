@@ -10,6 +10,7 @@ import pytest
 import learned_opt.__main__
 import meta_train.__main__
 from meta_train import jsonl
+from meta_train.recipes import RECIPES
 
 REFUSED = {
     # two optimizers of one label would be one row
@@ -17,6 +18,7 @@ REFUSED = {
     "evaluate --optimizers adam=muon": "the label 'adam' is the name of an optimizer",
     "evaluate --optimizers muon=sgdm muon": "the label 'muon' is the name of an optimizer",
     "evaluate --optimizers nfnopt=nfn:whitened_polar": "the label 'nfnopt' is the name of an optimizer",
+    "evaluate --optimizers nfn:nfn-permutation": "unknown rule 'nfn-permutation'",
     "evaluate --suite HELD_OUT --data nowhere": "the data folder nowhere does not exist",
     "evaluate --seeds 0": "seeds must be 1 or more, not 0",
     "evaluate --tuning-seeds 0": "tuning_seeds must be 1 or more, not 0",
@@ -28,6 +30,7 @@ REFUSED = {
     "evaluate --optimizers nfn:whitened_polar@lr=inf": "@lr=NUMBER, positive and finite",
     "evaluate --out a_file": "--out a_file: a_file is a file. Name a folder",
     "evaluate --out a_file/sub": "--out a_file/sub: a_file is a file. Name a folder",
+    "evaluate --suite HELD_OUT --tasks mlp-handwriting --data a_folder.json": "a_folder.json has no MNIST",
     "demo --workers 0": "workers must be 1 or more, not 0",
     "demo --steps 0": "steps must be 1 or more, not 0",
     "demo --out a_file": "a_file is a file. Name a folder",
@@ -61,6 +64,15 @@ def test_bad_input_is_one_line(folder, arguments):
         meta_train.__main__.main(shlex.split(arguments))
     text = str(error.value.code)
     assert text.startswith("error: ") and REFUSED[arguments] in text and "\n" not in text
+
+
+def test_help_lists_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        meta_train.__main__.main(["train", "--help"])
+    told = capsys.readouterr().out
+    assert all(f" {name}" in told for name in RECIPES)
+    with pytest.raises(SystemExit, match=f"unknown recipe 'shiped'.*{', '.join(RECIPES)}"):
+        meta_train.__main__.main(["train", "shiped"])
 
 
 @pytest.mark.parametrize(

@@ -444,7 +444,9 @@ def test_start_from_a_theta(tmp_path):
 
 
 def test_throughput_counts_the_products():
-    result = throughput(RECIPE, rules=TABLES["rules"], families=TABLES["families"])
+    told = []
+    result = throughput(RECIPE, rules=TABLES["rules"], families=TABLES["families"], say=told.append)
+    assert all(any(line.startswith(name) for line in told) for name in RECIPE.families)
     row = result.families["wide"]
     assert row["flop"] > 0 and row["rate"] > 0 and result.peak > row["flop"]
     assert "wide" in str(result)

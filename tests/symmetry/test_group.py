@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from learned_opt.params import renamed
 from learned_opt.symmetry import Element, Label, Role, Scale, Spec, Symmetry, SymmetryError, independent
 from learned_opt.symmetry.axes import Axis, Leaf, Prod, Sum
 
@@ -347,6 +349,47 @@ def test_check_of_a_function_without_a_size_is_nan() -> None:
     model, symmetry = two_layers(nn.ReLU(), "positive")
     assert math.isnan(symmetry.check(model, torch.full((2, 4), math.nan)))
     assert math.isnan(symmetry.check(model, torch.ones(2, 4), output=lambda y: 0 * y))
+
+
+class Returning(nn.Module):
+    """A two-layer network that hands over its output as ``kind`` says."""
+
+    def __init__(self, model: nn.Module, kind: Any) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x: Any, shift: Tensor | None = None) -> Any:
+        x = x["x"] if isinstance(x, dict) else x
+        y = self.model(x)
+        return self.kind(y, x, y if shift is None else y + shift)
+
+
+KINDS_OF_OUTPUT = {
+    "tuple": lambda y, x, z: (x, (y, None)),
+    "dict": lambda y, x, z: {"small": 1e-6 * y, "large": 1e6 * x, "n": 3},
+    "list": lambda y, x, z: [torch.zeros(3), z, y > 0, torch.empty(0, 2)],
+    "named": lambda y, x, z: torch.return_types.max((y, y.argmax(-1))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OUTPUT.values(), ids=KINDS_OF_OUTPUT)
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile, nn.DataParallel])
+def test_check_compares_all_that_a_model_returns_however_it_is_wrapped(kind: Any, wrap: Any) -> None:
+    x = torch.randn(16, 4, generator=seeded(1))
+    for claimed, holds in (("positive", True), ("sign", False)):
+        model, symmetry = two_layers(nn.ReLU(), claimed)
+        wrapped = wrap(Returning(model, kind))
+        with pytest.raises(SymmetryError, match="the model has no"):
+            symmetry.check(wrapped, x)
+        named = renamed(symmetry, lambda n: f"model.{n}", lambda n: n)
+        for found in (named.check(wrapped, {"x": x}), named.check(wrapped, x, keywords={"shift": x[:, :1]})):
+            assert found < 1e-12 if holds else found > 1e-9
+
+
+def test_check_wants_something_to_compare() -> None:
+    model, symmetry = two_layers(nn.ReLU(), "positive")
+    with pytest.raises(SymmetryError, match="returns no tensor"):
+        symmetry.check(model, torch.ones(2, 4), output=lambda y: object())
 
 
 # ---------------------------------------------------------------------------------- what is refused

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.nfn.chain import Features
-from learned_opt.nfn.features import unstack
 from learned_opt.nfn.fit.builders import make_editor
 from learned_opt.nfn.fit.fitting import Fitted, Weights
-from learned_opt.nfn.fit.scores import check_finite
-from learned_opt.nfn.fit.weight_spaces import Data, Space, States
+from learned_opt.nfn.fit.scores import check_finite, warned
+from learned_opt.nfn.fit.weight_spaces import Data, Space, States, replaced
 
 
 class WeightSpaceEditor(Fitted):
@@ -81,16 +80,27 @@ class WeightSpaceEditor(Fitted):
         return {"loss": total / len(targets)}
 
     def edit_stacked(self, states: States) -> Weights:
-        """Edited weights as ``{name: [networks, *shape]}`` on the CPU."""
+        """Edited weights as ``{name: [networks, *shape]}`` on the CPU, by the names of the weight space.
+
+        Raises:
+            RuntimeError: nothing was fitted.
+        """
+        self._need_fit()
         table = self._table(states)
         self.module.eval()
         count = len(next(iter(table.values())))
         edited = self._chunks(lambda part: self._edited(self._features(part)), table, count)
-        return {n: x.cpu() for n, x in edited.items()}
+        return warned({n: x.cpu() for n, x in edited.items()})
 
     def edit(self, states: States) -> list[Weights]:
-        """Edited state_dicts, one per network."""
-        return unstack({n: x.unsqueeze(1) for n, x in self.edit_stacked(states).items()})
+        """Edited state_dicts, one per network, which the network loads: with all names and tensors that its own has.
+
+        A tensor that the weight space does not describe is as it was.
+
+        Raises:
+            RuntimeError: nothing was fitted.
+        """
+        return replaced(states, self.edit_stacked(states))
 
     @classmethod
     def load(
@@ -110,4 +120,5 @@ class WeightSpaceEditor(Fitted):
         found = cls(**arguments, loss=loss)
         found.module.load_state_dict(tensors)
         found.module.eval()
+        found.ready = True
         return found

@@ -4,6 +4,8 @@
 """
 
 import json
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from learned_opt.checkpoint import CheckpointError, digest, write_atomically
 from learned_opt.nfn.chain import Chain, Features
+from learned_opt.nfn.fit.scores import OVERFLOW
 from learned_opt.nfn.fit.training import Fit, MakeOptimizer, read_tensors, train
 from learned_opt.nfn.fit.weight_spaces import (
     Data,
@@ -65,6 +68,7 @@ class Fitted(ABC):
         self.space, self.kind, self.options, self.own = space, kind, options, module is not None
         self.seed = seed
         self.history: list[dict[str, float]] = []
+        self.ready = self.own  # whether there is something to predict with: a module of one's own may be fitted already
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.module = module if module is not None else self._make()
@@ -201,20 +205,25 @@ class Fitted(ABC):
             held_data, held_targets = self._prepared(held[0]), self._placed(held[1])
             measure = lambda: self._measures(held_data, held_targets)  # noqa: E731
         keep, higher = self._keep()
-        self.history = train(
-            self.module,
-            loss,
-            len(wanted),
-            measure,
-            keep=keep,
-            higher=higher,
-            settings=settings,
-            optimizer=optimizer,
-            folder=None if folder is None else Path(folder),
-            identity=identity,
-            tensorboard=None if tensorboard is None else Path(tensorboard),
-            progress=progress,
-        )
+        try:
+            self.history = train(
+                self.module,
+                loss,
+                len(wanted),
+                measure,
+                keep=keep,
+                higher=higher,
+                settings=settings,
+                optimizer=optimizer,
+                folder=None if folder is None else Path(folder),
+                identity=identity,
+                tensorboard=None if tensorboard is None else Path(tensorboard),
+                progress=progress,
+            )
+        except KeyboardInterrupt:  # the best so far are in place
+            self.ready = True
+            raise
+        self.ready = True
         return self
 
     def _identity(self, train: Rows, held: Rows | None) -> dict[str, Any]:
@@ -224,10 +233,23 @@ class Fitted(ABC):
         return {"data": data, "validation": validation, **made, **self._about()}
 
     def score(self, states: States, targets: Any) -> dict[str, float]:
-        """Measures against targets as in :meth:`fit`: ``loss`` and what the class adds."""
+        """Measures against targets as in :meth:`fit`: ``loss`` and what the class adds.
+
+        Raises:
+            RuntimeError: nothing was fitted.
+        """
+        self._need_fit()
         table, wanted = self._read_data(states, targets)
         self.module.eval()
-        return self._measures(self._prepared(table), self._placed(wanted))
+        found = self._measures(self._prepared(table), self._placed(wanted))
+        if not all(map(math.isfinite, found.values())):
+            warnings.warn(f"measures are not finite: {found}. {OVERFLOW}", stacklevel=2)
+        return found
+
+    def _need_fit(self) -> None:
+        if not self.ready:
+            name = type(self).__name__
+            raise RuntimeError(f"this {name} is not fitted: call fit(...) first, or read one by {name}.load(path).")
 
     # -- files
     def save(self, path: str | Path) -> None:
@@ -236,6 +258,7 @@ class Fitted(ABC):
         A module or loss of your own is not written: give it to ``load`` again.
 
         Raises:
+            RuntimeError: nothing was fitted.
             ValueError: options that are no plain data.
         """
         try:
@@ -243,6 +266,7 @@ class Fitted(ABC):
             about = json.dumps(header | {"kind": self.kind, "options": self.options} | self._about())
         except TypeError as error:
             raise ValueError(f"the options are no plain data ({error}); build the module yourself: module=") from error
+        self._need_fit()
         tensors = {n: x.detach().cpu().clone().contiguous() for n, x in self.module.state_dict().items()}
         write_atomically(path, save(tensors, {"format": FORMAT, "about": about, "sha256": digest(tensors)}))
 

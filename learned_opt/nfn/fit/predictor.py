@@ -9,7 +9,7 @@ from learned_opt.checkpoint import CheckpointError
 from learned_opt.nfn.chain import Chain, Features
 from learned_opt.nfn.fit.builders import make_predictor
 from learned_opt.nfn.fit.fitting import Fitted, Weights
-from learned_opt.nfn.fit.scores import Loss, LossFunction, LossName
+from learned_opt.nfn.fit.scores import Loss, LossFunction, LossName, warned
 from learned_opt.nfn.fit.weight_spaces import Data, Space, States
 from learned_opt.nfn.general import frame_of
 from learned_opt.nfn.models import InvariantNFN
@@ -122,14 +122,24 @@ class WeightSpacePredictor(Fitted):
         return self.loss.measures(self._chunks(self._forward, data, len(targets)), targets)
 
     def outputs_of(self, states: States) -> Tensor:
-        """What the module returns, ``[networks, outputs]``, on the CPU: logits for bce and cross_entropy."""
+        """What the module returns, ``[networks, outputs]``, on the CPU: logits for bce and cross_entropy.
+
+        A warning names networks whose outputs are not finite (polynomials of large weights overflow).
+
+        Raises:
+            RuntimeError: nothing was fitted.
+        """
+        self._need_fit()
         table = self._table(states)
         self.module.eval()
         count = len(next(iter(table.values())))
-        return self._chunks(self._forward, self._prepared(table), count).cpu()
+        return warned({"outputs": self._chunks(self._forward, self._prepared(table), count).cpu()})["outputs"]
 
     def predict(self, states: States) -> Tensor:
-        """``[networks]`` (or ``[networks, outputs]``): numbers (in [0, 1] for bce), or classes."""
+        """``[networks]`` (or ``[networks, outputs]``): numbers (in [0, 1] for bce), or classes.
+
+        Warnings and errors are those of :meth:`outputs_of`.
+        """
         return self.loss.predict(self.outputs_of(states))
 
     @classmethod
@@ -158,4 +168,5 @@ class WeightSpacePredictor(Fitted):
         found.module.load_state_dict(tensors)
         found.moments = {n: (a, b) for n, (a, b) in about["moments"].items()}
         found.module.eval()
+        found.ready = True
         return found

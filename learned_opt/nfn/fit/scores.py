@@ -1,6 +1,7 @@
 """Losses of predictors by name, what their targets must be, and the measures of how good predictions are."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,10 @@ from torch.nn import functional
 
 LossName = Literal["bce", "mse", "cross_entropy"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+OVERFLOW = (
+    "Their weights are probably far larger than those that were fitted to (polynomials of weights overflow): scale "
+    "them alike, or leave these networks out."
+)
 ROWS = 256  # of the pairs that are compared at a time
 
 
@@ -49,6 +54,19 @@ def check_finite(targets: Tensor) -> Tensor:
         bad = (~targets.reshape(len(targets), -1).isfinite().all(1)).nonzero().flatten().tolist()
         raise ValueError(f"targets are not finite for {len(bad)} networks, the first is {bad[0]}. Leave them out.")
     return targets
+
+
+def warned(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The results, one row per network; a warning names those of networks that are not finite."""
+    finite = [x.reshape(len(x), -1).isfinite().all(1) for x in results.values() if len(x)]
+    bad = (~torch.stack(finite).all(0)).nonzero().flatten().tolist() if finite else []
+    if bad:
+        warnings.warn(
+            f"what comes out is not finite for {len(bad)} of {len(finite[0])} networks, the first is network {bad[0]}. "
+            f"{OVERFLOW}",
+            stacklevel=3,
+        )
+    return results
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,15 @@ def _bar(epochs: int, start: int, progress: bool | None) -> Any:
         return None
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.table import Column
     except ModuleNotFoundError:
         if progress:
             raise
@@ -250,8 +258,9 @@ def _bar(epochs: int, start: int, progress: bool | None) -> Any:
     console = Console(stderr=True)
     if progress is None and not console.is_terminal:
         return None
-    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    bar = Progress(*columns, console=console)
+    text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (MofNCompleteColumn(), BarColumn(12), TaskProgressColumn(), TimeRemainingColumn(), text)
+    bar = Progress(*columns, console=console, expand=True)
     bar.add_task("", total=epochs, completed=start)
     return bar
 

@@ -1,12 +1,13 @@
 """Where fitting takes its networks from: many state_dicts as one table of tensors, checked against a weight space."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from learned_opt.names import known_names, plain_name
 from learned_opt.nfn.chain import Chain, ChainLayer, Features
 from learned_opt.nfn.equivariant_basis import Dim, Dims
 from learned_opt.nfn.general import check_features
@@ -21,6 +22,8 @@ Data = Any  # Tensor, dict of tensors, or TransformerFeatures: rows are networks
 def stacked(states: States) -> dict[str, Tensor]:
     """The weights of many networks of one architecture: ``{name: [networks, *shape]}``, floating point.
 
+    Names are without what wrappers (``torch.compile``, DataParallel, ...) put in.
+
     Args:
         states: state_dicts, or modules (their parameters and buffers), or tensors that are stacked already.
 
@@ -29,12 +32,12 @@ def stacked(states: States) -> dict[str, Tensor]:
         ValueError: no networks, or stacks of unequal length.
     """
     if isinstance(states, Mapping):
-        table = dict(states)
+        table = _plain(dict(states))
         lengths = {n: len(x) for n, x in table.items()}
         if not table or len(set(lengths.values())) != 1:
             raise ValueError(f"stacked weights need one row per network in every tensor; their lengths are {lengths}")
     else:
-        table = _stack([_tensors(s) for s in states])
+        table = _stack([_plain(_tensors(s)) for s in states])
     return {n: x.detach() for n, x in table.items() if x.is_floating_point()}
 
 
@@ -42,6 +45,11 @@ def _tensors(state: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
     if isinstance(state, nn.Module):
         return {**dict(state.named_parameters()), **dict(state.named_buffers())}
     return dict(state)
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    plain = {plain_name(n): x for n, x in tensors.items()}
+    return plain if len(plain) == len(tensors) else tensors
 
 
 def _stack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -60,7 +68,10 @@ def _stack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that the space describes; others are left out if they are alike in all networks (frozen tables).
+    """The tensors that the space describes, by its names, which may be those of a wrapped network.
+
+    Others are left out if they are alike in all networks (frozen tables), or if they are one that it describes under
+    a second name (tied parameters in a state_dict).
 
     Raises:
         SymmetryError: a tensor is missing or has another shape, or the space knows nothing of one that varies.
@@ -68,18 +79,30 @@ def fitting(space: Space | None, table: Mapping[str, Tensor]) -> dict[str, Tenso
     """
     if space is None:
         return _finite({n: x for n, x in table.items() if _varies(x) or bool(x.isfinite().all())})  # no masks
+    names = known_names(table, _names_of(space))
+    table = {names[n]: x for n, x in table.items()}
     one = {n: x[:1].unsqueeze(1) for n, x in table.items()}
-    if isinstance(space, TransformerSpec):
-        known = set(space.unpack(space.pack(one)))
-    else:
-        known = set(space.specs if isinstance(space, Symmetry) else space.names)
-    if more := sorted(n for n, x in table.items() if n not in known and _varies(x)):
-        raise SymmetryError(f"the weight space knows nothing of {', '.join(more[:5])}. {_advice(more, known, table)}")
+    known = set(space.unpack(space.pack(one))) if isinstance(space, TransformerSpec) else set(_names_of(space))
+    more = [n for n, x in table.items() if n not in known and _varies(x)]
+    more = [n for n in more if not any(torch.equal(table[n], table[k]) for k in known & table.keys())]
+    if more:
+        raise SymmetryError(
+            f"the weight space knows nothing of {', '.join(sorted(more)[:5])}. Make it from one of these state_dicts,"
+            " or leave these tensors out."
+        )
     if isinstance(space, Symmetry):
         check_features(space, {n: x for n, x in one.items() if n in known})
     elif isinstance(space, Chain):
         space.validate(one)
     return _finite({n: x for n, x in table.items() if n in known})
+
+
+def _names_of(space: Space) -> list[str]:
+    """The tensors that a space describes; of a transformer also biases that it may lack."""
+    if not isinstance(space, TransformerSpec):
+        return list(space.specs if isinstance(space, Symmetry) else space.names)
+    modules = [n for b in space.names for n in (*b.qkv, b.out, b.fc1, b.fc2)]
+    return [*space.rest, *(f"{n}.{kind}" for n in modules for kind in ("weight", "bias"))]
 
 
 def _varies(x: Tensor) -> bool:
@@ -97,12 +120,48 @@ def _finite(table: dict[str, Tensor]) -> dict[str, Tensor]:
     return table
 
 
-def _advice(more: Sequence[str], known: Set[str], table: Mapping[str, Tensor]) -> str:
-    same = {n: next((k for k in sorted(known & table.keys()) if torch.equal(table[n], table[k])), None) for n in more}
-    if all(same.values()):
-        tied = ", ".join(f"{n} is {k} under another name" for n, k in same.items())
-        return f"These are tied parameters ({tied}): leave the second names out, or pass the modules themselves."
-    return "Make it from one of these state_dicts, or leave these tensors out."
+def replaced(states: States, edited: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A state_dict per network, on the CPU: the one that it has, with the edited tensors under all of their names.
+
+    A second name is one of the same memory, or of the same values in networks that differ.
+
+    Args:
+        states: as for :func:`stacked`.
+        edited: ``{name: [networks, *shape]}``, by the names of a weight space.
+    """
+    if isinstance(states, Mapping):
+        count = len(next(iter(states.values())))
+        whole = [{n: x[i] for n, x in states.items()} for i in range(count)]
+    else:
+        whole = [dict(s.state_dict() if isinstance(s, nn.Module) else s) for s in states]
+    sources = [_sources(state, whole, edited) for state in whole]
+    return [
+        {n: edited[k][i] if (k := source.get(n)) else _copied(x) for n, x in state.items()}
+        for i, (state, source) in enumerate(zip(whole, sources, strict=True))
+    ]
+
+
+def _copied(x: Any) -> Any:
+    return x.detach().cpu().clone() if isinstance(x, Tensor) else x
+
+
+def _sources(state: Mapping[str, Any], every: Sequence[Mapping[str, Any]], edited: Mapping[str, Tensor]) -> Any:
+    """By the names in a network's state_dict, what is the tensor's name among the edited ones."""
+    names = known_names(state, edited)
+    found = {n: names[n] for n in state if names[n] in edited}
+    for n, x in state.items():
+        if n in found or not isinstance(x, Tensor):
+            continue
+        for m, k in list(found.items()):
+            varies = any(s[m].shape == x.shape and not torch.equal(s[m], state[m]) for s in every if m in s)
+            alike = all(n in s and torch.equal(s[n], s[m]) for s in every if m in s)
+            if _is_view(x, state[m]) or (varies and alike):
+                found[n] = k
+    return found
+
+
+def _is_view(a: Tensor, b: Tensor) -> bool:
+    return a.numel() > 0 and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 def features(table: Mapping[str, Tensor], dtype: torch.dtype) -> Features:

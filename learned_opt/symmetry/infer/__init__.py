@@ -9,8 +9,7 @@ on the axes of ``trees``), solves for the scales (``solve``) and checks the resu
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,12 +17,14 @@ import torch
 from torch import nn
 
 from learned_opt.calls import Call
+from learned_opt.recorder import unwrapped
 from learned_opt.symmetry.group import Symmetry
 from learned_opt.symmetry.infer.engine import UnknownOperator
 from learned_opt.symmetry.infer.graph import Propagation
 from learned_opt.symmetry.infer.network import InferenceError, Network, export
 from learned_opt.symmetry.infer.operators.registry import register_rule
 from learned_opt.symmetry.infer.orbits import broken_scales
+from learned_opt.symmetry.infer.quiet import same_random_numbers, silent
 from learned_opt.symmetry.infer.replay import Penalised, compare
 from learned_opt.symmetry.infer.solve import symmetry_of
 from learned_opt.symmetry.infer.verify import TOLERANCE, Check, unscaled
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 # float64 on the CPU (a large training batch, seen by NFNOpt, would take minutes)
 AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
 _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...}}."
+MANY = 1500  # operations of a graph beyond which it is told that it takes long
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 KINDS = 4  # of calls of one module
 
@@ -76,9 +78,9 @@ def infer_symmetry(
     """
     if not isinstance(verify, bool) and (not isinstance(verify, str) or verify != "auto"):
         raise ValueError(f"verify={verify!r:.200} is unknown; it is True, False or 'auto'. {_CLASH.format('verify')}")
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     _check_outputs(outputs)
-    with _own_noise():
+    with same_random_numbers(model):
         program = export(model, inputs, {**(keywords or {}), **kwargs}, outputs)
         return _inferred(model, [Network(model, program)], verify)
 
@@ -109,7 +111,7 @@ def infer_called(calls: Sequence[Call]) -> Symmetry:
     else:
         raise InferenceError(f"{type(model).__name__} was called in {len(kinds)} ways before the first step")
     networks = []
-    with _own_noise():
+    with same_random_numbers(model):
         for first, *_ in kinds.values():
             with first.as_it_ran():
                 networks.append(Network(model, export(model, first.args, first.kwargs)))
@@ -143,15 +145,11 @@ def _without_broken(model: nn.Module, symmetry: Symmetry, coarse: bool) -> Symme
     return replace(unscaled(symmetry), notes=(*symmetry.notes, reason))
 
 
-@contextmanager
-def _own_noise() -> Iterator[None]:
-    """Nothing depends on the caller's noise, and none of it is used up."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
-
-
 def _inferred(model: nn.Module, networks: Sequence[Network], verify: bool | Literal["auto"]) -> Symmetry:
+    nodes = sum(len(n.program.graph.nodes) for n in networks)
+    if nodes > MANY:
+        name = type(model).__name__
+        logger.warning("the symmetry of %s: a graph of %d operations, which takes a while", name, nodes)
     networks, propagation = _propagated(model, networks)
     symmetry = _with_unread(model, propagation.read, symmetry_of(_shapes(model), propagation))
     weights = sum(t.numel() for t in propagation.tensors.values())
@@ -162,7 +160,8 @@ def _inferred(model: nn.Module, networks: Sequence[Network], verify: bool | Lite
         symmetry = _verified(networks, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
     elif verify == "auto":
         logger.info(
-            "the symmetry of %s is not verified numerically: too large (verify=True does it)", type(model).__name__
+            "the symmetry of %s is not verified numerically: too large, or without data (verify=True does it)",
+            type(model).__name__,
         )
     return symmetry
 
@@ -184,7 +183,7 @@ def missed_labels(
         the two sides of an unknown operator have two labels there, and are not found.
     """
     _check_outputs(outputs)
-    with _own_noise():
+    with same_random_numbers(model):
         program = export(model, inputs, {**(keywords or {}), **kwargs}, outputs)
         networks, propagation = _propagated(model, [Network(model, program)])
         symmetry = symmetry_of(_shapes(model), propagation, declare_fixed=True)
@@ -245,7 +244,8 @@ def _better(model: nn.Module, networks: Sequence[Network]) -> tuple[Sequence[Net
     propagation = Propagation(*networks)
     if propagation.unknown and propagation.written_out:
         try:
-            decomposed = [Network(model, n.program.run_decompositions()) for n in networks]
+            with silent():
+                decomposed = [Network(model, n.program.run_decompositions()) for n in networks]
             second = Propagation(*decomposed)
         except Exception as error:  # some programs cannot be decomposed: the first result stands
             logger.debug("no decomposition of %s: %s", type(model).__name__, error)

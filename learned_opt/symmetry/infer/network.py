@@ -5,7 +5,6 @@ the level of our rules; no decomposition is needed, except for operators that no
 in their decomposed form.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules import transformer
 
 from learned_opt.calls import without_cache
+from learned_opt.symmetry.infer.quiet import silent
 from learned_opt.symmetry.infer.recurrence import UnknownLengths, as_operators, recorded_lengths
 from learned_opt.symmetry.labels import STATISTICS, SymmetryError
 
@@ -81,8 +81,7 @@ def export(
 def _exported(
     wrapped: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], lengths: Sequence[Sequence[int]]
 ) -> ExportedProgram:
-    with torch.enable_grad(), _traceable(), as_operators(lengths), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"(?s).*assigned during export")  # weights of an LSTM: they are restored
+    with torch.enable_grad(), _traceable(), as_operators(lengths), silent():
         return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
 
 

@@ -16,7 +16,7 @@ from learned_opt.symmetry.group import Symmetry
 from learned_opt.symmetry.infer import trees
 from learned_opt.symmetry.infer.graph import Propagation
 from learned_opt.symmetry.infer.trees import Atom, Number, Tree, Unit, Variable, normal, together, units
-from learned_opt.symmetry.labels import Kind, Label, Role, Scale, Spec
+from learned_opt.symmetry.labels import UNKNOWN, Kind, Label, Role, Scale, Spec
 
 Generator = dict[Variable, int]
 
@@ -180,7 +180,7 @@ class _Assembly:
 
     def _notes(self) -> Iterable[str]:
         for name, count in self.t.unknown.items():
-            yield f"{name} ({count}x) is not known: the axes that meet it are fixed"
+            yield f"{name} ({count}x) {UNKNOWN}"
 
 
 def _module(name: str) -> str:

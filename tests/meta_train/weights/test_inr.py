@@ -198,10 +198,10 @@ def test_edits_of_pixels():
 def folder(tmp_path_factory):
     """A zoo of sixty digits, hardly fitted."""
     out = tmp_path_factory.mktemp("zoo")
-    empty = out / "empty"
-    empty.mkdir()
-    zoos.make(zoos.Settings(steps=12), out / "zoo", 60, empty, chunk=60)
-    return out / "zoo", empty
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LEARNED_OPT_DATA", raising=False)
+        zoos.make(zoos.Settings(steps=12), out / "zoo", 60, None, chunk=60)
+        yield out / "zoo", None
 
 
 def test_classification_from_nothing_to_table(folder, tmp_path, capsys):

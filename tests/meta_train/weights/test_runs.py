@@ -250,19 +250,31 @@ def rows_of(zoo):
     return [(int(name.rpartition("/")[2]), step) for name, step in zip(names, steps, strict=True)]
 
 
-def test_a_zoo_is_its_first_networks_whatever_files_are_there(tmp_path, digits):
-    wanted = {n: [(i, s) for i in range(n) for s in (1, 2)] for n in (2, 3, 5)}
-    zoos.make(digits, tmp_path, 3, chunk=4)
-    assert rows_of(cnn.whole_zoo(tmp_path, "relu", 3)) == wanted[3]
+def test_what_a_zoo_lacks_is_made_again(tmp_path, digits):
+    zoos.make(digits, tmp_path, 5, chunk=4)
     whole = cnn.whole_zoo(tmp_path, "relu", 5)
-    assert rows_of(whole) == wanted[5]
-    assert rows_of(cnn.whole_zoo(tmp_path, "relu", 2)) == wanted[2]
+    assert rows_of(whole) == [(i, s) for i in range(5) for s in (1, 2)]
     files = sorted((tmp_path / "chunks").iterdir())
-    assert [path.stem for path in files] == ["000000-000002", "000000-000003", "000000-000004", "000004-000005"]
-    files[2].unlink()
+    assert [path.stem for path in files] == ["000000-000004", "000004-000005"]
+    files[0].unlink()
     assert zoo_digest(cnn.whole_zoo(tmp_path, "relu", 5)) == zoo_digest(whole)
-    files[3].write_bytes(files[3].read_bytes()[:-50])
+    files[1].write_bytes(files[1].read_bytes()[:-50])
     assert zoo_digest(cnn.whole_zoo(tmp_path, "relu", 5)) == zoo_digest(whole)
+
+
+def test_a_finished_zoo_of_another_size_is_refused_and_stays(tmp_path, digits):
+    zoos.make(digits, tmp_path / "zoo", 3, chunk=4)
+    before = {path: path.read_bytes() for path in (tmp_path / "zoo").rglob("*") if path.is_file()}
+    for count in (2, 5):
+        with pytest.raises(ZooError, match=f"finished zoo of 3 networks, not of {count}. Give --count 3"):
+            cnn.whole_zoo(tmp_path / "zoo", "relu", count)
+    options = f"cnn --out {tmp_path / 'out'} --count 5 --zoo-relu {tmp_path / 'new'} --zoo-tanh {tmp_path / 'zoo'}"
+    (tmp_path / "zoo" / "settings.json").write_text('{"kind": "cnn", "activation": "tanh", "chunk": 4}')
+    with pytest.raises(SystemExit, match="finished zoo of 3 networks"):
+        command.main(options.split())
+    assert not (tmp_path / "new").exists()  # it says so before it generates the other
+    now = {path: path.read_bytes() for path in before}
+    assert {p for p in before if before[p] != now[p]} == {tmp_path / "zoo" / "settings.json"}
 
 
 def test_a_zoo_of_other_networks_is_refused(tmp_path):
@@ -351,6 +363,12 @@ def test_the_command_writes_its_table_and_goes_on(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "[runs 2/2]" in said and "already there" not in said  # another zoo, other jobs
     cnn.dataset_of.cache_clear()
+
+
+@pytest.mark.parametrize("experiment", ["cnn", "inr-classification", "inr-editing", "transformer"])
+def test_a_zoo_of_nothing_is_refused(experiment, tmp_path):
+    with pytest.raises(SystemExit, match="count must be 1 or more, not 0"):
+        command.main([experiment, "--out", str(tmp_path / "out"), "--count", "0"])
 
 
 def test_bad_input_of_the_command_is_one_line(tmp_path):

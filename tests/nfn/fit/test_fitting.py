@@ -12,7 +12,7 @@ from scipy.stats import kendalltau
 from sklearn.metrics import r2_score
 from torch import nn
 
-from learned_opt import SymmetryError, infer_symmetry
+from learned_opt import SymmetryError
 from learned_opt.nfn import (
     Chain,
     Fit,
@@ -251,57 +251,15 @@ def test_transformers_are_predicted_and_edited():
     own = WeightSpacePredictor(spec, module=TransformerNFN(spec, channels=(4,), width=4, sigmoid=False))
     own.module.load_state_dict(predictor.module.state_dict())
     torch.testing.assert_close(own.outputs_of(states), predictor.outputs_of(states))
+    wrapped = [{f"_orig_mod.{n}": x for n, x in s.items()} for s in states]
+    assert torch.equal(predictor.predict(wrapped), predictor.predict(states))
+    other = WeightSpacePredictor(zoo_spec(wrapped[0]), channels=(4,), width=4).fit(wrapped, targets, settings=FAST)
+    assert torch.equal(other.predict(states), other.predict(wrapped))
     editor = WeightSpaceEditor(spec, loss=lambda w, t: sum(x.square().sum() for x in w.values()) / len(t), width=3)
     editor.fit(states, targets, settings=FAST)
     edited = editor.edit(states)
     assert torch.equal(edited[0]["classifier.fc1.weight"], states[0]["classifier.fc1.weight"])
     assert not torch.equal(edited[0]["encoder.0.fc1.weight"], states[0]["encoder.0.fc1.weight"])
-
-
-# ------------------------------------------------------------------------------------------- what networks are
-class Masked(nn.Module):
-    """A batch norm, a mask that is alike in all networks, and a parameter under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.norm, self.b = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 4)
-        self.c = nn.Linear(6, 4, bias=False)
-        self.c.weight = self.b.weight
-        self.norm.running_mean.normal_()
-        self.register_buffer("mask", torch.full((5, 5), -math.inf).triu(1))
-
-    def forward(self, x):
-        h = self.norm(self.mask.softmax(-1) @ self.a(x)).relu()
-        return self.b(h) + self.c(h)
-
-
-def test_modules_with_statistics_masks_and_tied_parameters():
-    torch.manual_seed(0)
-    models, targets = [Masked().eval() for _ in range(12)], torch.rand(12)
-    space = infer_symmetry(models[0], torch.randn(5, 4))
-    predictor = WeightSpacePredictor(space, channels=(3,), head_width=8).fit(models, targets, settings=FAST)
-    states = [m.state_dict() for m in models]
-    with pytest.raises(SymmetryError, match="c.weight is b.weight under another name.*pass the modules"):
-        predictor.predict(states)
-    for state in states:
-        del state["c.weight"]
-    assert torch.equal(predictor.predict(states), predictor.predict(models))
-    own = WeightSpacePredictor(module=TotalOfMeans()).fit(models, targets, settings=FAST)  # without the mask
-    assert own.predict(models).isfinite().all()
-    models[3].norm.running_mean[2] = math.nan
-    with pytest.raises(ValueError, match="norm.running_mean has values that are not finite in 1 of 12"):
-        predictor.predict(models)
-
-
-class TotalOfMeans(nn.Module):
-    """A module that reads whatever there is."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(1, 1)
-
-    def forward(self, features):
-        return self.head(sum(x.flatten(1).mean(1, keepdim=True) for x in features.values()))
 
 
 def test_measures_need_no_optional_package(monkeypatch):

@@ -1,0 +1,48 @@
+"""Warnings of what is right with other optimizers: their learning rates, and schedules beside the rule's own."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def warn_of_habit(lr: float | Tensor) -> None:
+    """Warn of a learning rate as of other optimizers, where a rule sets its own, which ``lr`` multiplies."""
+    if 0 < float(lr) < 0.03:
+        warnings.warn(
+            f"NFNOpt: lr={float(lr):g} multiplies the rate that the rule sets itself, so steps are {1 / float(lr):.3g} "
+            "times shorter than it measures. Leave lr out (it is 1).",
+            stacklevel=3,
+        )
+
+
+class ScheduleWatch:
+    """Warns once where ``lr`` falls in a run that has ``total_steps``, whose own schedule already ends at zero.
+
+    A warm-up, which only rises, is no such schedule; nor is a rate that was low from the start.
+    """
+
+    def __init__(self) -> None:
+        self._highest: dict[int, float] = {}  # by group
+        self._told = False
+
+    def see(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Look at the rates of a step (of those that are on a GPU at none: that would wait for it)."""
+        total = groups[0]["total_steps"]
+        if self._told or total is None:
+            return
+        for i, group in enumerate(groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                continue
+            highest = self._highest[i] = max(float(lr), self._highest.get(i, 0.0))
+            if float(lr) < 0.99 * highest and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"NFNOpt: lr has fallen from {highest:g} to {float(lr):g} (a learning rate scheduler?), and "
+                    f"total_steps={float(total):g} already lets the rate decay to zero: their product decays too fast. "
+                    "Leave lr constant (lr_scheduler_type='constant' in a Trainer of transformers), "
+                    "or leave total_steps out.",
+                    stacklevel=5,
+                )
