@@ -21,6 +21,7 @@ COPIED = 256_000_000  # bytes of inputs, and of buffers, that are copied; above,
 DIFFERENTIATED = 32_000_000  # entries of an output whose gradient is kept
 SAMPLE = 512  # entries
 _GOLDEN = 0.6180339887498949
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def sample(t: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ def kind_of(
 ) -> Any:
     """The kind of a call (:meth:`Call.kind`), in the modes and with the methods given, or as they are now."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    what = tuple((tuple(x.shape if shapes else ()), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+    what = tuple(_leaf(x, shapes) for x in leaves)
     modes = _modes(module) if modes is None else modes
     forwards = _forwards(module) if forwards is None else forwards
     methods = tuple((id(m), _code(f)) for m, f in forwards.items())
@@ -264,6 +265,12 @@ def copied(x: Any) -> Any:
         return seen[id(t)]
 
     return pytree.tree_map(copy, x)
+
+
+def _leaf(x: Any, shapes: bool) -> Any:
+    if isinstance(x, Tensor):
+        return tuple(x.shape if shapes else ()), x.dtype
+    return repr(x) if isinstance(x, _PLAIN) else type(x).__name__
 
 
 def _code(x: Any, depth: int = 4) -> Any:

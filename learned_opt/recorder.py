@@ -36,7 +36,7 @@ __all__ = ["Call", "ForwardRecorder", "modules_behind", "unwrapped"]
 
 # what a compiled module says about any global hook, once: about ours it is untrue, which does not fire twice
 HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
-KEPT = 8  # calls; of later ones those that are unlike these
+KEPT = 8  # calls whose gradients can be compared (one if they cannot); of later ones those that are unlike these
 DIFFERENTIATED = 20_000_000  # weights; of larger modules gradients are not compared
 
 
@@ -194,7 +194,7 @@ class ForwardRecorder:
             return
         inner = unwrapped(module)
         mine = [c for c in self.calls if c.module is inner]
-        if len(mine) >= KEPT:
+        if len(mine) >= (KEPT if self._comparable() else 1):
             for call in mine:
                 call.complete = False
             kind = kind_of(inner, args, kwargs, shapes=False)

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from learned_opt import infer_symmetry
-from learned_opt.symmetry.infer.graph import Network, export
+from learned_opt.symmetry.infer.network import Network, export
 from learned_opt.symmetry.infer.verify import Check
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
