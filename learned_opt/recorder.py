@@ -30,6 +30,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from learned_opt.symmetry.lock import EXPORT_LOCK
+
 # what a compiled module says about any global hook, once: about ours it is untrue, which does not fire twice
 HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 
@@ -155,7 +157,9 @@ class ForwardRecorder:
 
         Nor is a scripted module anything: it takes no hooks, and what it calls cannot be exported.
         """
-        if torch.compiler.is_compiling() or isinstance(module, torch.jit.ScriptModule):
+        if torch.compiler.is_dynamo_compiling() or isinstance(module, torch.jit.ScriptModule):
+            return
+        if torch.compiler.is_compiling() and not EXPORT_LOCK.is_elsewhere():
             return
         if torch.is_grad_enabled() and self._wanted(module):
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))

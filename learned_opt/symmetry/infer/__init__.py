@@ -21,6 +21,7 @@ from learned_opt.symmetry.infer.graph import InferenceError, Network, Propagatio
 from learned_opt.symmetry.infer.operators.registry import register_rule
 from learned_opt.symmetry.infer.solve import symmetry_of
 from learned_opt.symmetry.infer.verify import TOLERANCE, Check
+from learned_opt.symmetry.lock import EXPORT_LOCK
 from learned_opt.text import listed
 
 __all__ = ["InferenceError", "UnknownOperator", "infer_symmetry", "missed_labels", "register_rule"]
@@ -33,6 +34,7 @@ _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 
 
+@EXPORT_LOCK
 def infer_symmetry(
     model: nn.Module,
     /,
@@ -84,6 +86,7 @@ def infer_symmetry(
     return symmetry
 
 
+@EXPORT_LOCK
 def missed_labels(
     model: nn.Module,
     /,
@@ -182,7 +185,7 @@ def _verified(network: Network, symmetry: Symmetry, name: str, samples: int) -> 
         warnings.warn(
             f"inferred symmetry of {name}: {', '.join(verdict.demoted)} changed the function in the numeric check and"
             " now stay in place. Please report the model: a rule of learned_opt.symmetry.infer is wrong.",
-            stacklevel=3,
+            stacklevel=4,
         )
     if verdict.error > TOLERANCE:
         raise InferenceError(f"{name}: the function changes by {verdict.error:.1e} even without any symmetry.")
