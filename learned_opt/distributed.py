@@ -37,17 +37,28 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------ what cannot be stepped
 def refuse_pieces(params: Iterable[Tensor]) -> None:
     """Raises RuntimeError where an optimizer is about to get pieces of tensors, or a rank's share of the tensors."""
-    zero = getattr(sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer"), "ZeroRedundancyOptimizer", None)
-    if zero is not None and any(isinstance(s, zero) for s in _callers(10)):
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if zero is not None and any(isinstance(s, zero.ZeroRedundancyOptimizer) for s in _callers(10)):
         raise RuntimeError(
             "NFNOpt does not work inside ZeroRedundancyOptimizer: each rank would get some of the tensors, infer a "
             "symmetry of these alone and measure a rate of its own. Use NFNOpt with DistributedDataParallel."
         )
+    params = list(params)
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise RuntimeError(
             "NFNOpt does not take parameters of FullyShardedDataParallel: they are flattened and cut into pieces, but "
             "steps need whole matrices. Use DistributedDataParallel."
         )
+    if any(is_sharded(p) for p in params):
+        raise RuntimeError(
+            "NFNOpt does not take sharded parameters (DTensor, as of fully_shard and parallelize_module): its steps "
+            "need whole matrices. Use DistributedDataParallel."
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``torch.distributed.tensor.DTensor``, which takes long to import."""
+    return hasattr(tensor, "placements")
 
 
 def _callers(depth: int) -> Iterator[Any]:
@@ -170,14 +181,14 @@ def _check(everyone: list[_Report], replicas: Replicas, params: list[NamedParam]
         if others:
             raise RuntimeError(f"NFNOpt has {what} on {_ranks(others)} than on rank 0 of its process group. {way_out}.")
     if any(r.given for r in everyone) and len({r.digest for r in everyone}) > 1:
-        raise RuntimeError(f"NFNOpt was given another symmetry on some ranks of {len(everyone)}. Give all the same one.")
+        raise RuntimeError("NFNOpt was given another symmetry on some ranks than on others. Give all the same one.")
     unlike = [i for i, sums in enumerate(zip(*(r.gradients for r in everyone), strict=True)) if len(set(sums)) > 1]
     if not unlike:
         return
     loose = [params[i].name for i in unlike if id(params[i].param) not in replicas.averaged]
     text = (
-        f"the gradients of {listed(loose or [params[i].name for i in unlike])} differ between ranks. NFNOpt measures its "
-        "rate from all gradients of an optimizer: it would be another on every rank, and replicas drift apart. "
+        f"the gradients of {listed(loose or [params[i].name for i in unlike])} differ between ranks. NFNOpt measures "
+        "its rate from all gradients of an optimizer: it would be another on every rank, and replicas drift apart. "
     )
     if loose:
         raise RuntimeError(

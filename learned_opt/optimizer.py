@@ -105,7 +105,8 @@ class NFNOpt(torch.optim.Optimizer):
         SymmetryError: the symmetry does not describe the parameters.
         ValueError: no parameters, or an option out of range.
         TypeError: something that is not a tensor.
-        RuntimeError: parameters of ``FullyShardedDataParallel``, or inside of ``ZeroRedundancyOptimizer``.
+        RuntimeError: sharded parameters (``DTensor``), those of ``FullyShardedDataParallel``, or inside of
+            ``ZeroRedundancyOptimizer``.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class NFNOpt(torch.optim.Optimizer):
             self._recorder.expect(modules)
 
     def _bind(self) -> tuple[list[NamedParam], Symmetry]:
-        """The tensors under the symmetry's names, and the symmetry: checked when they changed."""
+        """The tensors under the symmetry's names, and the symmetry: checked when they changed, inferred at first."""
         entries = named_params(self.param_groups)
         signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
         if self._bound is None or self._bound[0] != signature:
@@ -204,6 +205,8 @@ class NFNOpt(torch.optim.Optimizer):
         return param_map.rename(entries), param_map.symmetry
 
     def _match(self, entries: list[NamedParam]) -> ParamMap:
+        if self._known == "infer":
+            self._agree(entries)
         if isinstance(self._given, Symmetry):
             self._known = match(entries, self._given)
         elif isinstance(self._known, ParamMap):
@@ -214,7 +217,7 @@ class NFNOpt(torch.optim.Optimizer):
         """Before the first step: the symmetry, inferred or known, and one on all ranks that train replicas."""
         self._agreed = True
         known, reason = self._placed(), ""
-        own = known if isinstance(known, ParamMap) else independent_map(entries)
+        own: ParamMap | None = known if isinstance(known, ParamMap) else independent_map(entries)
         if known == "infer":
             own, reason = infer_or_say(self._stop_recording(), entries)
         shared = own
@@ -252,7 +255,7 @@ class NFNOpt(torch.optim.Optimizer):
             What the closure returns, else None.
 
         Raises:
-            RuntimeError: a complex or sharded parameter, or a sparse gradient.
+            RuntimeError: a complex parameter, or a sparse gradient; or ranks that do not train replicas.
             FloatingPointError: a non-finite gradient under ``nan_policy="raise"``.
         """
         loss = None
@@ -485,11 +488,6 @@ def _refuse_unsupported(entry: NamedParam) -> None:
         raise RuntimeError(f"NFNOpt does not take complex parameters: {entry.name}. Train its torch.view_as_real.")
     if entry.grad.layout != torch.strided:
         raise RuntimeError(f"NFNOpt does not take sparse gradients: {entry.name}. Use nn.Embedding(sparse=False).")
-    if hasattr(entry.param, "placements"):  # torch.distributed.tensor.DTensor, which takes long to import
-        raise RuntimeError(
-            f"NFNOpt does not take sharded parameters (DTensor, as of fully_shard): {entry.name}. Its steps need whole "
-            "matrices. Use DistributedDataParallel."
-        )
 
 
 def _add(params: list[Tensor], updates: list[Tensor], rates: list[float | Tensor]) -> None:

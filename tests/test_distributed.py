@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from learned_opt import NFNOpt
@@ -267,6 +269,12 @@ def are_flattened_and_whole(rank):
     NFNOpt([{"params": list(model.parameters())}])
 
 
+def are_parallel_tensors(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"first": ColwiseParallel(), "last": RowwiseParallel()}
+    NFNOpt(parallelize_module(Branches(), mesh, plan).parameters())
+
+
 @pytest.mark.parametrize(
     ("attempt", "said"),
     [
@@ -280,6 +288,7 @@ def are_flattened_and_whole(rank):
         (are_flattened, "FullyShardedDataParallel.*Use DistributedDataParallel"),
         (are_flattened_but_look_original, "FullyShardedDataParallel.*Use DistributedDataParallel"),
         (are_flattened_and_whole, "FullyShardedDataParallel.*Use DistributedDataParallel"),
+        (are_parallel_tensors, "parallelize_module.*Use DistributedDataParallel"),
     ],
 )
 def test_what_would_drift_apart_is_refused_on_every_rank(ranks, attempt, said):  # noqa: F811
