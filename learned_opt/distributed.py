@@ -96,7 +96,7 @@ def replicas_of(params: Iterable[Tensor], given: "dist.ProcessGroup | None") -> 
         return None
     wanted = {id(p) for p in params if p.requires_grad}
     groups, averaged = [] if given is None else [given], set[int]()
-    for ddp in [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]:
+    for ddp in _wrappers():
         named = ddp.module.named_parameters(remove_duplicate=False)
         held = {id(p) for n, p in named if n not in ddp.parameters_to_ignore} & wanted
         if held and _is_alive(ddp.process_group):
@@ -110,6 +110,18 @@ def replicas_of(params: Iterable[Tensor], given: "dist.ProcessGroup | None") -> 
     if not groups or dist.get_world_size(groups[0]) < 2:
         return None
     return Replicas(groups[0], frozenset(averaged), given is not None)
+
+
+def _wrappers() -> list[DistributedDataParallel]:
+    """All there are, wherever a program keeps them: on every rank the same, whatever passed through them so far."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:  # get_objects leaves out what is
+        gc.unfreeze()
+    found = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+    if frozen:
+        gc.collect()
+        gc.freeze()
+    return found
 
 
 def _is_alive(group: "dist.ProcessGroup") -> bool:
