@@ -26,7 +26,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from learned_opt.params import NamedParam, ParamMap
+from learned_opt.params import NamedParam, ParamMap, independent_map, infer_or_say, warn_of_independence
+from learned_opt.recorder import Call
+from learned_opt.state_dict import Mode
 from learned_opt.symmetry import Symmetry
 from learned_opt.symmetry.axes import Axis, Leaf, Sum, size_of
 from learned_opt.text import listed
@@ -129,6 +131,41 @@ def _is_alive(group: "dist.ProcessGroup") -> bool:
         return dist.get_rank(group) >= 0
     except (ValueError, RuntimeError):  # of a group that was destroyed
         return False
+
+
+def known_to_all(
+    known: ParamMap | Mode,
+    calls: list[Call],
+    params: list[NamedParam],
+    group: "dist.ProcessGroup | None",
+    *,
+    steps: int,
+    given: bool,
+) -> ParamMap | Mode:
+    """The symmetry that an optimizer steps with: inferred if it is not known, and one on all ranks that train replicas.
+
+    Args:
+        known: what the optimizer has; "infer": nothing yet.
+        calls: the forward passes to infer it from.
+        params: its parameters, with the gradients of its first step.
+        group: the process group that it was given.
+        steps: how many steps its state has seen.
+        given: whether its symmetry is the user's.
+
+    Raises:
+        RuntimeError: as :func:`agreed` and :func:`replicas_of`.
+    """
+    own: ParamMap | None = known if isinstance(known, ParamMap) else independent_map(params)
+    reason = ""
+    if known == "infer":
+        own, reason = infer_or_say(calls, params)
+    shared, replicas = own, replicas_of([p.param for p in params], group)
+    if replicas is not None:
+        shared = agreed(replicas, own, reason, params, steps=steps, given=given)
+    if shared is None:
+        warn_of_independence(reason)
+        return "independent"
+    return known if known == "independent" and shared is own else shared
 
 
 class _Report(NamedTuple):
