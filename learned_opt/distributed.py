@@ -26,9 +26,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from learned_opt.params import NamedParam, ParamMap, independent_map, infer_or_say, warn_of_independence
-from learned_opt.recorder import Call
-from learned_opt.state_dict import Mode
+from learned_opt.params import NamedParam, ParamMap
 from learned_opt.symmetry import Symmetry
 from learned_opt.symmetry.axes import Axis, Leaf, Sum, size_of
 from learned_opt.text import listed
@@ -39,8 +37,9 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------ what cannot be stepped
 def refuse_pieces(params: Iterable[Tensor]) -> None:
     """Raises RuntimeError where an optimizer is about to get pieces of tensors, or a rank's share of the tensors."""
-    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    if zero is not None and any(isinstance(s, zero.ZeroRedundancyOptimizer) for s in _callers(10)):
+    loaded = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    zero = getattr(loaded, "ZeroRedundancyOptimizer", None)
+    if zero is not None and any(isinstance(s, zero) for s in _callers(10)):
         raise RuntimeError(
             "NFNOpt does not work inside ZeroRedundancyOptimizer: each rank would get some of the tensors, infer a "
             "symmetry of these alone and measure a rate of its own. Use NFNOpt with DistributedDataParallel."
@@ -51,16 +50,11 @@ def refuse_pieces(params: Iterable[Tensor]) -> None:
             "NFNOpt does not take parameters of FullyShardedDataParallel: they are flattened and cut into pieces, but "
             "steps need whole matrices. Use DistributedDataParallel."
         )
-    if any(is_sharded(p) for p in params):
+    if any(hasattr(p, "placements") for p in params):  # torch.distributed.tensor.DTensor, which takes long to import
         raise RuntimeError(
             "NFNOpt does not take sharded parameters (DTensor, as of fully_shard and parallelize_module): its steps "
             "need whole matrices. Use DistributedDataParallel."
         )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``torch.distributed.tensor.DTensor``, which takes long to import."""
-    return hasattr(tensor, "placements")
 
 
 def _callers(depth: int) -> Iterator[Any]:
@@ -133,41 +127,6 @@ def _is_alive(group: "dist.ProcessGroup") -> bool:
         return False
 
 
-def known_to_all(
-    known: ParamMap | Mode,
-    calls: list[Call],
-    params: list[NamedParam],
-    group: "dist.ProcessGroup | None",
-    *,
-    steps: int,
-    given: bool,
-) -> ParamMap | Mode:
-    """The symmetry that an optimizer steps with: inferred if it is not known, and one on all ranks that train replicas.
-
-    Args:
-        known: what the optimizer has; "infer": nothing yet.
-        calls: the forward passes to infer it from.
-        params: its parameters, with the gradients of its first step.
-        group: the process group that it was given.
-        steps: how many steps its state has seen.
-        given: whether its symmetry is the user's.
-
-    Raises:
-        RuntimeError: as :func:`agreed` and :func:`replicas_of`.
-    """
-    own: ParamMap | None = known if isinstance(known, ParamMap) else independent_map(params)
-    reason = ""
-    if known == "infer":
-        own, reason = infer_or_say(calls, params)
-    shared, replicas = own, replicas_of([p.param for p in params], group)
-    if replicas is not None:
-        shared = agreed(replicas, own, reason, params, steps=steps, given=given)
-    if shared is None:
-        warn_of_independence(reason)
-        return "independent"
-    return known if known == "independent" and shared is own else shared
-
-
 class _Report(NamedTuple):
     """What a rank tells the others."""
 
@@ -180,17 +139,23 @@ class _Report(NamedTuple):
 
 
 def agreed(
-    replicas: Replicas, own: ParamMap | None, reason: str, params: list[NamedParam], *, steps: int, given: bool
+    own: ParamMap | None,
+    reason: str,
+    params: list[NamedParam],
+    group: "dist.ProcessGroup | None",
+    *,
+    steps: int,
+    given: bool,
 ) -> ParamMap | None:
     """What all ranks go on with: the symmetry of the first that has one, less what others with another one lack.
 
-    Every rank of the group must call this.
+    Every rank of the group must call this. ``own`` where the parameters are not replicated.
 
     Args:
-        replicas: the ranks.
         own: this rank's symmetry; None: it found none.
         reason: why it found none.
         params: its parameters, with their gradients.
+        group: as of :func:`replicas_of`.
         steps: how many steps its state has seen.
         given: whether its symmetry is the user's.
 
@@ -200,6 +165,9 @@ def agreed(
     Raises:
         RuntimeError: on every rank, if the parameters, states, given symmetries or gradients are not those of replicas.
     """
+    replicas = replicas_of([p.param for p in params], group)
+    if replicas is None:
+        return own
     digest = None if own is None else _digest(own)
     tensors = [(p.position, tuple(p.param.shape), str(p.param.dtype), p.param.requires_grad) for p in params]
     mine = _Report(tensors, steps, digest, given, reason, [_checksum(p) for p in params])
@@ -230,7 +198,9 @@ def _check(everyone: list[_Report], replicas: Replicas, params: list[NamedParam]
         if others:
             raise RuntimeError(f"NFNOpt has {what} on {_ranks(others)} than on rank 0 of its process group. {way_out}.")
     if any(r.given for r in everyone) and len({r.digest for r in everyone}) > 1:
-        raise RuntimeError("NFNOpt was given another symmetry on some ranks than on others. Give all the same one.")
+        raise RuntimeError(
+            f"NFNOpt was given another symmetry on some ranks of {len(everyone)}. Give all the same one."
+        )
     unlike = [i for i, sums in enumerate(zip(*(r.gradients for r in everyone), strict=True)) if len(set(sums)) > 1]
     if not unlike:
         return

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.buffers import Buffers
-from learned_opt.distributed import known_to_all, refuse_pieces
+from learned_opt.distributed import agreed, refuse_pieces
 from learned_opt.functional import apply_rule, stepped
 from learned_opt.params import (
     NamedParam,
@@ -27,9 +27,11 @@ from learned_opt.params import (
     check_options,
     check_same_horizon,
     independent_map,
+    infer_or_say,
     match,
     named_params,
     warn_of_habit,
+    warn_of_independence,
 )
 from learned_opt.recorder import Call, ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
@@ -212,11 +214,19 @@ class NFNOpt(torch.optim.Optimizer):
         return self._known if isinstance(self._known, ParamMap) else independent_map(entries)
 
     def _agree(self, entries: list[NamedParam]) -> None:
-        """At the first step: the symmetry, inferred or known, and one on all ranks that train replicas."""
-        known, given = self._placed(), isinstance(self._given, Symmetry)
-        calls, group = self._stop_recording(), self._process_group
-        self._known = known_to_all(known, calls, entries, group, steps=self._steps, given=given)
-        self._bound, self._names, self._agreed = None, WeakIdKeyDictionary(), True
+        """Before the first step: the symmetry, inferred or known, and one on all ranks that train replicas."""
+        known = self._placed()
+        own: ParamMap | None = known if isinstance(known, ParamMap) else independent_map(entries)
+        reason = ""
+        if known == "infer":
+            own, reason = infer_or_say(self._stop_recording(), entries)
+        given = isinstance(self._given, Symmetry)
+        found = agreed(own, reason, entries, self._process_group, steps=self._steps, given=given)
+        if known == "infer" or found is not own:
+            self._known, self._bound, self._names = found or "independent", None, WeakIdKeyDictionary()
+        if found is None:
+            warn_of_independence(reason)
+        self._agreed = True
 
     def _placed(self) -> ParamMap | Mode:
         """What is known, with the names where the groups have their tensors now."""

@@ -1,12 +1,11 @@
 """One inference of a symmetry at a time: ``torch.export`` changes the state of the whole process while it traces."""
 
 import threading
-from contextlib import ContextDecorator
 from typing import Self
 
 
-class ExportLock(ContextDecorator):
-    """Held by the thread that exports; the same thread may take it again. A context, and a decorator."""
+class ExportLock:
+    """Held by the thread that exports; the same thread may take it again. A context."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -34,7 +34,6 @@ _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
 
 
-@EXPORT_LOCK
 def infer_symmetry(
     model: nn.Module,
     /,
@@ -71,8 +70,12 @@ def infer_symmetry(
     """
     if not isinstance(verify, bool) and (not isinstance(verify, str) or verify != "auto"):
         raise ValueError(f"verify={verify!r:.200} is unknown; it is True, False or 'auto'. {_CLASH.format('verify')}")
-    model = getattr(model, "_orig_mod", model)
-    network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
+    with EXPORT_LOCK:
+        return _inferred(getattr(model, "_orig_mod", model), inputs, {**(keywords or {}), **kwargs}, verify, outputs)
+
+
+def _inferred(model: nn.Module, inputs: Any, kwargs: Any, verify: bool | str, outputs: Any) -> Symmetry:
+    network, propagation = _propagated(model, inputs, kwargs, outputs)
     symmetry = _with_unread(model, propagation.read, symmetry_of(network, _shapes(model), propagation))
     weights = sum(t.numel() for t in network.tensors.values())
     meta = any(t.device.type == "meta" for t in network.tensors.values())
@@ -86,7 +89,6 @@ def infer_symmetry(
     return symmetry
 
 
-@EXPORT_LOCK
 def missed_labels(
     model: nn.Module,
     /,
@@ -103,9 +105,10 @@ def missed_labels(
         Labels of a symmetry that labels every axis; rows of tables that the inputs do not use are among them. Units on
         the two sides of an unknown operator have two labels there, and are not found.
     """
-    network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
-    symmetry = symmetry_of(network, _shapes(model), propagation, declare_fixed=True)
-    return Check(network).missed(symmetry)
+    with EXPORT_LOCK:
+        network, propagation = _propagated(model, inputs, {**(keywords or {}), **kwargs}, outputs)
+        symmetry = symmetry_of(network, _shapes(model), propagation, declare_fixed=True)
+        return Check(network).missed(symmetry)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -185,7 +188,7 @@ def _verified(network: Network, symmetry: Symmetry, name: str, samples: int) -> 
         warnings.warn(
             f"inferred symmetry of {name}: {', '.join(verdict.demoted)} changed the function in the numeric check and"
             " now stay in place. Please report the model: a rule of learned_opt.symmetry.infer is wrong.",
-            stacklevel=4,
+            stacklevel=3,
         )
     if verdict.error > TOLERANCE:
         raise InferenceError(f"{name}: the function changes by {verdict.error:.1e} even without any symmetry.")
