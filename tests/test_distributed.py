@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -318,6 +318,11 @@ def are_flattened_and_whole(rank):
     NFNOpt([{"params": list(model.parameters())}])
 
 
+def are_fully_sharded(rank):
+    model = fully_shard(Branches(), mesh=init_device_mesh("cpu", (2,)))
+    NFNOpt([{"params": list(model.parameters())}])
+
+
 def are_parallel_tensors(rank):
     mesh = init_device_mesh("cpu", (2,))
     plan = {"first": ColwiseParallel(), "last": RowwiseParallel()}
@@ -337,6 +342,7 @@ def are_parallel_tensors(rank):
         (are_flattened, "FullyShardedDataParallel.*Use DistributedDataParallel"),
         (are_flattened_but_look_original, "FullyShardedDataParallel.*Use DistributedDataParallel"),
         (are_flattened_and_whole, "FullyShardedDataParallel.*Use DistributedDataParallel"),
+        (are_fully_sharded, "fully_shard.*Use DistributedDataParallel"),
         (are_parallel_tensors, "parallelize_module.*Use DistributedDataParallel"),
     ],
 )
