@@ -44,10 +44,16 @@ def refuse_pieces(params: Iterable[Tensor]) -> None:
             "NFNOpt does not work inside ZeroRedundancyOptimizer: each rank would get some of the tensors, infer a "
             "symmetry of these alone and measure a rate of its own. Use NFNOpt with DistributedDataParallel."
         )
+    params = list(params)
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise RuntimeError(
             "NFNOpt does not take parameters of FullyShardedDataParallel: they are flattened and cut into pieces, but "
             "steps need whole matrices. Use DistributedDataParallel."
+        )
+    if any(hasattr(p, "placements") for p in params):  # torch.distributed.tensor.DTensor, which takes long to import
+        raise RuntimeError(
+            "NFNOpt does not take sharded parameters (DTensor, as of fully_shard and parallelize_module): its steps "
+            "need whole matrices. Use DistributedDataParallel."
         )
 
 
@@ -86,7 +92,7 @@ def replicas_of(params: Iterable[Tensor], given: "dist.ProcessGroup | None") -> 
         return None
     wanted = {id(p) for p in params if p.requires_grad}
     groups, averaged = [] if given is None else [given], set[int]()
-    for ddp in [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]:
+    for ddp in _wrappers():
         named = ddp.module.named_parameters(remove_duplicate=False)
         held = {id(p) for n, p in named if n not in ddp.parameters_to_ignore} & wanted
         if held and _is_alive(ddp.process_group):
@@ -100,6 +106,18 @@ def replicas_of(params: Iterable[Tensor], given: "dist.ProcessGroup | None") -> 
     if not groups or dist.get_world_size(groups[0]) < 2:
         return None
     return Replicas(groups[0], frozenset(averaged), given is not None)
+
+
+def _wrappers() -> list[DistributedDataParallel]:
+    """All there are, wherever a program keeps them: on every rank the same, whatever passed through them so far."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:  # get_objects leaves out what is
+        gc.unfreeze()
+    found = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+    if frozen:
+        gc.collect()
+        gc.freeze()
+    return found
 
 
 def _is_alive(group: "dist.ProcessGroup") -> bool:

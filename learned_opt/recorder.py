@@ -31,6 +31,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from learned_opt.calls import Call, kind_of, sample
+from learned_opt.symmetry.lock import EXPORT_LOCK
 
 __all__ = ["Call", "ForwardRecorder", "modules_behind", "unwrapped"]
 
@@ -146,7 +147,7 @@ class ForwardRecorder:
 
         Nor is a scripted module anything: it takes no hooks, and what it calls cannot be exported.
         """
-        if torch.compiler.is_compiling() or isinstance(module, torch.jit.ScriptModule):
+        if _is_traced() or isinstance(module, torch.jit.ScriptModule):
             return
         if not (torch.is_grad_enabled() and self._wanted(module)):
             return
@@ -190,7 +191,7 @@ class ForwardRecorder:
 
     def _again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a further call."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if _is_traced() or not torch.is_grad_enabled():
             return
         inner = unwrapped(module)
         mine = [c for c in self.calls if c.module is inner]
@@ -263,6 +264,13 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, ()
+
+
+def _is_traced() -> bool:
+    """Whether what runs in this thread is being compiled or exported."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and not EXPORT_LOCK.is_elsewhere()
 
 
 def _is_compiled(module: nn.Module) -> bool:

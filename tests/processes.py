@@ -1,5 +1,6 @@
 """Several processes of ``torch.distributed``, for tests: started once, they run one function after the other."""
 
+import gc
 import logging
 import tempfile
 import traceback
@@ -89,6 +90,7 @@ def _serve(pipe: Any) -> None:
                 value = function(rank, *args)
             except Exception as raised:
                 error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()}"
+            gc.unfreeze()
             if dist.is_initialized():
                 dist.destroy_process_group()
         logging.getLogger("learned_opt").removeHandler(records)

@@ -1,6 +1,7 @@
 """Replicas stay equal to the bit, whatever differs between their ranks; what cannot be stepped is refused."""
 
 import copy
+import gc
 import io
 import re
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from learned_opt import NFNOpt
@@ -70,11 +74,30 @@ def assert_moved(outcomes):
 
 
 # ------------------------------------------------------------------------------------------ replicas
-def train_ddp(rank, ways, symmetry="infer"):
+def wrapped(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def wrapped_and_frozen(model):
+    """As programs do that spare the garbage collector what stays."""
+    ddp = wrapped(model)
+    gc.freeze()
+    return ddp
+
+
+def compiled(model):
+    return torch.compile(wrapped(model), backend="eager")
+
+
+def composed(model):
+    return replicate(model, find_unused_parameters=True)
+
+
+def train_ddp(rank, ways, wrap=wrapped):
     """Every rank goes its own ways: ``ways[rank]``, one step after the other."""
     model = Branches()
-    ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    optimizer = NFNOpt(ddp.parameters(), total_steps=60, symmetry=symmetry)
+    ddp = wrap(model)
+    optimizer = NFNOpt(model.parameters(), total_steps=60)
     for step in range(STEPS):
         model.way = ways[rank][step % len(ways[rank])]
         optimizer.zero_grad()
@@ -101,6 +124,13 @@ def test_replicas_stay_equal_whatever_way_each_rank_goes(ranks, ways, said):  # 
     assert_moved(outcomes)
     for outcome in outcomes:
         assert said in outcome.said if said else not outcome.said
+
+
+@pytest.mark.parametrize("wrap", [wrapped_and_frozen, compiled, composed])
+def test_replicas_are_known_however_they_are_made(ranks, wrap):  # noqa: F811
+    outcomes = ranks(train_ddp, [["closed", "left"], ["both"]], wrap)
+    assert_equal_ranks(outcomes)
+    assert "found no symmetry" in outcomes[0].said
 
 
 def train_with_everything(rank):
@@ -166,6 +196,27 @@ def train_averaged_by_hand(rank):
 @pytest.mark.parametrize("count", [2, 4])
 def test_replicas_stay_equal_through_a_whole_run(ranks, train, count):  # noqa: F811
     assert_equal_ranks(ranks(train, count=count))
+
+
+def train_in_pairs(rank):
+    """Two networks, each on two ranks and of a length of its own; a rank of the second cannot export its batch."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = Branches("closed" if rank == 3 else "both")
+    ddp = DistributedDataParallel(model, process_group=pairs[rank // 2], find_unused_parameters=True)
+    optimizer = NFNOpt(ddp.parameters(), total_steps=60)
+    for step in range(3 + 5 * (rank // 2)):
+        optimizer.zero_grad()
+        loss_of(ddp, rank, step).backward()
+        optimizer.step()
+        model.way = "both"
+    return bits(model, optimizer)
+
+
+def test_ranks_agree_within_their_group_alone(ranks):  # noqa: F811
+    outcomes = ranks(train_in_pairs, count=4)
+    assert_equal_ranks(outcomes[:2])
+    assert_equal_ranks(outcomes[2:])
+    assert ["rank 1 found no symmetry" in o.said for o in outcomes] == [False, False, True, True]
 
 
 # -------------------------------------------------------------------------- ranks with networks of their own
@@ -267,6 +318,17 @@ def are_flattened_and_whole(rank):
     NFNOpt([{"params": list(model.parameters())}])
 
 
+def are_fully_sharded(rank):
+    model = fully_shard(Branches(), mesh=init_device_mesh("cpu", (2,)))
+    NFNOpt([{"params": list(model.parameters())}])
+
+
+def are_parallel_tensors(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"first": ColwiseParallel(), "last": RowwiseParallel()}
+    NFNOpt(parallelize_module(Branches(), mesh, plan).parameters())
+
+
 @pytest.mark.parametrize(
     ("attempt", "said"),
     [
@@ -280,6 +342,8 @@ def are_flattened_and_whole(rank):
         (are_flattened, "FullyShardedDataParallel.*Use DistributedDataParallel"),
         (are_flattened_but_look_original, "FullyShardedDataParallel.*Use DistributedDataParallel"),
         (are_flattened_and_whole, "FullyShardedDataParallel.*Use DistributedDataParallel"),
+        (are_fully_sharded, "fully_shard.*Use DistributedDataParallel"),
+        (are_parallel_tensors, "parallelize_module.*Use DistributedDataParallel"),
     ],
 )
 def test_what_would_drift_apart_is_refused_on_every_rank(ranks, attempt, said):  # noqa: F811

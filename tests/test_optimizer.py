@@ -383,20 +383,6 @@ def test_sparse_gradients_are_refused_by_name():
         optimizer.step()
 
 
-def test_sharded_parameters_are_refused_by_name():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        model = make_model()
-        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
-        optimizer = NFNOpt(model.named_parameters())
-        backward(model)
-        with pytest.raises(RuntimeError, match=r"sharded.*0\.weight"):
-            optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_a_run_that_outlasts_its_horizon_is_told_once_also_after_a_resume():
     model = make_model()
     optimizer = make("auto_lr", model, total_steps=3)

@@ -13,6 +13,8 @@ import torch
 import torch.export._trace as torch_trace
 from torch import nn
 
+from learned_opt.symmetry.lock import EXPORT_LOCK
+
 
 @contextmanager
 def silent() -> Iterator[None]:
@@ -44,8 +46,14 @@ def silent() -> Iterator[None]:
 def same_random_numbers(model: nn.Module) -> Iterator[None]:
     """The generators of Python, NumPy and torch, and those that the model's modules hold, are afterwards as before.
 
-    Inside, the global ones start from fixed seeds: nothing depends on the caller's noise.
+    Inside, the global ones start from fixed seeds: nothing depends on the caller's noise. One thread at a time.
     """
+    with EXPORT_LOCK, _same_random_numbers(model):
+        yield
+
+
+@contextmanager
+def _same_random_numbers(model: nn.Module) -> Iterator[None]:
     owned = [x for m in model.modules() for x in vars(m).values() if isinstance(x, _GENERATORS)]
     states = [_state(x) for x in owned]
     python, numpy = random.getstate(), np.random.get_state()
