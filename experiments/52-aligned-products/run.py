@@ -1,6 +1,6 @@
 """Whether NFNOpt's state in bfloat16 costs quality: final train losses, paired with those of its usual state.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python experiments/52-state-in-bfloat16/run.py [TASK ...] [--seeds 0 1]
+    OMP_NUM_THREADS=1 PYTHONPATH=. python experiments/52-aligned-products/run.py [TASK ...] [--seeds 0 1]
 
 Tasks of VALID; same initial weights and batches. Prints the log of the ratio of the losses, and its mean.
 """
