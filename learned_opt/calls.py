@@ -119,6 +119,8 @@ class Call:
         gradients: of every trained parameter by its id, a sample of its gradient after the last backward pass. Shared
             by all calls of one recording.
         complete: whether ``gradients`` is of the calls that were kept, and of no others.
+        reads: what tells this forward pass from others: the memory of arguments and parameters, and how often each was
+            written to.
     """
 
     module: nn.Module
@@ -160,7 +162,7 @@ class Call:
             buffers,
             compiled,
             any(torch.is_autocast_enabled(k) for k in kinds if k != "meta"),
-            reads=_memory(args),
+            reads=_memory((args, list(module.parameters()))),
         )
 
     def end(self, kwargs: dict[str, Any], output: Any, differentiate: bool) -> None:
@@ -206,10 +208,10 @@ class Call:
             _install(self.training, forwards)
 
 
-def _memory(args: Any) -> tuple[Any, ...]:
-    """What says that two calls at about the same time had the same arguments."""
+def _memory(read: Any) -> tuple[Any, ...]:
+    """What tells forward passes apart: the same memory, not written to in between, is read in one alone."""
     found: list[Any] = []
-    for x in pytree.tree_leaves(args):
+    for x in pytree.tree_leaves(read):
         try:
             found.append((x.data_ptr(), x._version, x.shape) if isinstance(x, Tensor) else repr(x)[:100])
         except RuntimeError:  # without memory
