@@ -213,10 +213,14 @@ def _memory(read: Any) -> tuple[Any, ...]:
     found: list[Any] = []
     for x in pytree.tree_leaves(read):
         try:
-            found.append((x.data_ptr(), x._version, x.shape) if isinstance(x, Tensor) else repr(x)[:100])
+            found.append((x.data_ptr(), x._version, x.shape) if isinstance(x, Tensor) else _plain(x))
         except RuntimeError:  # without memory
             found.append(object())
     return tuple(found)
+
+
+def _plain(x: Any) -> Any:
+    return repr(x) if isinstance(x, _PLAIN) else id(x)
 
 
 def _modes(module: nn.Module) -> dict[nn.Module, bool]:

@@ -303,22 +303,26 @@ def _is_known(calls: list[Call]) -> bool:
 
 
 def _symmetry_of(calls: list[Call]) -> Symmetry:
-    """That of a module by its calls; looked for once for all optimizers that saw the same forward passes."""
+    """That of a module by its calls; looked for once for all optimizers that saw the same forward passes.
+
+    The gradients that the calls must explain are those of the first of these optimizers.
+    """
     from learned_opt.symmetry.infer import infer_called  # loads torch.export
 
     module = calls[0].module
     if not _is_known(calls):
-        found: Symmetry | Exception
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 found = infer_called(calls)
-        except Exception as error:  # of a user's model anything
-            found = error.with_traceback(None)
+        except Exception as error:
+            _latest[module] = _pass(calls), SymmetryError(str(error))  # the error itself may hold the module
+            raise
         _latest[module] = _pass(calls), found
-    found = _latest[module][1]
-    if isinstance(found, Exception):
-        raise found
-    return found
+        return found
+    known = _latest[module][1]
+    if isinstance(known, Exception):
+        raise known
+    return known
 
 
 def infer_or_say(calls: list[Call], params: list[NamedParam]) -> tuple[ParamMap | None, str]:

@@ -1,10 +1,12 @@
 """What training frameworks, schedulers and wrappers do with an optimizer."""
 
 import contextlib
+import gc
 import logging
 import math
 import random
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -409,3 +411,23 @@ def test_a_large_model_is_announced(asked, said):
     model(torch.ones(2, 2)).sum().backward()
     optimizer.step()
     assert "looking for the symmetry of Sequential (80 tensors)" in said(logging.INFO)[0]
+
+
+class Branching(nn.Linear):
+    """Reads a number that depends on data, so that it cannot be exported."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return 2 * y if y.sum() > 0 else y
+
+
+def test_a_model_whose_inference_failed_is_let_go():
+    """What optimizers share of an inference holds no module, the error's traceback included."""
+    model = Branching(5, 3)
+    optimizer = NFNOpt(model.parameters())
+    model(data()[0]).square().mean().backward()
+    optimizer.step()
+    gone = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
