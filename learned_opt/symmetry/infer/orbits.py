@@ -63,7 +63,7 @@ def _along(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
     sums = x.sum(others) if others else x
     squares = torch.linalg.vector_norm(x, dim=others).square() if others else x.square()
     to = [order.index(d) for d in dims]
-    return tuple(y.permute(to).to("cpu", torch.float64) for y in (sums, squares))  # type: ignore[return-value]
+    return sums.permute(to).to("cpu", torch.float64), squares.permute(to).to("cpu", torch.float64)
 
 
 def _add(to: dict[str, Tensor], name: str, x: Tensor) -> None:

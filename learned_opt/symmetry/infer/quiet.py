@@ -31,7 +31,7 @@ def silent() -> Iterator[None]:
 
     for handler in handlers:
         handler.addFilter(others)
-    torch_trace.print = lambda *_, **__: None  # type: ignore[attr-defined]  # the graph goes to stderr by `print`
+    vars(torch_trace)["print"] = lambda *_, **__: None  # the graph goes to stderr by `print`
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -11,6 +11,7 @@ loop has hundreds of them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import _VF, Tensor
@@ -131,12 +132,9 @@ class _Functions:
 
 @contextmanager
 def _replaced(**functions: Callable[..., Any]) -> Iterator[None]:
-    before = utilities._VF, layers._VF
-    utilities._VF = layers._VF = _Functions(**functions)  # type: ignore[misc, assignment]
-    try:
+    instead = _Functions(**functions)
+    with mock.patch.object(utilities, "_VF", instead), mock.patch.object(layers, "_VF", instead):
         yield
-    finally:
-        utilities._VF, layers._VF = before  # type: ignore[misc]
 
 
 @contextmanager

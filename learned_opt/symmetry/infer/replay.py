@@ -25,6 +25,10 @@ EXACT, ROUNDED, COARSE = 1e-4, 1e-2, 0.1  # relative: the same kernels; compiled
 NEGLIGIBLE = 1e-4  # of the largest gradients: others are rounding errors (a bias before a normalisation)
 
 
+class NotReplayed(Exception):
+    """The graph calls another one (a loop, a branch) in a way that is not followed: the call is not compared."""
+
+
 class _Replay:
     """Runs an exported network with its own parameters, on the inputs of one call."""
 
@@ -87,16 +91,17 @@ def _run(graph: GraphModule, env: dict[Node, Any]) -> list[Any]:
 
 
 def _call(node: Node, env: dict[Node, Any]) -> Any:
-    name, target = operator_name(node.target), node.target
+    name = operator_name(node.target)
+    target: Any = node.target
     args: Any = map_arg(node.args, lambda a: env[a])
     kwargs: Any = map_arg(node.kwargs, lambda a: env[a])
     if name.startswith("_assert"):
         return None
     at = next((i for i, a in enumerate(args) if isinstance(a, GraphModule)), None)
     if at is None:
-        return target(*args, **kwargs)  # type: ignore[operator]
+        return target(*args, **kwargs)
     if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
-        raise NotImplementedError(f"a graph in {name}")
+        raise NotReplayed(f"a graph in {name}")
     holders = [n for n in args[at].graph.nodes if n.op == "placeholder"]
     given = dict(zip(holders, args[at + 1 :], strict=True))
     grads = bool(args[0]) if name == "wrap_with_set_grad_enabled" else torch.is_grad_enabled()

@@ -100,7 +100,7 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
     if name in _DROPOUTS:
         return args[0]
     if name in ("_grouped_mm", "grouped_mm"):  # has no float64
-        return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
+        return grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
     if name == "native_dropout":
         return [args[0], torch.ones_like(args[0])]
     if name == "scaled_dot_product_attention" and len(args) > 4:
@@ -118,12 +118,22 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
     return target(*args, **kwargs)
 
 
-def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None) -> Tensor:
-    if x.ndim != 2 or w.ndim != 3 or offs is None:
-        raise NotImplementedError("grouped_mm of other shapes")
+def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None) -> Tensor:
+    """As ``torch._grouped_mm``: products of matrices, of runs of the axis that one or both lack a batch for.
+
+    ``offs`` holds the ends of the runs; where both have a batch there are none. What lies behind the last run is zero.
+    """
+    if offs is None:
+        return torch.bmm(x, w)
     ends = offs.tolist()
-    runs = [x[a:b] @ m for a, b, m in zip([0, *ends], ends, w, strict=False)]
-    return torch.cat([*runs, x.new_zeros(x.shape[0] - ends[-1], w.shape[2])])
+    runs = list(zip([0, *ends], ends, strict=False))
+    if x.ndim == 2 and w.ndim == 2:  # runs of what is summed over
+        return torch.stack([x[:, a:b] @ w[a:b] for a, b in runs])
+    if x.ndim == 2:  # runs of rows
+        rows = [x[a:b] @ m for (a, b), m in zip(runs, w, strict=True)]
+        return torch.cat([*rows, x.new_zeros(x.shape[0] - ends[-1], w.shape[2])])
+    columns = [m @ w[:, a:b] for (a, b), m in zip(runs, x, strict=True)]
+    return torch.cat([*columns, x.new_zeros(x.shape[1], w.shape[1] - ends[-1])], -1)
 
 
 def _arguments(of: Any, env: dict[Node, Any]) -> Any:

@@ -13,6 +13,7 @@ from learned_opt import NFNOpt, infer_symmetry
 from learned_opt.symmetry.infer import InferenceError, missed_labels
 from learned_opt.symmetry.infer.engine import Engine, Value
 from learned_opt.symmetry.infer.operators import RULES
+from learned_opt.symmetry.infer.verify import grouped_mm
 
 
 class Counting(nn.Module):
@@ -215,3 +216,20 @@ def test_what_writes_into_a_given_tensor_is_an_unknown_operator(norm: Any, caplo
     model = nn.Sequential(norm(nn.Linear(6, 10)), nn.ReLU(), nn.Linear(10, 3))
     assert infer_symmetry(model, torch.randn(4, 6)).notes == ()
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "offs"),
+    [
+        ((48, 16), (3, 16, 32), [16, 32, 48]),
+        ((16, 48), (48, 32), [16, 32, 48]),
+        ((3, 16, 32), (32, 48), [16, 32, 48]),
+        ((3, 16, 16), (3, 16, 32), None),
+    ],
+)
+def test_grouped_products_in_float64_are_torchs(x: tuple[int, ...], w: tuple[int, ...], offs: list[int] | None) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(x, dtype=torch.bfloat16), torch.randn(w, dtype=torch.bfloat16)
+    ends = None if offs is None else torch.tensor(offs, dtype=torch.int32)
+    theirs = torch._grouped_mm(a, b, offs=ends).double()
+    torch.testing.assert_close(grouped_mm(a.double(), b.double(), ends), theirs, rtol=0.02, atol=0.05)
