@@ -74,12 +74,10 @@ class Replicas(NamedTuple):
     Attributes:
         group: all of its ranks step together.
         averaged: ids of the parameters whose gradients DistributedDataParallel averages.
-        given: whether the group was given by the user.
     """
 
     group: "dist.ProcessGroup"
     averaged: frozenset[int]
-    given: bool
 
 
 def replicas_of(params: Iterable[Tensor], given: "dist.ProcessGroup | None") -> Replicas | None:
@@ -105,7 +103,7 @@ def replicas_of(params: Iterable[Tensor], given: "dist.ProcessGroup | None") -> 
         )
     if not groups or dist.get_world_size(groups[0]) < 2:
         return None
-    return Replicas(groups[0], frozenset(averaged), given is not None)
+    return Replicas(groups[0], frozenset(averaged))
 
 
 def _wrappers() -> list[DistributedDataParallel]:

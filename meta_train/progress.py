@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.utils.tensorboard import SummaryWriter
 
+from learned_opt.progress import progress_bar
 from meta_train import jsonl
-from meta_train.bench.output import COLOURS, new_figure, progress_bar, write_figure
+from meta_train.bench.output import COLOURS, new_figure, write_figure
 from meta_train.processes import under_torchrun
 
 

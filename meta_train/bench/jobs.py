@@ -187,7 +187,7 @@ def job_progress(say: Callable[[str], None] | None) -> Iterator[JobProgress]:
         return
     from rich.console import Console
 
-    from meta_train.bench.output import progress_bar
+    from learned_opt.progress import progress_bar
 
     console = Console()
     if not console.is_terminal:

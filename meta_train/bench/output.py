@@ -74,23 +74,6 @@ def _parts(lines: Sequence[str], width: int) -> list[Any]:
     return parts
 
 
-def progress_bar(console: Any = None) -> Any:
-    """A rich bar whose count, percentage and time stay where its description is too long for the line."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Column
-
-    text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-    columns = (MofNCompleteColumn(), BarColumn(12), TaskProgressColumn(), TimeRemainingColumn(), text)
-    return Progress(*columns, console=console, expand=True)
-
-
 def new_figure(width: float, height: float):
     """An empty matplotlib figure, in inches."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display (Agg)

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
 from learned_opt.checkpoint import CheckpointError, write_atomically
+from learned_opt.progress import progress_bar
 
 FORMAT = "learned-opt fit 1"
 CHECKPOINT = "checkpoint.safetensors"
@@ -242,15 +243,6 @@ def _bar(epochs: int, start: int, progress: bool | None) -> Any:
         return None
     try:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.table import Column
     except ModuleNotFoundError:
         if progress:
             raise
@@ -258,9 +250,7 @@ def _bar(epochs: int, start: int, progress: bool | None) -> Any:
     console = Console(stderr=True)
     if progress is None and not console.is_terminal:
         return None
-    text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-    columns = (MofNCompleteColumn(), BarColumn(12), TaskProgressColumn(), TimeRemainingColumn(), text)
-    bar = Progress(*columns, console=console, expand=True)
+    bar = progress_bar(console)
     bar.add_task("", total=epochs, completed=start)
     return bar
 

@@ -5,10 +5,11 @@ import io
 import pytest
 from rich.console import Console
 
+from learned_opt.progress import progress_bar
 from meta_train.__main__ import main
 from meta_train.bench import report as rp
 from meta_train.bench.outcomes import Outcome
-from meta_train.bench.output import duration, progress_bar, show, table
+from meta_train.bench.output import duration, show, table
 from meta_train.bench.pictures import colours_of
 from meta_train.bench.store import Plan, PlannedOptimizer, PlannedTask
 from tests.meta_train.bench.tiny import curve, measure
