@@ -436,11 +436,10 @@ model = Branching(5, 3)
 optimizer = NFNOpt(model.parameters())
 model(data()[0]).square().mean().backward()
 optimizer.step()
-assert optimizer.symmetry.summary()["covered"] == 0, "it must fail"
 gone = weakref.ref(model)
 del model, optimizer
 gc.collect()
 assert gone() is None
 """
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0 and "inferring it failed" in ran.stderr, ran.stderr

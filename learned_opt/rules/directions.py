@@ -14,7 +14,7 @@ from learned_opt.rules.numerics import ROUNDING, TINY, root, rsqrt
 from learned_opt.rules.slots import Slots, norm_of, whitened_axes
 
 BETA2 = 0.99  # decay rate of mean squares
-SIZE = 0.9  # of the result of Newton and Schulz over sqrt(min(R, K))
+SIZE = 0.9  # of the result of Newton and Schulz over the square root of the rank
 BIAS, SNR = 3.0, 0.2  # size of the input that a bias stands for; RMS of Adam's direction below which biases step less
 USUAL, SMALLEST = 0.5, 0.1  # RMS times root fan-in of usual weights; relative to that, what smaller ones count as
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
@@ -97,22 +97,19 @@ def along(b: TensorBatch, x: Tensor, axis: int, vector: Tensor) -> Tensor:
     return b.matrices(b.tensors(x) * vector.view(shape))
 
 
-def unit_of(part: Tensor, b: TensorBatch) -> float:
-    """The norm of a usual step of matrices ``[N', R', K']`` at unit rate."""
-    return unit_norm(part.shape[-2], part.shape[-1], bool(b.biases))
-
-
-def unit_norm(rows: int, columns: int, has_bias: bool) -> float:
-    """The norm of a usual step of a matrix at unit rate."""
+def step_scale(rows: int, columns: int, has_bias: bool) -> float:
+    """What a polar factor is multiplied by at unit rate."""
     fan_in = columns - has_bias
-    return 0.2 * fan_in_scale(fan_in) * max(rows, fan_in) ** 0.5 * SIZE * min(rows, columns) ** 0.5
+    return 0.2 * fan_in_scale(fan_in) * max(rows, fan_in) ** 0.5
 
 
 def step_norm(b: TensorBatch) -> float:
-    """The norm of a usual step of a tensor at unit rate."""
+    """The norm of a usual step of a tensor at unit rate: that of polar factors of full rank."""
     if b.pack is None:
-        return math.sqrt(sum(unit_norm(r, b.K, bool(b.biases)) ** 2 for r in b.parts))
-    return math.sqrt(sum(block.shape[0] * unit_norm(*block.shape[1:], False) ** 2 for block in b.pack.blocks))
+        matrices = [(1, r, b.K, bool(b.biases)) for r in b.parts]
+    else:
+        matrices = [(*block.shape, False) for block in b.pack.blocks]
+    return math.sqrt(sum(n * (step_scale(r, k, bias) * SIZE) ** 2 * min(r, k) for n, r, k, bias in matrices))
 
 
 def fan_in_scale(fan_in: int) -> float:

@@ -66,7 +66,7 @@ class Reference(UpdateRule):
                 w = params[n] / frame[n]
                 size = new[n]["size"] = (w.square().mean().sqrt() * b.C**0.5 / 0.5).clamp(0.1, 1.0)
                 if b.is_matrix and w.any():
-                    usual = math.sqrt(sum(len(x) * unit(x, n in bias_of) ** 2 for x in symmetry.split(n, w)))
+                    usual = math.sqrt(sum(len(x) * usual_norm(x, n in bias_of) ** 2 for x in symmetry.split(n, w)))
                     share = 0.025 * (512 / b.C) ** 0.25 * auto_lr.decay_scale(t, total_steps)
                     new[n]["decay"] = share * usual * size / w.norm()
 
@@ -224,14 +224,21 @@ def adam_step(
 
 
 def polar_step(symmetry: Symmetry, b: TensorBatch, own: dict[str, Tensor], n: Weights) -> Weights:
-    """``P polar(P n P) P`` of a matrix and of its bias, at the size of usual steps."""
+    """``P polar(P n P) P`` of a matrix and of its bias, at the size of the polar factor."""
     full, diagonal = axes_of(b)
     roots = {i: own[f"root{i}"] for i in full}
     v = {i: own[f"moment{i}"] / own[f"moment{i}"].mean().clamp(min=TINY) for i in diagonal}
     n = multiplied(b, n, roots | {i: (x + 1e-8) ** -0.25 for i, x in v.items()})
     n = {k: x if k in b.names else 3 * x for k, x in n.items()}  # the weight of an input of size 3
-    n = multiplied(b, on_matrices(symmetry, n, polar), roots)
-    return on_matrices(symmetry, n, lambda x: unit(x[..., : x.shape[2] - len(n) + 1], len(n) - 1) * unit_length(x))
+    sizes = []
+
+    def factor(x: Tensor) -> Tensor:
+        found = polar(x)
+        sizes.append(torch.linalg.matrix_norm(found, keepdim=True) * scale(x.shape[1], x.shape[2] - len(n) + 1))
+        return found
+
+    d = multiplied(b, on_matrices(symmetry, n, factor), roots)
+    return on_matrices(symmetry, d, lambda x: unit_length(x) * sizes.pop(0))
 
 
 def multiplied(b: TensorBatch, n: Weights, factors: Mapping[int, Tensor]) -> Weights:
@@ -254,10 +261,15 @@ def unit_length(x: Tensor) -> Tensor:
     return x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=TINY)
 
 
-def unit(x: Tensor, has_bias: int) -> float:
-    """The norm of a usual step of matrices ``[B, R, C]`` with or without a bias."""
+def scale(rows: int, fan_in: int) -> float:
+    """What polar factors of matrices are multiplied by."""
+    return 0.2 * (512 / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5
+
+
+def usual_norm(x: Tensor, has_bias: int) -> float:
+    """The norm of a usual step of matrices ``[B, R, C]`` with or without a bias: that of polar factors of full rank."""
     rows, fan_in = x.shape[1:]
-    return 0.2 * (512 / fan_in) ** 0.25 * max(rows, fan_in) ** 0.5 * 0.9 * min(rows, fan_in + has_bias) ** 0.5
+    return scale(rows, fan_in) * 0.9 * min(rows, fan_in + has_bias) ** 0.5
 
 
 def polar(x: Tensor) -> Tensor:

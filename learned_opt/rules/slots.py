@@ -81,8 +81,9 @@ def numel_of(layout: BatchLayout, dtype: torch.dtype) -> Tensor:
 
 
 def norm_of(x: Tensor) -> Tensor:
-    """Of every matrix ``[N, R, C]``, a little more than zero: ``[N, 1, 1]``."""
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + TINY
+    """Of every matrix ``[N, R, C]``, a little more than zero: ``[N, 1, 1]``, at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide) + TINY
 
 
 def repeated(x: Tensor, parts: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ scales, with gradient g, momentum m and roots P of second moments:
 
     m <- beta1 m + (1 - beta1) g
     n  = beta1 m + (1 - beta1) g                          one step ahead (Nesterov)
-    d  = P polar(P n P) P,   at the size 0.9 sqrt(min(R, K))
+    d  = P polar(P n P) P,   at the size of the polar factor
     w <- w - rate * 0.2 (512 / C)^(1/4) sqrt(max(R, C)) * weight_rms_ratio * d - builtin_decay * w
 
 Axes that no label permutes (the network's inputs and outputs) and those of more than ``BOUND`` units have no P; their
@@ -36,8 +36,8 @@ from learned_opt.rules.directions import (
     flat_direction,
     preconditioned,
     product_dtype,
+    step_scale,
     thin_direction,
-    unit_of,
 )
 from learned_opt.rules.newton_schulz import newton_schulz
 from learned_opt.rules.numerics import TINY
@@ -323,12 +323,13 @@ def matrix_direction(
     x = functional.pad(x, (0, b.padded - b.K)) if b.padded > b.K else x
     del g, n  # of a large matrix every copy counts
     x = whitening.multiplied(b, x, roots)
-    x = b.join([newton_schulz(part, ITERATIONS) for part in b.split(x)])
-    x = whitening.multiplied(b, x, roots)[..., : b.K].to(dtype)
+    polar = [newton_schulz(part, ITERATIONS) for part in b.split(x)]
+    x = whitening.multiplied(b, b.join(polar), roots)[..., : b.K].to(dtype)
     x = b.scaled(x, control.units) if control else x
     parts = []
-    for part in b.split(x):
-        scale = unit_of(part, b) * repeated(size, part) / norm_of(part)
+    for part, factor in zip(b.split(x), polar, strict=True):
+        unit = step_scale(part.shape[-2], part.shape[-1], bool(b.biases))
+        scale = repeated(size * unit, part) * (norm_of(factor) / norm_of(part))
         parts.append(torch.mul(part, scale, out=part if in_place else None))
     d = b.join(parts)
     if b.biases:

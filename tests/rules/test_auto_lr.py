@@ -76,9 +76,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_independent_gradients_halve_the_rate_and_no_others_do(kind):
     gradients, factor = KINDS[kind]
-    sizes, _ = driven(gradients, 152)
-    decay = math.sqrt((100 + 149) / (100 + 150))  # of the schedule without a horizon, from step 150 to 151
-    assert sizes[150] / sizes[149] == pytest.approx(factor * decay, rel=0.02)
+    sizes, _ = driven(gradients, 170)
+    decay = math.sqrt((100 + 139) / (100 + 159))  # of the schedule without a horizon, by 20 steps
+    # means of 20: single polar factors of random momenta differ in size
+    assert sum(sizes[150:]) / sum(sizes[130:150]) == pytest.approx(factor * decay, rel=0.03)
 
 
 def test_gradients_of_zero_measure_nothing_and_move_nothing():
