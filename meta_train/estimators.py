@@ -10,6 +10,7 @@ The carry is nested dicts of tensors, so it can be saved and continued.
 | estimator   | meta-gradient of                    | bias                  | variance         |
 |-------------|-------------------------------------|-----------------------|------------------|
 | TBPTT       | the truncation, exactly             | ignores earlier steps | grows with chaos |
+| CoolDown    | the loss soon after the truncation  | ignores earlier steps | small            |
 | ES          | the smoothed loss of whole runs     | none                  | grows with theta |
 | TruncatedES | the smoothed loss of the truncation | ignores earlier steps | grows with theta |
 | PES         | the smoothed loss of whole runs     | none                  | also with length |
@@ -78,29 +79,65 @@ class TBPTT:
 
     def __call__(self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
-        own = {n: t.detach().expand(self.particles, *t.shape).clone().requires_grad_() for n, t in theta.items()}
+        own = _own(theta, self.particles)
         steps = _steps(self.truncation, carry)
         after, trace = unroll(own, carry, steps, generator, batched=True, detach=self.detach, remat=self.remat)
         per_run = trace.loss.mean(0)
-        if per_run.requires_grad:
-            grads = torch.autograd.grad(per_run.sum(), list(own.values()), materialize_grads=True)
-        else:  # one step was left, whose loss is that of the weights before it
-            grads = tuple(map(torch.zeros_like, own.values()))
-        flat = torch.cat([g.reshape(len(per_run), -1) for g in grads], 1)  # [P, size of theta]
-        kept = flat.isfinite().all(1)
-        norms = torch.where(kept, flat.norm(dim=1), 0.0)
-        scale = kept.to(norms.dtype)
-        if self.outlier is not None and bool(kept.any()):
-            limit = self.outlier * norms[kept].median()
-            scale = scale * (limit / norms.clamp(min=1e-30)).clamp(max=1.0)
-        # Left out, not zero: the mean is over the particles that have a gradient.
-        scale = scale / kept.sum().clamp(min=1)
-        gradient = {
-            n: (torch.where(kept.view(-1, *[1] * t.ndim), g, 0.0) * scale.view(-1, *[1] * t.ndim)).sum(0)
-            for (n, t), g in zip(theta.items(), grads, strict=True)
-        }
-        metrics = _metrics(unroll, trace) | {"dropped": float((~kept).sum())}
+        gradient, dropped = _mean_gradient(per_run, own, self.outlier)
+        metrics = _metrics(unroll, trace) | {"dropped": dropped}
         return per_run.detach().mean(), gradient, detached(after), metrics
+
+
+@dataclass(frozen=True)
+class CoolDown:
+    """Truncated backpropagation of where the truncation leads.
+
+    A truncation is followed by steps at a rate that falls linearly to zero, and judged by the loss on fresh batches
+    that they end at; then the run goes on from the truncation's end as if they had not been made. Losses on the way say
+    little of where a run ends: at a high rate they are mostly the noise of the last steps. Between two truncations runs
+    go on without gradient, so that they are seen at all ages. Each particle's gradient is cut to the median norm, so
+    none outweighs the others. It is good for the direction of theta, not for its length: it does not see what comes
+    later (see :mod:`meta_train.lengths`).
+
+    Attributes:
+        particles: runs in parallel.
+        truncation: steps per call with a gradient.
+        cool_down: steps at a falling rate after them.
+        between: steps without gradient before them.
+        batches: fresh batches that judge a particle.
+    """
+
+    particles: int = 16
+    truncation: int = 20
+    cool_down: int = 10
+    between: int = 30
+    batches: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.truncation, self.particles, self.batches) < 1 or min(self.cool_down, self.between) < 0:
+            raise ValueError(
+                f"{self} has no gradient. Pass at least 1 particle, 1 step of truncation and 1 batch, and nothing "
+                "negative."
+            )
+
+    def init(self, unroll: Unroll, theta: Theta, generator: torch.Generator) -> Carry:
+        """Fresh particles, desynchronised."""
+        return unroll.init(self.particles, generator, spread=True)
+
+    def __call__(self, unroll: Unroll, theta: Theta, carry: Carry, generator: torch.Generator) -> Estimate:
+        """See :class:`Estimator`."""
+        if self.between:
+            with torch.no_grad():
+                carry, _ = unroll(theta, carry, self.between, generator)
+        own = _own(theta, self.particles)
+        after, trace = unroll(own, carry, self.truncation, generator, batched=True)
+        rates = [1 - (k + 0.5) / self.cool_down for k in range(self.cool_down)]
+        ends, _ = unroll(own, after, self.cool_down, generator, batched=True, rates=rates, resets=False)
+        loss = unroll.judged(ends["params"], self.batches, generator)
+        gradient, dropped = _mean_gradient(loss, own, outlier=1.0)
+        taken = self.particles * (self.between + self.truncation + self.cool_down)
+        metrics = _metrics(unroll, trace) | {"dropped": dropped, "particle_steps": float(taken)}
+        return loss.detach().mean(), gradient, detached(after), metrics
 
 
 @dataclass(frozen=True)
@@ -231,7 +268,39 @@ class PES:
         return trace.loss.mean(), gradient, after, _metrics(unroll, trace)
 
 
-ESTIMATORS: dict[str, type[Any]] = {c.__name__: c for c in (TBPTT, ES, TruncatedES, PES)}
+ESTIMATORS: dict[str, type[Any]] = {c.__name__: c for c in (TBPTT, CoolDown, ES, TruncatedES, PES)}
+
+
+def _own(theta: Theta, particles: int) -> dict[str, Tensor]:
+    """A copy of theta for every particle."""
+    return {n: t.detach().expand(particles, *t.shape).clone().requires_grad_() for n, t in theta.items()}
+
+
+def _mean_gradient(loss: Tensor, own: dict[str, Tensor], outlier: float | None) -> tuple[dict[str, Tensor], float]:
+    """The mean over particles of the gradients of losses [P], and how many were left out as not finite.
+
+    Args:
+        loss: of every particle.
+        own: their copies of theta.
+        outlier: norms are cut to so many times their median; None: they are not.
+    """
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss.sum(), list(own.values()), materialize_grads=True)
+    else:  # one step was left, whose loss is that of the weights before it
+        grads = tuple(map(torch.zeros_like, own.values()))
+    flat = torch.cat([g.reshape(len(loss), -1) for g in grads], 1)  # [P, size of theta]
+    kept = flat.isfinite().all(1)
+    norms = torch.where(kept, flat.norm(dim=1), 0.0)
+    scale = kept.to(norms.dtype)
+    if outlier is not None and bool(kept.any()):
+        limit = outlier * norms[kept].median()
+        scale = scale * (limit / norms.clamp(min=1e-30)).clamp(max=1.0)
+    scale = scale / kept.sum().clamp(min=1)  # left out, not zero: the mean is over the particles that have a gradient
+    gradient = {}
+    for n, g in zip(own, grads, strict=True):
+        shape = (-1, *[1] * (g.ndim - 1))
+        gradient[n] = (torch.where(kept.view(shape), g, 0.0) * scale.view(shape)).sum(0)
+    return gradient, float((~kept).sum())
 
 
 def _steps(truncation: int, particles: Carry) -> int:

@@ -27,6 +27,7 @@ from meta_train import checkpoint, jsonl
 from meta_train.augmentation import augmented
 from meta_train.bench.suites import task_fingerprint
 from meta_train.estimators import Carry
+from meta_train.lengths import Pairs, best_factors, compare, scaled
 from meta_train.processes import Processes, processes
 from meta_train.progress import GracefulShutdown, Reporter, draw_training
 from meta_train.recipes import (
@@ -95,6 +96,8 @@ def train(
     rule = fresh_rule(recipe, rules)
     if not dict(rule.named_parameters()):
         raise RecipeError(f"rule {recipe.rule!r} has no theta to train. Choose a learned rule.")
+    if recipe.lengths is not None and not rule.parts:
+        raise RecipeError(f"rule {recipe.rule!r} does not name parts of theta whose lengths could be fitted.")
     known("part of theta", recipe.trained, dict(rule.named_children()) | dict(rule.named_parameters()))
 
     with (
@@ -124,14 +127,18 @@ def train(
         while True:
             expired = recipe.minutes is not None and run.counters["seconds"] >= 60 * recipe.minutes
             over = run.step >= recipe.outer_steps or expired
+            fitting = recipe.lengths is not None and run.fitted < run.step and run.step % recipe.lengths.every == 0
             due = bool(problems) and run.validated < run.step and (over or run.step % recipe.validate_every == 0)
+            due = due and not fitting
             mine = _Work()
             # What may take long changes nothing, so a signal may end it anywhere.
             with shutdown.may_end_this():
                 for name in group.deal(list(problems) if due else [], {n: t.steps for n, t in problems.items()}):
                     mine.scores |= score(recipe, rule, run.average, name, problems[name])
+                for n in group.deal(list(range(recipe.lengths.tasks)) if recipe.lengths and fitting else [], {}):
+                    mine.pairs[n] = pairs_of(recipe, rule, run.average, families, run.step, n)
                 cost = {n: run.costs.get(run.workers[n].family, 1.0) for n in range(recipe.workers)}
-                for n in group.deal([] if over else chosen(recipe, run.step), cost):
+                for n in group.deal([] if over or fitting else chosen(recipe, run.step), cost):
                     mine.parts.append(estimate(recipe, rule, run.theta, families, run.workers[n], run.step))
             mine.stopped_by, mine.seconds = shutdown.signal, time.monotonic() - started
             work = _joined(group, mine)
@@ -143,13 +150,17 @@ def train(
                     f"{save()}. The same command continues from there."
                 )
                 raise SystemExit(128 + work.stopped_by)
+            if fitting:
+                report.fitted(run.step, fit_lengths(run, rule, [work.pairs[n] for n in sorted(work.pairs)]))
+                continue
             if due:
                 scores = with_mean(work.scores, problems)
                 run.validated = run.step
+                run.first = run.first or scores
                 if not run.best or scores["loss"] < run.best["loss"]:
                     theta = {n: t.clone() for n, t in run.average.items()}
                     run.best = {"loss": scores["loss"], "step": run.step, "theta": theta}
-                report.validated(run.step, scores, best=run.best["step"] == run.step)
+                report.validated(run.step, scores, run.first, best=run.best["step"] == run.step)
             if over:
                 break
             report.stepped(outer_step(recipe, run, work.parts), work.seconds)
@@ -213,6 +224,7 @@ def make_unroll(recipe: Recipe, rule: UpdateRule, task: Task) -> Unroll:
         clip=recipe.clip,
         floor=recipe.floor,
         measure=recipe.measure,
+        grid=recipe.grid,
     )
 
 
@@ -255,6 +267,8 @@ class Run:
     workers: list[Worker]
     step: int = 0
     validated: int = -1  # the last outer step at which theta was validated
+    first: dict[str, float] = field(default_factory=dict)  # the scores of the first validation, of the start
+    fitted: int = 0  # the last outer step at which the lengths of theta were fitted
     best: dict[str, Any] = field(default_factory=dict)  # loss, step, theta
     norms: dict[str, float] = field(default_factory=dict)  # running mean square per family
     counters: dict[str, float] = field(default_factory=lambda: {"particle_steps": 0.0, "skipped": 0.0, "seconds": 0.0})
@@ -282,7 +296,7 @@ class Run:
         for worker, saved in zip(run.workers, data["workers"], strict=True):
             for name, value in saved.items():
                 setattr(worker, name, value)
-        for name in ("average", "step", "validated", "best", "norms", "counters", "log_bytes"):
+        for name in ("average", "step", "validated", "first", "fitted", "best", "norms", "counters", "log_bytes"):
             setattr(run, name, data[name])
         return run
 
@@ -339,6 +353,29 @@ def outer_step(recipe: Recipe, run: Run, parts: Sequence[Estimated]) -> dict[str
     return metrics
 
 
+def pairs_of(
+    recipe: Recipe, rule: UpdateRule, theta: Theta, families: Mapping[str, TaskFamily], step: int, number: int
+) -> Pairs:
+    """Runs of a fresh task with and without parts of theta, for fitting its lengths."""
+    assert recipe.lengths is not None
+    generator = generator_of(recipe.seed, "lengths", (step, number))
+    order = families_of_workers(recipe)
+    family = order[(step // recipe.lengths.every * recipe.lengths.tasks + number) % len(order)]
+    steps = recipe.lengths.steps
+    unroll = replace(make_unroll(recipe, rule, families[family](generator)), horizon=(steps, steps))
+    return compare(unroll, theta, recipe.lengths, generator)
+
+
+def fit_lengths(run: Run, rule: UpdateRule, pairs: list[Pairs]) -> dict[str, float]:
+    """Multiply the parts of theta by the factors that fit best. Returns these, and the change that they promise."""
+    factors, change = best_factors(pairs)
+    for kept in (run.theta, run.average):
+        for n, t in scaled(rule, kept, factors).items():
+            kept[n].data.copy_(t)
+    run.fitted = run.step
+    return dict(zip(rule.parts, factors.tolist(), strict=True)) | {"change": change}
+
+
 def _typical(recipe: Recipe, norms: dict[str, float], family: str, norm: float) -> float:
     """Running RMS norm of a family's gradients, this one included; 1 if they are not normalised."""
     if not recipe.normalise:
@@ -392,6 +429,7 @@ class _Work:
 
     parts: list[Estimated] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
+    pairs: dict[int, Pairs] = field(default_factory=dict)
     stopped_by: signal.Signals | None = None
     seconds: float = 0.0
 
@@ -405,6 +443,7 @@ def _joined(group: Processes, mine: _Work) -> _Work:
     return _Work(
         parts=sorted(parts, key=lambda p: p.worker.number),
         scores={n: v for w in everyone for n, v in w.scores.items()},
+        pairs={n: v for w in everyone for n, v in w.pairs.items()},
         stopped_by=next((w.stopped_by for w in everyone if w.stopped_by is not None), None),
         seconds=everyone[0].seconds,
     )
@@ -434,7 +473,7 @@ def _begin(
     path, data = found
     run = Run.from_dict(recipe, data["run"])
     if set(data["recipe"].get("validation", ())) != set(recipe.validation):  # scores of other tasks do not compare
-        run.best, run.validated = {}, -1
+        run.best, run.first, run.validated = {}, {}, -1
     report.open(run.step, run.log_bytes)
     report.say(f"Continuing from {path} (outer step {run.step}).")
     return run

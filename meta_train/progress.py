@@ -156,15 +156,33 @@ class Reporter(contextlib.AbstractContextManager["Reporter"]):
                 f"{rate:.0f} particle-steps/s  {seconds:.0f} s"
             )
 
-    def validated(self, step: int, scores: dict[str, float], best: bool) -> None:
-        """Log a validation."""
+    def fitted(self, step: int, factors: dict[str, float]) -> None:
+        """Log factors of the parts of theta, and the change of the log of the final loss that they promise."""
+        if not self.write:
+            return
+        self._write({"step": step, "factors": factors})
+        for name, value in factors.items():
+            self.board.add_scalar(f"lengths/{name}", value, step)
+        text = ", ".join(f"{n} {v:.2f}" for n, v in factors.items() if n != "change")
+        self.say(f"step {step}/{self.total}  lengths {text}: change {factors['change']:+.3f}")
+
+    def validated(self, step: int, scores: dict[str, float], first: dict[str, float], best: bool) -> None:
+        """Log a validation, and how it differs from the first one (of the start), with the error of the mean."""
         if not self.write:
             return
         tasks_ = {n: v for n, v in scores.items() if n != "loss"}
-        self._write({"step": step, "validation": scores["loss"], "tasks": tasks_})
-        for name, value in scores.items():
+        changes = np.array([v - first[n] for n, v in tasks_.items() if n in first and not n.startswith("held_out/")])
+        change = float(changes.mean()) if len(changes) else math.nan
+        error = float(changes.std(ddof=1) / math.sqrt(len(changes))) if len(changes) > 1 else math.nan
+        self._write(
+            {"step": step, "validation": scores["loss"], "change": change, "error": error, "tasks": tasks_},
+        )
+        for name, value in (scores | {"change": change, "change_error": error}).items():
             self.board.add_scalar(f"validation/{name}", value, step)
-        self.say(f"step {step}/{self.total}  validation {scores['loss']:.4f}{' (best)' if best else ''}")
+        self.say(
+            f"step {step}/{self.total}  validation {scores['loss']:.4f}, change from the start {change:+.4f} "
+            f"+- {error:.4f}{' (best)' if best else ''}"
+        )
 
     def _write(self, line: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}

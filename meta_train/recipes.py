@@ -16,7 +16,8 @@ from learned_opt.rules import SHIPPED
 from learned_opt.rules.base import UpdateRule
 from meta_train.augmentation import AUGMENTATIONS
 from meta_train.errors import UsageError
-from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
+from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, CoolDown, TruncatedES
+from meta_train.lengths import Lengths
 from tasks.schedule import half_cosine
 from tasks.seeds import generator_of
 
@@ -45,10 +46,11 @@ class Recipe:
         augmentation: how sampled tasks are reparametrised, see :mod:`meta_train.augmentation`.
         augmentation_scale: the largest factor, its inverse the smallest.
         estimator: of the meta-gradient, with the particles per task and the truncation.
+        lengths: when and how the length of theta is fitted on whole runs (:mod:`meta_train.lengths`); None: never.
         horizon: lowest and highest number of inner steps of a run, drawn log-uniformly.
         curriculum: fraction of the outer steps over which the highest horizon grows geometrically
             from the lowest.
-        end_weight: see :class:`meta_train.unroll.Unroll`; also the next four.
+        end_weight: see :class:`meta_train.unroll.Unroll`; also the next five.
         workers: persistent tasks, each with its particles.
         tasks_per_step: workers whose meta-gradients are averaged in an outer step.
         resample: uses of a worker after which it gets a new task.
@@ -84,7 +86,8 @@ class Recipe:
     )
     augmentation: Literal["none", "units", "global"] = "none"
     augmentation_scale: float = 100.0
-    estimator: TBPTT | ES | TruncatedES | PES = field(default_factory=PES)
+    estimator: TBPTT | CoolDown | ES | TruncatedES | PES = field(default_factory=PES)
+    lengths: Lengths | None = None
     horizon: tuple[int, int] = (100, 1000)
     curriculum: float = 0.3
     end_weight: float = 2.0
@@ -92,6 +95,7 @@ class Recipe:
     clip: float = 1.5
     floor: float = 1e-2
     measure: Literal["train", "fresh", "held_out"] = "train"
+    grid: int = 1
     workers: int = 10
     tasks_per_step: int = 4
     resample: int = 60
@@ -134,6 +138,7 @@ class Recipe:
                 0 <= self.floor < self.clip and (self.floor > 0 or self.transform != "log")
             ),
             f"ema {self.ema} must be in [0, 1)": 0 <= self.ema < 1,
+            f"grid {self.grid} must be 1 or more": self.grid >= 1,
             f"augmentation {self.augmentation!r} must be one of {', '.join(AUGMENTATIONS)}": self.augmentation
             in AUGMENTATIONS,
             f"augmentation_scale {self.augmentation_scale} must be 1 or more": self.augmentation_scale >= 1,
@@ -155,6 +160,7 @@ class Recipe:
         estimator = ESTIMATORS[settings.pop("kind")](**settings)
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         plain["estimator"] = estimator
+        plain["lengths"] = Lengths(**data["lengths"]) if data.get("lengths") else None
         return cls(**plain)
 
 
@@ -237,6 +243,61 @@ def tbptt() -> Recipe:
         estimator=TBPTT(particles=8, truncation=20, remat=True, outlier=3.0),
         end_weight=0.0,
         validate_every=100,
+    )
+
+
+def hybrid() -> Recipe:
+    """Directions of theta by truncated backpropagation, their lengths by whole runs, in turns (experiments, 53)."""
+    return Recipe(
+        families={
+            "mlp": 2.0,
+            "mlp-inputs": 2.0,
+            "autoencoder": 2.0,
+            "cnn": 2.0,
+            "residual-mlp": 1.0,
+            "resnet": 1.0,
+            "char": 1.0,
+            "vit": 1.0,
+            "rnn": 1.0,
+            "stream-mlp": 1.0,
+            "stream-regression": 1.0,
+            "stream-cnn": 1.0,
+            "stream-transformer": 1.0,
+        },
+        estimator=CoolDown(),
+        lengths=Lengths(every=40),
+        horizon=(100, 2000),
+        curriculum=0.0,
+        end_weight=0.0,
+        floor=1e-3,
+        grid=10,
+        workers=34,
+        tasks_per_step=4,
+        resample=20,
+        outer_steps=200,
+        lr=0.01,
+        clip_gradient=1.0,
+        weight_decay=0.0,
+        ema=0.9,
+        checkpoint_every=10,
+        validate_every=40,
+        validation=("mlp-digits-relu", "mlp-photos-tanh", "autoencoder-photos", "cnn-digits-relu", "vit-digits"),
+        validation_steps=300,
+    )
+
+
+def adapted(families: Iterable[str], outer_steps: int) -> Recipe:
+    """:func:`hybrid` on tasks of a user's families, all equally often."""
+    shares = dict.fromkeys(families, 1.0)
+    return replace(
+        hybrid(),
+        families=shares,
+        lengths=Lengths(every=max(1, outer_steps // 4)),
+        workers=max(8, 2 * len(shares)),
+        tasks_per_step=2,
+        outer_steps=outer_steps,
+        validate_every=0,
+        validation=(),
     )
 
 
@@ -347,6 +408,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "tiny": tiny,
     "tbptt": tbptt,
+    "hybrid": hybrid,
     "pes": pes,
     "es": es,
     "shipped": shipped,

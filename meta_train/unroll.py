@@ -10,7 +10,7 @@ stands, so runs of different lengths stay one batch.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -100,6 +100,8 @@ class Unroll:
         floor: "log" counts losses below ``floor * task.ceiling`` as that.
         measure: batch of the meta-loss: the training batch before the update (free), a fresh one,
             or the task's held-out batch.
+        grid: runs end at multiples of this, where they are longer. Particles whose ages differ by multiples of ten do
+            what the rule does on its slow clock at the same steps, so that it is left out at all others.
 
     Raises:
         TaskError: the task's ceiling, or a loss, is not positive.
@@ -114,6 +116,7 @@ class Unroll:
     clip: float = 1.5
     floor: float = 1e-3
     measure: Literal["train", "fresh", "held_out"] = "train"
+    grid: int = 1
 
     def __post_init__(self) -> None:
         check_ceiling(self.task)
@@ -148,7 +151,7 @@ class Unroll:
         runs = particles // copies
         horizon = self._horizons(1 if common else runs, generator).expand(runs).clone()
         fraction = torch.rand(runs, generator=generator, dtype=torch.float64) if spread else 1.0
-        stop = (horizon * fraction).ceil().long().clamp(min=1) if spread else horizon
+        stop = self._on_grid((horizon * fraction).ceil().long().clamp(min=1)) if spread else horizon
         params, state = self._fresh(runs, copies, generator)
         return {
             "params": params,
@@ -169,6 +172,8 @@ class Unroll:
         batched: bool = False,
         detach: bool = True,
         remat: bool = False,
+        rates: Sequence[float] | None = None,
+        resets: bool = True,
     ) -> tuple[Particles, Trace]:
         """Take ``steps`` steps.
 
@@ -184,6 +189,8 @@ class Unroll:
             detach: the inner gradient is a constant in the meta-gradient (no second derivatives).
             remat: keep only weights, state and gradient of a step and recompute the rule in the
                 backward pass. Needs ``detach``.
+            rates: what the updates of each step are multiplied by; 1 if not given.
+            resets: False goes on with runs that are over or have diverged.
 
         A run whose copies have all diverged is reset at the end of the call. If one of a pair lives
         on, the other stays as it is and costs the clip until both reach the horizon: to end a run
@@ -197,7 +204,7 @@ class Unroll:
         segment = torch.zeros_like(step)
         losses, raws, segments = [], [], []
 
-        for _ in range(steps):
+        for rate in [1.0] * steps if rates is None else rates:
             batch, other = next(batches)
             loss, grads = self._loss_and_gradient(params, batch, detach)
             measured = loss if self.measure == "train" else self._losses(params, other)
@@ -205,17 +212,18 @@ class Unroll:
             raws.append(measured.detach())
             segments.append(segment)
 
-            params, state = advance(theta, params, state, grads, horizon, frozenset((step + 1).tolist()))
+            moved, state = advance(theta, params, state, grads, horizon, frozenset((step + 1).tolist()))
+            params = moved if rate == 1 else {n: torch.lerp(params[n], p, rate) for n, p in moved.items()}
             step = step + 1
             done = step >= stop
-            if done.any():
+            if resets and done.any():
                 segment = segment + done
                 which = done[:runs].nonzero().flatten()
                 reset = self._reset(params, state, step, horizon, stop, which, copies, generator)
                 params, state, step, horizon, stop = reset
 
         lost = (~raws[-1].isfinite() & (step > 0)).view(copies, runs).all(0)
-        if lost.any():
+        if resets and lost.any():
             which = lost.nonzero().flatten()
             reset = self._reset(params, state, step, horizon, stop, which, copies, generator)
             params, state, step, horizon, stop = reset
@@ -223,6 +231,17 @@ class Unroll:
         trace = Trace(torch.stack(losses), torch.stack(raws), torch.stack(segments))
         check_losses(self.task, trace.raw)
         return after, trace
+
+    def judged(self, params: Weights, batches: int, generator: torch.Generator) -> Tensor:
+        """The mean loss of each particle's weights over so many fresh batches, normalised: ``[P]``."""
+        runs = len(next(iter(params.values())))
+        drawn = [b.view(batches, runs, *b.shape[1:]) for b in self.task.batches(generator, batches * runs)]
+        losses = [self._losses(params, tuple(b[k] for b in drawn)) for k in range(batches)]
+        return self._normalise(torch.stack(losses).mean(0))
+
+    def losses(self, params: Weights, batch: Batch) -> Tensor:
+        """Of each particle's weights on a batch of its own, normalised: ``[P]``."""
+        return self._normalise(self._losses(params, batch))
 
     def _losses(self, params: Weights, batch: Batch) -> Tensor:
         return vmap(self.task.loss)(params, batch)
@@ -291,7 +310,11 @@ class Unroll:
     def _horizons(self, count: int, generator: torch.Generator) -> Tensor:
         low, high = self.horizon
         u = torch.rand(count, generator=generator, dtype=torch.float64)
-        return torch.exp(math.log(low) + u * math.log((high + 1) / low)).long().clamp(low, high)
+        drawn = torch.exp(math.log(low) + u * math.log((high + 1) / low)).long().clamp(low, high)
+        return self._on_grid(drawn)
+
+    def _on_grid(self, steps: Tensor) -> Tensor:
+        return torch.where(steps > self.grid, steps // self.grid * self.grid, steps)
 
     def _fresh(self, runs: int, copies: int, generator: torch.Generator) -> tuple[Weights, State]:
         with torch.no_grad():

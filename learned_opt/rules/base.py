@@ -21,6 +21,9 @@ class UpdateRule(nn.Module, ABC):
 
     ends = False  # whether it takes no more steps after ``total_steps``
     sets_rate = False  # whether ``lr`` multiplies a rate of its own, so that 1 is right
+    parts: Mapping[str, tuple[tuple[str, int | slice], ...]] = {}
+    """The controls of a learned rule: which rows of which parameters each is read off. Where these are zero, it does
+    nothing."""
 
     @abstractmethod
     def init(self, params: Weights, symmetry: Symmetry) -> State:

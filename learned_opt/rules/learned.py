@@ -46,6 +46,12 @@ class Learned(WhitenedPolar):
         pool: False leaves out units and network: a tensor's controls depend on that tensor and on the rate alone.
     """
 
+    parts = {
+        "gain": (("tensor_controls.weight", 0), ("tensor_controls.bias", 0)),
+        "fresh": (("tensor_controls.weight", 1), ("tensor_controls.bias", 1)),
+        "units": (("unit_controls.weight", slice(None)), ("unit_controls.bias", slice(None))),
+    }
+
     def __init__(self, width: int = 8, pool: bool = True) -> None:
         super().__init__()
         self.width, self.pool = width, pool

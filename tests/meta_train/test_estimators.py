@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 
 from learned_opt.rules.base import UpdateRule
-from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, TruncatedES
+from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT, CoolDown, TruncatedES
 from meta_train.unroll import Trace, Unroll
 from tests.meta_train.test_unroll import LearnedSGD, Regression, make, naive_losses, seeded, theta_of
 
@@ -160,6 +160,28 @@ def test_full_length_tbptt_is_plain_autograd(detach):
     assert carry["step"].tolist() == [0], "the run is over and a fresh one is ready"
 
 
+def test_the_gradient_of_a_cool_down_is_that_of_the_loss_where_it_ends():
+    """And the run goes on from where the truncation ended."""
+    unroll, theta = dataclasses.replace(linear_system(), horizon=(100, 100)), theta_of(linear_system(), grad=True)
+    estimator = CoolDown(2, truncation=4, cool_down=5, between=3)
+    particles = unroll.init(2, seeded(0))
+    loss, gradient, carry, metrics = estimator(unroll, theta, particles, seeded(1))
+
+    w = unroll.task.init(None)["w"]
+    for _ in range(3):
+        w = (0.9 * w + theta["push"]).detach()
+    for _ in range(4):
+        w = 0.9 * w + theta["push"]
+    end = w.detach()
+    for k in range(5):
+        w = w + (1 - (k + 0.5) / 5) * (theta["push"] - 0.1 * w)
+    expected = unroll.task.loss({"w": w}, (torch.zeros(1),))
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient["push"], torch.autograd.grad(expected, theta["push"])[0])
+    torch.testing.assert_close(carry["params"]["w"], end.expand(2, -1))
+    assert carry["step"].tolist() == [7, 7] and metrics["particle_steps"] == 2 * 12
+
+
 def test_tbptt_with_one_step_left_has_no_gradient_and_goes_on():
     """The loss of the last step is that of the weights before it, which the truncation has cut off."""
     unroll = make(horizon=(9, 9))
@@ -212,7 +234,7 @@ def test_a_diverged_particle_leaves_the_gradient_finite(kind):
         seen += metrics["diverged"]
         assert loss.isfinite() and all(g.isfinite().all() for g in gradient.values())
         assert any(g.abs().max() > 0 for g in gradient.values())
-        if kind == "TBPTT":
+        if kind in ("TBPTT", "CoolDown"):
             assert metrics["dropped"] >= metrics["diverged"] > 0
     assert seen > 0
 
@@ -294,6 +316,8 @@ def test_pairs_share_weights_data_and_horizon(kind):
         lambda: PES(3),
         lambda: ES(4, sigma=0.0),
         lambda: TBPTT(4, truncation=1),
+        lambda: CoolDown(4, truncation=0),
+        lambda: CoolDown(4, between=-1),
         lambda: PES(4, truncation=0),
         lambda: TruncatedES(4, truncation=-1),
     ],

@@ -255,6 +255,46 @@ def test_spread_desynchronises_but_tells_the_full_horizon():
     assert (particles["stop"] >= 1).all()
 
 
+def test_runs_end_on_the_grid():
+    unroll = dataclasses.replace(make(horizon=(4, 99)), grid=10)
+    particles = unroll.init(100, seeded(0), spread=True)
+    for ends in (particles["horizon"], particles["stop"]):
+        assert ((ends % 10 == 0) | (ends < 10)).all() and (ends >= 1).all()
+    assert (particles["horizon"] < 10).any() and len(set(particles["horizon"].tolist())) > 10
+
+
+def test_without_resets_runs_go_on():
+    unroll, generator = make(horizon=(4, 4)), seeded(0)
+    with torch.no_grad():
+        after, trace = unroll(theta_of(unroll), unroll.init(2, generator), 10, generator, resets=False)
+    assert after["step"].tolist() == [10, 10] and not trace.segment.any()
+
+
+def test_rates_multiply_updates():
+    unroll, particles = make(Deterministic(), horizon=(9, 9)), make(Deterministic(), horizon=(9, 9)).init(2, seeded(0))
+
+    def steps(rates):
+        with torch.no_grad():
+            return unroll(theta_of(unroll), particles, len(rates), seeded(1), rates=rates)[0]["params"]
+
+    start, whole, half, none = particles["params"], steps([1.0]), steps([0.5]), steps([0.0])
+    for n, p in start.items():
+        torch.testing.assert_close(half[n], (p + whole[n]) / 2)
+        assert torch.equal(none[n], p) and not torch.equal(whole[n], p)
+
+
+def test_weights_are_judged_on_fresh_batches():
+    """The mean loss of each particle's weights over batches of its own."""
+    unroll = make(horizon=(9, 9))
+    params = unroll.init(3, seeded(0))["params"]
+    found = unroll.judged(params, 2, seeded(1))
+    drawn = unroll.task.batches(seeded(1), 6)
+    for i in range(3):
+        own = {n: p[i] for n, p in params.items()}
+        losses = [unroll.task.loss(own, tuple(b.view(2, 3, *b.shape[1:])[k, i] for b in drawn)) for k in range(2)]
+        torch.testing.assert_close(found[i], unroll._normalise(torch.stack(losses).mean()))
+
+
 def test_horizons_are_log_uniform():
     unroll = make(horizon=(10, 999))
     horizon = unroll.init(400, seeded(0))["horizon"].double()

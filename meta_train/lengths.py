@@ -1,0 +1,131 @@
+"""How far to go along what was learned: whole runs tell, paired with runs of the rule without it.
+
+Truncated backpropagation finds directions of theta that whole runs gain from, and goes too far along some of them: it
+does not see what comes later. So each part of theta (what one control is read off) is multiplied by a factor between 0
+and 1, drawn for every run; the change of the logarithm of the final loss is fitted by a quadratic function of the
+factors, and theta is multiplied by those at which that is lowest. At the factor 0 a control does nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_opt.rules.base import UpdateRule
+from meta_train.unroll import Unroll
+
+Theta = dict[str, Tensor]
+
+LEFT_OUT = 0.3  # probability that a factor is 0
+RIDGE = 0.3
+LARGEST = 0.5  # changes beyond count as this: a run that fails must not decide
+CANDIDATES = 20_000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """When and from how many runs factors are fitted.
+
+    Attributes:
+        every: outer steps between two fits.
+        tasks: fresh tasks of a fit, of the families in turn.
+        particles: pairs of runs of a task.
+        steps: inner steps of a run.
+    """
+
+    every: int = 50
+    tasks: int = 8
+    particles: int = 8
+    steps: int = 300
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.tasks, self.particles, self.steps) < 1 or self.steps < 10:
+            raise ValueError(f"{self} fits nothing. Pass positive numbers, and at least 10 steps.")
+
+
+class Pairs(NamedTuple):
+    """Of a task: factors ``[P, parts]``, and the changes of the log of the final loss that they made ``[P]``."""
+
+    factors: Tensor
+    changes: Tensor
+
+
+def scaled(rule: UpdateRule, theta: Mapping[str, Tensor], factors: Tensor) -> Theta:
+    """Theta with its parts multiplied by factors ``[parts]``, or by those of every particle: ``[P, parts]``.
+
+    Raises:
+        TypeError: the rule has no parts.
+    """
+    if not rule.parts:
+        raise TypeError(f"{type(rule).__name__} does not say which parts its theta has.")
+    many = factors.shape[:-1]
+    found = {n: t.detach().expand(*many, *t.shape).clone() for n, t in theta.items()}
+    for factor, rows in zip(factors.unbind(-1), rule.parts.values(), strict=True):
+        for name, row in rows:
+            if name in found:
+                own = found[name][(slice(None),) * len(many) + (row,)]  # a view
+                own.mul_(factor.reshape((*many, *[1] * (own.ndim - len(many)))))
+    return found
+
+
+def compare(unroll: Unroll, theta: Mapping[str, Tensor], lengths: Lengths, generator: torch.Generator) -> Pairs:
+    """Runs with random factors beside runs with all factors 0, from the same weights and with the same batches."""
+    factors = torch.rand(lengths.particles, len(unroll.rule.parts), generator=generator)
+    factors *= torch.rand(factors.shape, generator=generator) >= LEFT_OUT
+    none = scaled(unroll.rule, theta, torch.zeros_like(factors))
+    ends = paired_ends(unroll, scaled(unroll.rule, theta, factors), none, lengths.steps, generator)
+    return Pairs(factors, ends.train[0] - ends.train[1])
+
+
+class Ends(NamedTuple):
+    """Logs of losses ``[2, P]`` at the end of runs with one theta and with another, relative to the task's ceiling.
+
+    Attributes:
+        train: mean over the last tenth of the training batches.
+        held_out: of the last weights.
+    """
+
+    train: Tensor
+    held_out: Tensor
+
+
+@torch.no_grad()
+def paired_ends(unroll: Unroll, one: Theta, other: Theta, steps: int, generator: torch.Generator) -> Ends:
+    """Runs with two thetas from the same weights and with the same batches.
+
+    Args:
+        unroll: the task and the rule. Losses count as its ``transform`` says, which should be "log".
+        one: the first theta, of every run: tensors ``[P, ...]``.
+        other: the second.
+        steps: of every run.
+        generator: of weights and batches.
+    """
+    runs = len(next(iter(one.values())))
+    both = {n: torch.cat([t, other[n]]) for n, t in one.items()}
+    particles = unroll.init(2 * runs, generator, copies=2, common=True)
+    after, trace = unroll(both, particles, steps, generator, copies=2, batched=True, resets=False)
+    held_out = tuple(b.expand(2 * runs, *b.shape) for b in unroll.task.held_out())
+    ends = trace.loss[-max(1, steps // 10) :].mean(0), unroll.losses(after["params"], held_out)
+    return Ends(*(x.view(2, runs) for x in ends))
+
+
+def best_factors(pairs: list[Pairs]) -> tuple[Tensor, float]:
+    """Factors ``[parts]`` at which a quadratic fit of the changes, zero at zero, is lowest; and its value there."""
+    factors = torch.cat([p.factors for p in pairs]).double()
+    changes = torch.cat([p.changes for p in pairs]).double().clamp(-LARGEST, LARGEST)
+    at = torch.triu_indices(factors.shape[1], factors.shape[1])
+
+    def terms(c: Tensor) -> Tensor:
+        return torch.cat([c, c[:, at[0]] * c[:, at[1]]], 1)
+
+    x = terms(factors)
+    weights = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype), x.T @ changes)
+    candidates = torch.rand(
+        CANDIDATES, factors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    candidates = torch.cat([torch.zeros_like(candidates[:1]), candidates])
+    found = terms(candidates) @ weights
+    best = int(found.argmin())
+    return candidates[best].float(), float(found[best])

@@ -1,0 +1,80 @@
+"""Factors of the parts of theta, fitted on whole runs."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from learned_opt.rules import make_rule
+from meta_train.lengths import Lengths, Pairs, best_factors, compare, scaled
+from meta_train.symmetries import symmetry_of
+from meta_train.unroll import Unroll
+from tasks import suites
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_theta(rule, seed=0):
+    g = seeded(seed)
+    return {n: torch.randn(p.shape, generator=g) for n, p in rule.named_parameters()}
+
+
+def pairs(change, n=400):
+    c = torch.rand(n, 2, generator=seeded(1)) * (torch.rand(n, 2, generator=seeded(2)) > 0.3)
+    return [Pairs(c, change(c) + 0.02 * torch.randn(n, generator=seeded(3)))]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: 0.3 * ((c[:, 0] - 0.5) ** 2 - 0.25) + 0.2 * c[:, 1], (0.5, 0.0)),  # half of one alone
+        (lambda c: -0.2 * c[:, 0] - 0.1 * c[:, 1], (1.0, 1.0)),
+        (lambda c: 0.2 * c[:, 0] + 0.1 * c[:, 1], (0.0, 0.0)),
+    ],
+)
+def test_the_factors_are_those_at_which_runs_end_lowest(change, expected):
+    factors, promised = best_factors(pairs(change))
+    assert_close(factors, torch.tensor(expected), atol=0.1, rtol=0)
+    assert promised == pytest.approx(float(change(factors[None])), abs=0.02)
+
+
+def test_a_run_that_fails_does_not_decide():
+    wild = pairs(lambda c: -0.2 * c[:, 0])
+    wild[0].changes[:5] = 1e6
+    assert best_factors(wild)[0][0] > 0.8
+
+
+def test_factors_multiply_what_their_control_is_read_off_and_nothing_else():
+    rule = make_rule("learned")
+    theta = random_theta(rule)
+    names = list(rule.parts)
+    for i, name in enumerate(names):
+        factors = torch.ones(2, len(names))
+        factors[1, i] = 0.0
+        found = scaled(rule, theta, factors)
+        rows = dict(rule.parts[name])
+        for n, t in theta.items():
+            assert torch.equal(found[n][0], t)
+            expected = t.clone()
+            if n in rows:
+                expected[rows[n]] = 0
+            assert torch.equal(found[n][1], expected)
+
+
+def test_without_any_part_a_run_is_that_of_the_hand_made_rule():
+    rule = make_rule("learned").requires_grad_(False)
+    none = scaled(rule, random_theta(rule), torch.zeros(len(rule.parts)))
+    fresh = {n: p for n, p in make_rule("learned").named_parameters() if n.split(".")[0].endswith("_controls")}
+    assert all(torch.equal(none[n], p.detach()) for n, p in fresh.items())
+
+
+def test_pairs_share_weights_and_batches():
+    """With theta that does nothing both runs of a pair are the same."""
+    rule = make_rule("learned").requires_grad_(False)
+    task = suites.TRAIN["mlp-inputs"](seeded(0))
+    unroll = Unroll(task, rule, symmetry_of(task), (12, 12), transform="log")
+    found = compare(unroll, dict(rule.named_parameters()), Lengths(particles=2, steps=12), seeded(1))
+    assert found.factors.shape == (2, len(rule.parts)) and not found.changes.any()
+    found = compare(unroll, random_theta(rule), Lengths(particles=2, steps=12), seeded(1))
+    assert found.changes.any()
