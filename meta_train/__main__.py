@@ -1,4 +1,4 @@
-"""The command line: ``python -m meta_train {train,evaluate,report,bench,throughput,demo}``.
+"""The command line: ``python -m meta_train {train,adapt,evaluate,report,bench,throughput,demo}``.
 
 Heavy imports are inside the commands, so that ``--help`` is quick.
 """
@@ -44,6 +44,7 @@ def _main(argv: list[str]) -> None:
         return
     commands: dict[str, Callable[..., Any]] = {
         "train": train,
+        "adapt": adapt,
         "evaluate": evaluate,
         "report": report,
         "bench": bench,
@@ -66,7 +67,7 @@ def _fail(message: str) -> None:
 
 
 def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto") -> None:
-    """Meta-train by a recipe: demo, tiny, tbptt, pes, es, shipped, finetune, or one of your own.
+    """Meta-train by a recipe: demo, tiny, tbptt, hybrid, pes, es, shipped, finetune, or one of your own.
 
     'train RECIPE --help' also lists the recipe's fields, all options.
 
@@ -76,6 +77,28 @@ def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "neve
         resume: go on from the checkpoint in the folder if there is one, or start anew.
     """
     _train(recipe, recipe_named(recipe), out, resume)
+
+
+def adapt(file: str, /, minutes: float = 20.0, out: Path | None = None, seed: int = 0) -> None:
+    """Learn on your own tasks, and say whether it paid on tasks that were not learned from.
+
+    Begins at NFNOpt's default. Writes theta.safetensors, for NFNOpt(..., rule=PATH), and verdict.json. Ctrl-C at any
+    time; the same command goes on.
+
+    Args:
+        file: path of a .py file that defines families, a dict of functions that draw tasks (docs/meta_training.md).
+        minutes: about how long it may take.
+        out: folder of the run; runs/adapt-FILE if not given.
+        seed: of everything.
+    """
+    families = _defined(file, "families")["families"]
+    if not (isinstance(families, dict) and families and all(callable(v) for v in families.values())):
+        _fail(f"families in {file} must be a dict of functions by name (see docs/meta_training.md).")
+    out = Path("runs") / f"adapt-{Path(file).stem}" if out is None else out
+    _folder(out)
+    from meta_train.adapt import adapt
+
+    adapt(families, out, minutes, seed)
 
 
 def evaluate(
@@ -244,7 +267,7 @@ def recipe_named(name: str) -> Any:
 def _made(name: str) -> Any:
     from meta_train.recipes import Recipe
 
-    recipe = _defined(name)["recipe"]
+    recipe = _defined(name, "recipe")["recipe"]
     found = recipe() if callable(recipe) else recipe
     if found is recipe or not isinstance(found, Recipe):
         _fail(f"recipe in {name} gives {type(found).__name__}: it must be a function that returns a Recipe.")
@@ -253,7 +276,7 @@ def _made(name: str) -> Any:
 
 def _tables(name: str) -> dict[str, Any]:
     """The task families and validation tasks that a ``.py`` file adds to the library's."""
-    defined = _defined(name) if name.endswith(".py") else {}
+    defined = _defined(name, "recipe") if name.endswith(".py") else {}
     from tasks.suites import TRAIN, VALID
 
     tables: dict[str, Any] = {}
@@ -267,14 +290,17 @@ def _tables(name: str) -> dict[str, Any]:
     return tables
 
 
+MUST_BE = {"recipe": "a function that returns a Recipe", "families": "a dict of functions by name"}
+
+
 @lru_cache
-def _defined(name: str) -> dict[str, Any]:
+def _defined(name: str, needed: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         _fail(f"there is no file {path}.")
     defined = runpy.run_path(str(path))
-    if "recipe" not in defined:
-        _fail(f"{path} defines no recipe(): it must be a function that returns a Recipe.")
+    if needed not in defined:
+        _fail(f"{path} defines no {needed}: it must be {MUST_BE[needed]} (docs/meta_training.md).")
     return defined
 
 

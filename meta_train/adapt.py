@@ -94,11 +94,13 @@ def adapt(
     return verdict
 
 
-def judge(recipe: Recipe, rule: UpdateRule, theta: Theta, families: Mapping[str, TaskFamily]) -> Verdict:
+def judge(
+    recipe: Recipe, rule: UpdateRule, theta: Theta, families: Mapping[str, TaskFamily], tasks: int = JUDGED
+) -> Verdict:
     """Of theta against the hand-made rule, at the tasks' own numbers of steps."""
     trains, helds = [], []
     names = list(recipe.families)
-    for k in range(JUDGED):
+    for k in range(tasks):
         generator = generator_of(recipe.seed, "judge", (k,))
         task = families[names[k % len(names)]](generator)
         unroll = replace(make_unroll(recipe, rule, task), horizon=(task.steps, task.steps), transform="log", floor=1e-5)
@@ -107,9 +109,9 @@ def judge(recipe: Recipe, rule: UpdateRule, theta: Theta, families: Mapping[str,
         ends = paired_ends(unroll, own, none, task.steps, generator)
         trains.append(float((ends.train[0] - ends.train[1]).mean()))
         helds.append(float((ends.held_out[0] - ends.held_out[1]).mean()))
-    mean = sum(trains) / JUDGED
-    low, high = stats.t.interval(0.95, JUDGED - 1, mean, stats.sem(trains)) if any(trains) else (mean, mean)
-    return Verdict(mean, float(low), float(high), sum(helds) / JUDGED, bool(high < 0))
+    mean = sum(trains) / tasks
+    low, high = stats.t.interval(0.95, tasks - 1, mean, stats.sem(trains)) if any(trains) else (mean, mean)
+    return Verdict(mean, float(low), float(high), sum(helds) / tasks, bool(high < 0))
 
 
 def _affordable(families: Mapping[str, TaskFamily], seconds: float, seed: int) -> int:

@@ -247,7 +247,7 @@ def tbptt() -> Recipe:
 
 
 def hybrid() -> Recipe:
-    """Directions of theta by truncated backpropagation, their lengths by whole runs, in turns (experiments, 53)."""
+    """Directions of theta by truncated backpropagation, their lengths by whole runs, in turns (experiments, 54)."""
     return Recipe(
         families={
             "mlp": 2.0,
@@ -255,32 +255,32 @@ def hybrid() -> Recipe:
             "autoencoder": 2.0,
             "cnn": 2.0,
             "residual-mlp": 1.0,
-            "resnet": 1.0,
-            "char": 1.0,
-            "vit": 1.0,
-            "rnn": 1.0,
+            "resnet": 0.5,
+            "char": 0.5,
+            "vit": 0.5,
+            "rnn": 0.5,
             "stream-mlp": 1.0,
             "stream-regression": 1.0,
-            "stream-cnn": 1.0,
-            "stream-transformer": 1.0,
+            "stream-cnn": 0.5,
+            "stream-transformer": 0.5,
         },
         estimator=CoolDown(),
-        lengths=Lengths(every=40),
+        lengths=Lengths(every=30),
         horizon=(100, 2000),
         curriculum=0.0,
         end_weight=0.0,
         floor=1e-3,
         grid=10,
-        workers=34,
+        workers=28,
         tasks_per_step=4,
         resample=20,
-        outer_steps=200,
+        outer_steps=120,
         lr=0.01,
         clip_gradient=1.0,
         weight_decay=0.0,
         ema=0.9,
         checkpoint_every=10,
-        validate_every=40,
+        validate_every=30,
         validation=("mlp-digits-relu", "mlp-photos-tanh", "autoencoder-photos", "cnn-digits-relu", "vit-digits"),
         validation_steps=300,
     )

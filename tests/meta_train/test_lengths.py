@@ -75,6 +75,6 @@ def test_pairs_share_weights_and_batches():
     task = suites.TRAIN["mlp-inputs"](seeded(0))
     unroll = Unroll(task, rule, symmetry_of(task), (12, 12), transform="log")
     found = compare(unroll, dict(rule.named_parameters()), Lengths(particles=2, steps=12), seeded(1))
-    assert found.factors.shape == (2, len(rule.parts)) and not found.changes.any()
+    assert found.factors.shape == (2, len(rule.parts)) and found.changes.abs().max() < 1e-3  # but for rounding
     found = compare(unroll, random_theta(rule), Lengths(particles=2, steps=12), seeded(1))
-    assert found.changes.any()
+    assert found.changes.abs().max() > 1e-2
