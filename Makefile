@@ -1,12 +1,12 @@
 # make demo and make test do all their set-up on a machine that has make and Python 3.11 or newer.
 #   PYTHON       the interpreter the environment is made from      (default: the first one new enough)
 #   VENV         where the environment goes; make owns that folder (default: .venv; no spaces)
-#   PYTEST_ARGS  what pytest is given                              (default: -n 2)
+#   PYTEST_ARGS  what pytest is given                              (default: -n 2 --dist worksteal)
 
 SHELL = /bin/sh
 VENV ?= .venv
 PYTHON ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 py = $(VENV)/bin/python
 demo_ready = $(VENV)/.ready-demo
@@ -33,7 +33,8 @@ help:
 demo: $(demo_ready)
 	"$(py)" -m meta_train demo --out runs/demo
 
-# Two processes with one thread each: the tensors of the tests are too small to share.
+# Two processes with one thread each: the tensors of the tests are too small to share. Each begins with a half of the tests
+# in order, so that what the tests of a file share is made once.
 test: $(test_ready)
 	OMP_NUM_THREADS=1 "$(py)" -m pytest $(PYTEST_ARGS)
 
