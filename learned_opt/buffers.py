@@ -18,7 +18,6 @@ from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry, independent
 
 NUMBERS = "tensor"  # the key of a state's vectors with a number for every tensor
-AXIS_MATRICES = ("moment", "root")  # slots with a matrix for an axis, whose number ends their names
 
 StateByTensor = MutableMapping[Any, dict[str, Tensor]]  # as ``optimizer.state``
 
@@ -30,7 +29,8 @@ class Buffers:
         rule: whose state.
         params: the tensors that have state, by the symmetry's names.
         symmetry: of these, and maybe others.
-        dtype: of what has as many entries as the weights, or a matrix for an axis; None: as the rule has them.
+        dtype: of what has as many entries as the weights, and of roots; None: as the rule has them. Second moments stay
+            as they are: what is added to them is small beside them.
 
     Attributes:
         state: as the rule takes it.
@@ -54,7 +54,7 @@ class Buffers:
         if dtype is not None:
             for b in self.layout.all:
                 own = self.state[b.key]
-                own |= {k: x.to(dtype) for k, x in own.items() if k in ("m", "last_update") or k[:-1] in AXIS_MATRICES}
+                own |= {k: x.to(dtype) for k, x in own.items() if k in ("m", "last_update") or k[:-1] == "root"}
         for b in self.layout.all:
             self._share(b, self.state[b.key])
         places = {n: i for i, n in enumerate(self.layout.members)}
@@ -88,9 +88,9 @@ class Buffers:
         if f"moment{i}" not in own and has_matrix(d):
             some = own["m"]
             wide = torch.promote_types(some.dtype, torch.float32)
-            whole = some.new_zeros(n, d, d, dtype=wide)
+            whole = some.new_zeros(n, d, d // 2 + 1, dtype=wide)
             if f"diag{i}" in own:
-                own[f"diag{i}"] = whole.diagonal(dim1=-2, dim2=-1)
+                own[f"diag{i}"] = whole[..., 0]
             made = {f"moment{i}": whole, f"root{i}": some.new_zeros(n, d, d, dtype=self.dtype or root_dtype(d, wide))}
         elif f"moment{i}" in own:
             made = {f"moment{i}": own[f"moment{i}"], f"root{i}": own[f"root{i}"][:, :d, :d]}
@@ -103,7 +103,7 @@ class Buffers:
     def _moments(self, name: str, i: int, like: Tensor, d: int) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)
         if has_matrix(d):
-            self.slots[name][f"moment{i}"] = like.new_zeros(d, d, dtype=self.dtype or wide)
+            self.slots[name][f"moment{i}"] = like.new_zeros(d, d // 2 + 1, dtype=wide)
             self.slots[name][f"root{i}"] = like.new_zeros(d, d, dtype=self.dtype or root_dtype(d, wide))
         else:
             self.slots[name][f"diag{i}"] = like.new_zeros(d, dtype=wide)

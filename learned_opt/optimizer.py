@@ -75,8 +75,8 @@ class NFNOpt(torch.optim.Optimizer):
             before anything moves. "propagate": nothing is checked. (Where it is checked, a gradient with entries over
             1e15 is scaled down to that, lest squares overflow.)
         maximize: ascend instead (also per group).
-        state_dtype: of what the rule keeps in the size of the weights and of their axes; torch.bfloat16 halves the
-            memory. None: mostly that of the arithmetic. A state that is loaded takes this one.
+        state_dtype: of what the rule keeps in the size of the weights, and of roots of second moments; torch.bfloat16
+            makes that half as large. None: mostly that of the arithmetic. A state that is loaded takes this one.
         process_group: of ``torch.distributed``, on whose ranks these parameters, and their gradients at every step, are
             equal. All of its ranks then agree on one symmetry at the first step, which all must take. None: the group
             of the ``DistributedDataParallel`` that holds the parameters, if one does.

@@ -15,6 +15,7 @@ from learned_opt.checkpoint import digest
 from learned_opt.names import plain_name
 from learned_opt.params import Mode, NamedParam, ParamMap, match, named_params, renamed
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.whitening import packed
 from learned_opt.symmetry import Symmetry, independent
 from learned_opt.text import listed
 
@@ -223,7 +224,7 @@ def saved_state(
         if key in owners and slots:
             name, p = owners[key]
             wanted = _slot_shapes(p, rule)
-            own = {k: x for k, x in slots.items() if k in wanted}
+            own = {k: _half(x, wanted[k]) for k, x in slots.items() if k in wanted}
             if ours and not own:  # only what a wrapper has put there
                 continue
             wrong += [f"{name}: {reason}" for reason in _unfit(own, slots, wanted)]
@@ -247,6 +248,13 @@ def _unfit(own: Mapping[str, Any], slots: Mapping[str, Any], wanted: Mapping[str
         return [f"slots {', '.join(sorted(slots))} instead of {', '.join(sorted(wanted))}"]
     found = {k: tuple(torch.as_tensor(x).shape) for k, x in own.items()}
     return [f"{k} has shape {found[k]} instead of {wanted[k]}" for k in found if found[k] != wanted[k]]
+
+
+def _half(value: Any, wanted: tuple[int, ...]) -> Any:
+    """Second moments of an axis as they are kept now; older state dicts have whole matrices."""
+    d = wanted[0] if wanted else 0
+    whole = wanted == (d, d // 2 + 1) and isinstance(value, Tensor) and value.shape == (d, d)
+    return packed(value) if whole else value
 
 
 def _as_slot(value: Any, param: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from learned_opt.optimizer import NFNOpt
+from learned_opt.rules.whitening import unpacked
 from learned_opt.symmetry import independent
 from tests.optimizer_contract import (
     LR,
@@ -102,7 +103,7 @@ def test_learned_weights_travel_with_the_state():
     [
         ("gated", lambda s: s["state"].__setitem__(0, {"step": torch.zeros(())}), "0.weight.*slots step"),
         ("gated", lambda s: s["state"][2].update(exp_avg=torch.zeros(2, 2)), r"2.weight.*\(2, 2\).*\(3, 6\)"),
-        ("auto_lr", lambda s: s["state"][0].update(moment0=torch.zeros(2, 2)), r"0.weight.*\(2, 2\).*\(6, 6\)"),
+        ("auto_lr", lambda s: s["state"][0].update(moment0=torch.zeros(2, 2)), r"0.weight.*\(2, 2\).*\(6, 4\)"),
         ("auto_lr", lambda s: s["state"][3].pop("v"), "2.bias: slots"),
         ("gated", lambda s: s["state"].update({9: s["state"][0]}), "unknown parameter 9"),
         ("gated", lambda s: s["param_groups"][0]["param_names"].reverse(), "0.weight here is 2.bias"),
@@ -150,6 +151,23 @@ def test_a_state_dict_of_the_former_release_is_refused_in_a_sentence():
         optimizer.load_state_dict(saved)
     assert_equal(weights(model), before)
     train(model, optimizer, 1)
+
+
+def test_second_moments_that_were_saved_as_whole_matrices_are_taken():
+    """As all were before they were kept without their other half."""
+    model, other = make_model(), make_model()
+    optimizer = make("auto_lr", model)
+    train(model, optimizer, 4)
+    saved = optimizer.state_dict()
+    for i, slots in saved["state"].items():
+        saved["state"][i] = {k: unpacked(x) if k[:-1] == "moment" else x for k, x in slots.items()}
+    assert saved["state"][0]["moment0"].shape == (6, 6)
+    other.load_state_dict(model.state_dict())
+    fresh = make("auto_lr", other)
+    fresh.load_state_dict(through_disk(saved))
+    train(model, optimizer, 3)
+    train(other, fresh, 3)
+    assert_equal(weights(other), weights(model))
 
 
 def test_another_symmetry_is_refused_and_infer_takes_that_of_the_state_dict():

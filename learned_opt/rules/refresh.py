@@ -84,7 +84,10 @@ def update_moments(
         dtype = product_dtype(b, g)
         for i in whitened if b.thin else b.axes:
             slot = f"moment{i}" if i in whitened else f"diag{i}"
-            found = whitening.second_moment(b, g, i, dtype) if i in whitened else whitening.mean_square(b, g, i)
+            if i in whitened:
+                found = whitening.packed(whitening.second_moment(b, g, i, dtype))
+            else:
+                found = whitening.mean_square(b, g, i)
             found = lerp(own[slot], found, 1 - whitening.AVERAGE**every, in_place)
             own[slot] = when(clock.moments, found, own[slot])
         if b.biases:
@@ -97,7 +100,8 @@ def update_moments(
             d = b.shape[i]
             due = clock.roots if isinstance(clock.roots, bool) else clock.roots | (own[f"root{i}"][..., 0, 0] == 0)
             power = whitening.WARMUP_POWER if b.thin else whitening.POWER
-            found = whitening.inverse_root(own[f"moment{i}"], own[f"root{i}"][..., :d, :d], due, power)
+            moment = whitening.unpacked(own[f"moment{i}"])
+            found = whitening.inverse_root(moment, own[f"root{i}"][..., :d, :d], due, power)
             own[f"root{i}"] = stored(extended(b, i, found), own[f"root{i}"], in_place)
 
 
@@ -111,7 +115,7 @@ def derived(b: TensorBatch, own: Slots) -> Slots:
     whitened = whitened_axes(b)
     seen = own["m"].new_ones(len(b.names), *[1] * len(b.shape))
     for i in b.axes:
-        v = own[f"moment{i}"].diagonal(dim1=-2, dim2=-1) if i in whitened else own[f"diag{i}"]
+        v = own[f"moment{i}"][..., 0] if i in whitened else own[f"diag{i}"]
         if i not in whitened:
             found[f"scale{i}"] = root(rsqrt(v / v.mean(-1, keepdim=True).clamp(min=TINY) + 1e-8))
         if b.is_row(i):

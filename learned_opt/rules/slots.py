@@ -163,7 +163,7 @@ def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_
         d = b.shape[i]
         if i in whitened:
             root_ = extended(b, i, zeros(n, d, d, dtype=root_dtype(d, dtype)))
-            slots |= {f"moment{i}": zeros(n, d, d), f"root{i}": root_}
+            slots |= {f"moment{i}": zeros(n, d, d // 2 + 1), f"root{i}": root_}
         else:
             slots[f"diag{i}"] = zeros(n, d)
     if b.scaling is not None:

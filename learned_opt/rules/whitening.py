@@ -40,6 +40,27 @@ def second_moment(batch: TensorBatch, x: Tensor, axis: int, dtype: torch.dtype) 
     return torch.bmm(x, x.mT) / x.shape[-1]
 
 
+def packed(a: Tensor) -> Tensor:
+    """A symmetric ``[..., d, d]`` as ``[..., d, d // 2 + 1]``: row i has the entries of columns i, i + 1, ... modulo d.
+
+    Every entry is there in one of its two places (in both at a distance of d / 2); the diagonal comes first.
+    """
+    d = a.shape[-1]
+    return a.gather(-1, _columns(d, a.device).expand(*a.shape[:-1], -1))
+
+
+def unpacked(p: Tensor) -> Tensor:
+    """The inverse of :func:`packed`: ``[..., d, d // 2 + 1] -> [..., d, d]``."""
+    d = p.shape[-2]
+    half = p.new_zeros(*p.shape[:-1], d).scatter(-1, _columns(d, p.device).expand_as(p), p)
+    at = torch.arange(d, device=p.device)
+    return torch.where((at - at[:, None]) % d <= d // 2, half, half.mT)
+
+
+def _columns(d: int, device: torch.device) -> Tensor:
+    return (torch.arange(d, device=device)[:, None] + torch.arange(d // 2 + 1, device=device)) % d
+
+
 def mean_square(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
     """The diagonal of :func:`second_moment`: ``[N, d]``."""
     return unfolded(batch, x, axis).square().mean(-1)

@@ -8,7 +8,7 @@ from torch.func import vmap
 
 from learned_opt import NFNOpt, batches
 from learned_opt.rules.whitened_polar import WhitenedPolar
-from learned_opt.rules.whitening import FLOOR, POWER, inverse_root
+from learned_opt.rules.whitening import FLOOR, POWER, inverse_root, packed, unpacked
 from learned_opt.symmetry import independent
 from tasks.mlp import mlp
 from tests.inferred import infer
@@ -33,6 +33,17 @@ def test_the_root_is_of_the_moment_in_units_of_its_mean(size, seed, scale, defic
     relative = a / a.diagonal(dim1=-2, dim2=-1).mean() + FLOOR * torch.eye(size, dtype=torch.float64)
     back = torch.linalg.matrix_power(torch.linalg.inv(root), 8)
     torch.testing.assert_close(back, relative, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6, 9])
+def test_a_symmetric_matrix_is_kept_in_half_the_memory(size):
+    a = moments(3, size)
+    a = a + a.mT  # to the bit
+    p = packed(a)
+    assert p.shape == (3, size, size // 2 + 1)
+    assert torch.equal(p[..., 0], a.diagonal(dim1=-2, dim2=-1))
+    assert torch.equal(unpacked(p), a)
+    assert torch.equal(vmap(lambda x: unpacked(packed(x)))(a), a)
 
 
 @pytest.mark.parametrize("which", [[True, False, True], [False, False, False], [True, True, True]])
