@@ -11,7 +11,6 @@ from tasks.data import Batch
 from tasks.mlp import ACTIVATIONS, COMMON, mlp
 from tasks.task import Supervised, Task, choice, horizon, log_uniform
 
-
 SEEDS = 2**20  # of the regions and teachers of the family
 
 

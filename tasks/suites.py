@@ -1,6 +1,6 @@
 """The suites: TRAIN to meta-train on, VALID and STREAMING to choose by, SEEN and HELD_OUT to report on.
 
-The tasks of VALID, SEEN and HELD_OUT have shapes that no family of TRAIN samples. SEEN was held out once, until what it
+No matrix of VALID and HELD_OUT has a shape that a family of TRAIN samples. SEEN was held out once, until what it
 showed had set questions; HELD_OUT (`tasks.held_out`) has data and networks of its own.
 """
 

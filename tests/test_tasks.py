@@ -176,11 +176,11 @@ def matrices(task) -> set[tuple[int, ...]]:
     return {tuple(p.shape) for p in task.model.parameters() if p.ndim > 1}
 
 
-def test_no_matrix_of_valid_seen_or_held_out_has_a_shape_that_train_samples():
+def test_no_matrix_of_valid_or_held_out_has_a_shape_that_train_samples():
     g = seeded(0)
     sampled = set().union(*(matrices(f(g)) for f in suites.TRAIN.values() for _ in range(200)))
     assert len(sampled) > 100
-    for name, make in (suites.VALID | suites.SEEN | suites.HELD_OUT).items():
+    for name, make in (suites.VALID | suites.HELD_OUT).items():
         assert matrices(make()).isdisjoint(sampled), name
 
 

@@ -54,7 +54,7 @@ class Retention(nn.Module):
 
 
 class RetentiveNetwork(nn.Module):
-    """Blocks of retention and a network of each token: tokens [B, T] -> logits of the last ones [B, answers, values]."""
+    """Blocks of retention and a network of each token: tokens [B, T] -> logits of the last, [B, answers, values]."""
 
     def __init__(self, tokens: int, values: int, answers: int, *, width: int, heads: int, hidden: int, depth: int):
         super().__init__()
@@ -206,7 +206,7 @@ class Experts(nn.Module):
 
 class SparseTransformer(nn.Module):
     """A transformer whose feed-forward parts are `Experts` and whose attention falls off with distance, by another
-    slope for each head (Press et al. 2022, "Train Short, Test Long"); tokens [B, T] -> classes, read at the first."""
+    slope for each head (Press et al. 2022, "Train Short, Test Long"); tokens [B, T] -> classes, by the mean of all."""
 
     def __init__(self, tokens: int, classes: int, *, width: int, heads: int, hidden: int, experts: int, depth: int):
         super().__init__()
@@ -230,7 +230,7 @@ class SparseTransformer(nn.Module):
             weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
             h = h + proj(join_heads(weights @ v))
             h = h + experts(self.norms[2 * i + 1](h))
-        return self.head(h[..., 0, :])
+        return self.head(h.mean(-2))
 
 
 def moe_listops() -> Problem:

@@ -17,7 +17,7 @@ from tasks.task import Problem, cross_entropy
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 MODULES = "argparse ast difflib doctest fractions inspect optparse pickle statistics tarfile turtle typing zipfile"
-HELD_OUT_WINDOWS = 256
+HELD_OUT_WINDOWS = 128
 
 
 def windows(
@@ -54,7 +54,7 @@ def language_model(
         lambda model, x, y: cross_entropy(model(x), y),
         held_out=held_out,
         ceiling=math.log(tokens),
-        eval_size=256,
+        eval_size=128,
         **settings,
     )
 

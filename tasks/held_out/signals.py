@@ -45,7 +45,7 @@ def sounds(generator: Generator, count: int) -> Batch:
         (torch.sin(bell * angle) * torch.exp(-bell * past)).sum(0) * 0.7,
     ]
     x = torch.stack(kinds, 1)[torch.arange(count), y] * (time > 0) * (0.5 + loud)
-    return (x + 0.3 * torch.randn(x.shape, generator=generator)).unsqueeze(1), y
+    return (x + 0.7 * torch.randn(x.shape, generator=generator)).unsqueeze(1), y
 
 
 class GatedConvolution(nn.Module):
@@ -96,7 +96,7 @@ def wavenet_sounds() -> Problem:
         batch_size=32,
         steps=1000,
         ceiling=math.log(INSTRUMENTS),
-        eval_size=512,
+        eval_size=256,
     )
 
 

@@ -12,10 +12,11 @@ from tasks.task import Problem, cross_entropy, mean_squared_error
 SURFACES = 8
 
 
-def rotations(generator: Generator, count: int) -> Tensor:
-    """Uniform rotations and reflections [count, 3, 3]."""
-    q, r = torch.linalg.qr(torch.randn(count, 3, 3, generator=generator))
-    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+def turns(generator: Generator, count: int) -> Tensor:
+    """Uniform rotations around the third axis [count, 3, 3]."""
+    angle = 2 * math.pi * torch.rand(count, generator=generator)
+    c, s, zero, one = torch.cos(angle), torch.sin(angle), torch.zeros(count), torch.ones(count)
+    return torch.stack([c, -s, zero, s, c, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
 
 
 def surfaces(generator: Generator, count: int, points: int) -> Tensor:
@@ -43,13 +44,13 @@ def surfaces(generator: Generator, count: int, points: int) -> Tensor:
 
 
 def clouds(generator: Generator, count: int, points: int = 64) -> Batch:
-    """Noisy points of a surface, stretched by up to a third along each axis and turned: [count, points, 3]; its kind.
+    """Noisy points of a surface, stretched by up to a quarter along each axis and turned upright: [count, points, 3]; its kind.
 
     A sixteenth of the points is anywhere.
     """
     y = torch.randint(SURFACES, (count,), generator=generator)
     x = surfaces(generator, count, points)[torch.arange(count), y]
-    x = x * (0.75 + 0.5 * torch.rand(count, 1, 3, generator=generator)) @ rotations(generator, count)
+    x = x * (0.75 + 0.5 * torch.rand(count, 1, 3, generator=generator)) @ turns(generator, count)
     x = x + 0.05 * torch.randn(x.shape, generator=generator)
     stray = torch.rand(count, points, 1, generator=generator) < 1 / 16
     return torch.where(stray, 2 * torch.rand(x.shape, generator=generator) - 1, x), y
@@ -73,7 +74,7 @@ def pointnet_surfaces() -> Problem:
     """Which surface a cloud of points is of."""
     return Problem(
         "stream-pointnet-surfaces",
-        lambda: PointNet([44, 84, 156], [100, SURFACES]),
+        lambda: PointNet([44, 84, 156], [102, SURFACES]),
         clouds,
         lambda model, x, y: cross_entropy(model(x), y),
         batch_size=32,

@@ -70,7 +70,7 @@ def fttransformer_diabetes() -> Problem:
 
     return Problem(
         "fttransformer-diabetes",
-        lambda: FeatureTransformer(x.shape[1], len(LEVELS), width=36, heads=3, hidden=76, depth=2),
+        lambda: FeatureTransformer(x.shape[1], len(LEVELS), width=42, heads=3, hidden=76, depth=2),
         sample,
         lambda model, x, y: quantile_loss(model(x), y),
         batch_size=64,
