@@ -44,9 +44,8 @@ def surfaces(generator: Generator, count: int, points: int) -> Tensor:
 
 
 def clouds(generator: Generator, count: int, points: int = 64) -> Batch:
-    """Noisy points of a surface, stretched by up to a quarter along each axis and turned upright: [count, points, 3]; its kind.
-
-    A sixteenth of the points is anywhere.
+    """Noisy points of a surface, stretched by up to a quarter along each axis and turned upright, [count, points, 3],
+    and its kind. A sixteenth of the points is anywhere.
     """
     y = torch.randint(SURFACES, (count,), generator=generator)
     x = surfaces(generator, count, points)[torch.arange(count), y]
