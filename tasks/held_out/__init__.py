@@ -1,8 +1,8 @@
-"""HELD_OUT: tasks to report on. No optimizer was chosen by them, and and when they were written NFNOpt took no more
+"""HELD_OUT: tasks to report on. No optimizer was chosen by them, and when they were written NFNOpt took no more
 than the ten steps of a test on them.
 
 They share neither data nor networks with TRAIN, VALID, STREAMING and SEEN. All data is computed or comes with Python,
-scikit-learn, networkx and matplotlib. A test holds the hash of these modules: see tests/test_held_out.py.
+scikit-learn, networkx and matplotlib. A test holds the hash of these modules: see tests/test_suites.py.
 """
 
 from collections.abc import Callable
