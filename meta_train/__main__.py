@@ -132,7 +132,7 @@ def evaluate(
             another rule, by name (whitened_polar ...) or .safetensors file; with @lr=3 at three times its rate,
             with @without-total-steps without these. LABEL=NAME sets the label in tables; NAME@all chooses
             one learning rate for all tasks instead of one per task.
-        suite: VALID, HELD_OUT, or package.module:DICT.
+        suite: VALID, STREAMING, STREAMING_LATER, SEEN, HELD_OUT, or package.module:DICT.
         tasks: names of tasks of the suite, separated by spaces or commas; all if not given.
         seeds: runs of every optimizer on every task.
         tuning_seeds: the first so many of these choose the learning rates.
@@ -141,7 +141,7 @@ def evaluate(
         horizon: also measure horizon speed-ups, each LABEL/OPPONENT, or OPPONENT for that of all over it (about
             3 times the runs).
         steps: steps of every run; the task's own if 0.
-        data: folder of optional data (mnist/ in IDX format, ag_news/test.csv), for HELD_OUT.
+        data: folder of optional data (mnist/ in IDX format, ag_news/test.csv), for SEEN.
     """
     _evaluate(
         _split(optimizers),

@@ -1,7 +1,7 @@
-"""The suites: TRAIN to meta-train on, VALID to choose by, HELD_OUT to measure once; STREAMING, of data without repeats.
+"""The suites: TRAIN to meta-train on, VALID and STREAMING to choose by, SEEN and HELD_OUT to report on.
 
-The tasks of VALID and HELD_OUT have shapes that no family of TRAIN samples, and most of HELD_OUT are of kinds that it
-does not have.
+No matrix of VALID and HELD_OUT has a shape that a family of TRAIN samples. SEEN was held out once, until what it
+showed had set questions; HELD_OUT (`tasks.held_out`) has data and networks of its own.
 """
 
 import os
@@ -12,18 +12,21 @@ from pathlib import Path
 from tasks import (
     conv,
     documents,
+    experts,
     fields,
     generative,
     graph,
     mlp,
     policy,
     recurrent,
+    relations,
     residual,
     sequence,
     stream_tasks,
     transformer,
 )
 from tasks.data import Noisy, digits, handwriting, photos, text
+from tasks.held_out import HELD_OUT
 from tasks.task import Task, TaskFamily
 
 TRAIN: dict[str, TaskFamily] = {
@@ -36,10 +39,12 @@ TRAIN: dict[str, TaskFamily] = {
     "residual-mlp": residual.sample_mlp,
     "resnet": residual.sample_resnet,
     "rnn": recurrent.sample,
+    "experts": experts.sample,
     "stream-mlp": stream_tasks.sample_classifier,
     "stream-regression": stream_tasks.sample_regressor,
     "stream-cnn": stream_tasks.sample_cnn,
     "stream-transformer": stream_tasks.sample_transformer,
+    "stream-graph": relations.sample,
 }
 
 
@@ -202,7 +207,7 @@ STREAMING_LATER: dict[str, Callable[[], Task]] = {
 """
 
 
-# ------------------------------------------------------------------------------------- held out
+# ---------------------------------------------------------------------------------------- seen
 
 Folder = Path | str | None
 
@@ -353,11 +358,11 @@ _SOURCES = {name: IMAGES if name.endswith("handwriting") else TEXTS for name in 
 
 
 def source_of(task: str, folder: Folder = None) -> str:
-    """What the data of a task of HELD_OUT are called where they depend on the data folder, else an empty text."""
+    """What the data of a task of SEEN are called where they depend on the data folder, else an empty text."""
     return _SOURCES[task][data_dir(folder) is None] if task in _SOURCES else ""
 
 
-HELD_OUT: dict[str, Callable[[], Task]] = {
+SEEN: dict[str, Callable[[], Task]] = {
     "mlp-wide": _mlp_wide,
     "mlp-deep": _mlp_deep,
     "residual-mlp-deep": _residual_mlp_deep,
@@ -376,10 +381,20 @@ HELD_OUT: dict[str, Callable[[], Task]] = {
 """Those of `_WITH_DATA` use MNIST and AG News of the folder LEARNED_OPT_DATA, if it is set; see docs/tasks.md."""
 
 
-def held_out(folder: Folder = None) -> dict[str, Callable[[], Task]]:
-    """HELD_OUT with its data from another folder than LEARNED_OPT_DATA; raises as `data_dir`."""
+def seen(folder: Folder = None) -> dict[str, Callable[[], Task]]:
+    """SEEN with its data from another folder than LEARNED_OPT_DATA; raises as `data_dir`."""
     found = data_dir(folder)
-    return HELD_OUT | {name: partial(make, found) for name, make in _WITH_DATA.items()}
+    return SEEN | {name: partial(make, found) for name, make in _WITH_DATA.items()}
+
+
+SUITES: dict[str, dict[str, Callable[[], Task]]] = {
+    "VALID": VALID,
+    "STREAMING": STREAMING,
+    "STREAMING_LATER": STREAMING_LATER,
+    "SEEN": SEEN,
+    "HELD_OUT": HELD_OUT,
+}
+"""Those that `python -m meta_train evaluate --suite` knows by name."""
 
 
 def data_dir(folder: Path | str | None = None) -> Path | None:

@@ -196,8 +196,8 @@ def test_handwriting_is_mnist_of_the_folder(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     x, _ = write_mnist(folder, ".gz")["t10k"]
     assert torch.equal(data.handwriting(folder).held_x, data.images("MNIST", folder).held_x)
-    tasks = suites.held_out(folder)
-    there, here = (make["mlp-handwriting"]() for make in (tasks, suites.held_out()))
+    tasks = suites.seen(folder)
+    there, here = (make["mlp-handwriting"]() for make in (tasks, suites.seen()))
     assert not torch.equal(there.held_out()[0][:5], here.held_out()[0][:5])
 
 
@@ -206,7 +206,7 @@ def test_a_data_folder_without_the_data_is_refused(named, tmp_path, monkeypatch)
     """What stands in for them where no folder is named would go unseen."""
     monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path))
     folder = tmp_path if named == "option" else None
-    tasks = suites.held_out(folder)
+    tasks = suites.seen(folder)
     for name, make in tasks.items():
         if suites.source_of(name, folder):
             with pytest.raises(FileNotFoundError, match=r"has no (MNIST|AG News): .*leave the data folder out"):
@@ -217,12 +217,12 @@ def test_a_data_folder_without_the_data_is_refused(named, tmp_path, monkeypatch)
 
 def test_sources_are_called_by_what_the_folder_makes_of_them(tmp_path, monkeypatch):
     monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
-    assert {suites.source_of(n) for n in suites.HELD_OUT} == {
+    assert {suites.source_of(n) for n in suites.SEEN} == {
         "",
         "scikit-learn's digits, enlarged",
         "Python's help texts",
     }
-    assert {suites.source_of(n, tmp_path) for n in suites.HELD_OUT} == {"", "MNIST", "AG News"}
+    assert {suites.source_of(n, tmp_path) for n in suites.SEEN} == {"", "MNIST", "AG News"}
 
 
 def test_folder_errors_say_what_to_do(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""One task of HELD_OUT with more seeds: how many times longer `whitened_polar` needs than NFNOpt, and which ends lower.
+"""One task of SEEN with more seeds: how many times longer `whitened_polar` needs than NFNOpt, and which ends lower.
 
     python experiments/45-fine-tuning-regressions/run.py TASK [--seeds 30] \
       [--rule auto_lr] [--opponent whitened_polar] [--workers 1] [--out DIR]
@@ -37,7 +37,7 @@ def main() -> None:
     data = os.environ.get("LEARNED_OPT_DATA")
     pair = args.rule, args.opponent
     named = [f"{label}=nfn:{label}" for label in pair]
-    plan = make_plan("HELD_OUT", [args.task], named, args.seeds, 1, ["/".join(pair)], data, None, None)
+    plan = make_plan("SEEN", [args.task], named, args.seeds, 1, ["/".join(pair)], data, None, None)
     plan = replace(plan, optimizers={k: v for k, v in plan.optimizers.items() if k != REFERENCE})
     runs = carry_out(plan, args.out, workers=args.workers, data=data)
     ends = np.log([[final_curve(plan, runs, args.task, k, s).final_train for k in pair] for s in range(args.seeds)])

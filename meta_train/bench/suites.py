@@ -1,6 +1,7 @@
 """Suites of tasks by name, and what identifies a task."""
 
 import copy
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,29 +15,41 @@ from meta_train.errors import UnknownName, UsageError
 
 
 def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[], Any]]:
-    """``VALID`` or ``HELD_OUT`` of ``tasks.suites``, or any ``package.module:DICT`` of functions that make tasks.
+    """A suite of ``tasks.suites`` by its name alone, or any ``package.module:DICT`` of functions that make tasks.
 
-    ``HELD_OUT`` has more tasks if the folder ``data`` holds the data for them.
+    Some tasks of ``SEEN`` take their data from the folder ``data``.
+
+    Raises:
+        UnknownName: there is no such suite; the message lists those there are.
+        UsageError: it is no dict of such functions, or there is no such folder.
     """
     module, _, attribute = name.rpartition(":")
     if module:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ModuleNotFoundError, AttributeError) as error:
-            raise UnknownName(f"no suite {name!r}: {error}. Valid: VALID, HELD_OUT.") from None
+            raise UnknownName(f"no suite {name!r}: {error}. {_valid()}") from None
         if not (isinstance(found, Mapping) and all(map(_makes, found.values()))):
             raise UsageError(f"{name} is no suite: it must be a dict of functions without arguments, each of a task.")
         return found
     from tasks import suites
 
-    if name == "HELD_OUT":
-        try:
-            return suites.held_out(data)
-        except FileNotFoundError as error:
-            raise UsageError(str(error)) from None
-    if name == "VALID":
-        return suites.VALID
-    raise UnknownName(f"unknown suite {name!r}. Valid suites: VALID, HELD_OUT, or package.module:DICT.")
+    if name not in suites.SUITES:
+        raise UnknownName(f"unknown suite {name!r}. {_valid(name)}")
+    if name != "SEEN":
+        return suites.SUITES[name]
+    try:
+        return suites.seen(data)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from None
+
+
+def _valid(name: str = "") -> str:
+    from tasks import suites
+
+    near = difflib.get_close_matches(name.upper(), suites.SUITES, 1)
+    guess = f"Did you mean {near[0]}? " if near else ""
+    return f"{guess}Valid suites: {', '.join(suites.SUITES)}, or package.module:DICT."
 
 
 def _makes(value: Any) -> bool:
@@ -52,7 +65,7 @@ def source_of(suite: str, name: str, data: str | None = None) -> str:
     """What the data of a task are called, where they depend on the data folder; else an empty text."""
     from tasks import suites
 
-    return suites.source_of(name, data) if suite == "HELD_OUT" else ""
+    return suites.source_of(name, data) if suite == "SEEN" else ""
 
 
 @lru_cache(maxsize=64)
