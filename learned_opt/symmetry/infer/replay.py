@@ -1,8 +1,9 @@
 """Is the graph that was analysed what ran? Its outputs, and the gradients that it gives, against those of training.
 
-The graph is run on the recorded inputs, with the buffers, the random states and the autocast of the recorded call. If it does not return what the call returned, another function was called (``forward`` was replaced, a
-branch taken elsewhere). If the gradients of the parameters are no sum of what the recorded calls send back, the
-parameters have other uses: a penalty on weights, a second method, features that a hook takes out.
+The graph is run on the recorded inputs, with the buffers, the random states and the autocast of the recorded call. If
+it does not return what the call returned, another function was called (``forward`` was replaced, a branch taken
+elsewhere). If the gradients of the parameters are no sum of what the recorded calls send back, the parameters have
+other uses: a penalty on weights, a second method, features that a hook takes out.
 """
 
 import logging
