@@ -120,14 +120,22 @@ BFLOAT16 = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_finds_its_symmetry_and_resumes_to_the_bit(name, precision):
-    narrow = BFLOAT16[name] if precision == "bfloat16" else []
-    whole = ended(run(changed(name, *narrow)))
+def test_a_run_finds_its_symmetry_and_resumes_to_the_bit(name):
+    whole = ended(run(PROGRAMS[name]))
     forget()
     assert whole["covered"] >= 0.9
-    again = ended(run(changed(name, *narrow, *RESUMED[name])))
-    assert torch.equal(again["bits"], whole["bits"])
+    assert torch.equal(ended(run(changed(name, *RESUMED[name])))["bits"], whole["bits"])
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_a_run_in_mixed_precision_finds_its_symmetry(name):
+    assert ended(run(changed(name, *BFLOAT16[name])))["covered"] >= 0.9
+
+
+def test_submodules_that_lightning_calls_one_by_one_are_named():
+    groups = ("NFNOpt(self.parameters()", 'NFNOpt([{"params": m.parameters()} for m in self.children()]')
+    names = run(changed(LIGHTNING, ("(self(x), y)", "(self.head(self.encoder(x)), y)"), groups))
+    assert ended(names)["covered"] >= 0.7
 
 
 @pytest.mark.parametrize("name", RESUMED)
