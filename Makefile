@@ -11,20 +11,22 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 py = $(VENV)/bin/python
 demo_ready = $(VENV)/.ready-demo
 test_ready = $(VENV)/.ready-test
+frameworks_ready = $(VENV)/.ready-frameworks
 unfinished = $(VENV).unfinished
 
 # After an interrupted install, or once the interpreter has gone, nothing is ready whatever the
 # stamps say.
 ignored := $(shell { test ! -e "$(unfinished)" && "$(py)" -c "" 2>/dev/null; } \
-                   || rm -f "$(demo_ready)" "$(test_ready)")
+                   || rm -f "$(demo_ready)" "$(test_ready)" "$(frameworks_ready)")
 
-.PHONY: help demo test test-slow lint types clean
+.PHONY: help demo test test-slow test-frameworks lint types clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo       meta-train and evaluate in miniature, on the CPU; writes runs/demo"
 	@echo "make test       run the tests (slow ones left out)"
 	@echo "make test-slow  run the slow tests alone"
+	@echo "make test-frameworks  run the examples of training frameworks (docs/frameworks.md)"
 	@echo "make lint       ruff"
 	@echo "make types      mypy"
 	@echo "make clean      remove the environment and the caches (runs/ stays)"
@@ -41,6 +43,9 @@ test: $(test_ready)
 test-slow: $(test_ready)
 	OMP_NUM_THREADS=1 "$(py)" -m pytest $(PYTEST_ARGS) -m slow
 
+test-frameworks: $(frameworks_ready)
+	OMP_NUM_THREADS=1 "$(py)" -m pytest -m frameworks
+
 lint: $(test_ready)
 	"$(py)" -m ruff check .
 
@@ -55,7 +60,8 @@ clean:
 
 $(demo_ready): extras = meta
 $(test_ready): extras = dev,vision
-$(demo_ready) $(test_ready): pyproject.toml
+$(frameworks_ready): extras = dev,vision,frameworks
+$(demo_ready) $(test_ready) $(frameworks_ready): pyproject.toml
 	$(install)
 
 # Install this project, editable and with $(extras), then stamp the target.

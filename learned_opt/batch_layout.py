@@ -72,6 +72,7 @@ def _form(symmetry: Symmetry, name: str) -> _Form:
     scaled = any(leaf.scale for axis in spec.axes for leaf in leaves_of(axis))
     sizes = str([map_leaves(lambda leaf: Leaf(leaf.size), a) for a in spec.axes])
     if any(b.kind != "matrix" for b in blocks):
+        sizes += str([(b.shape, b.order) for b in blocks])
         return _Form(spec.shape, tuple(dims), 1, 0, (), sizes, True, False, hidden, fibres, scaled)
     rows = [i for i in dims if spec.roles[i] in ("out", "gain")]
     kernel = [i for i in dims if spec.roles[i] == "kernel"]
@@ -179,9 +180,11 @@ def scaling_of(symmetry: Symmetry, batch: TensorBatch, device: str, of: Literal[
     def both(blocks: Sequence[Block]) -> tuple[Units, Units]:
         return units(blocks, "rows"), units(blocks, "cols")
 
-    if batch.factored and len(batch.shape) == 2 and n_blocks == 1:  # [d, V] or its transpose
+    first = symmetry.blocks[batch.names[0]][0]
+    two_sides = len(first.rows) == len(first.cols) == 1 and not first.batch
+    if batch.factored and n_blocks == 1 and two_sides:  # [d, V] or its transpose
         rows, cols = both([symmetry.blocks[n][0] for n in batch.names])
-        return Scaling(((rows, cols) if symmetry.blocks[batch.names[0]][0].order == (0, 1) else (cols, rows),), None)
+        return Scaling(((rows, cols) if first.order == (0, 1) else (cols, rows),), None)
     if batch.pack is None and len(set(batch.parts)) == 1:
         return Scaling((both([b for n in batch.names for b in symmetry.blocks[n]]),), None)
     kinds = [both([symmetry.blocks[n][k] for n in batch.names]) for k in range(n_blocks)]

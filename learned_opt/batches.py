@@ -172,7 +172,10 @@ class TensorBatch:
     def tensors(self, x: Tensor) -> Tensor:
         """``[N, R, C] -> [N, *shape]``: a view."""
         x = x.unflatten(-1, [self.shape[i] for i in self.order[len(self.rows) :]])
-        x = x.unflatten(1, self.rows) if len(self.rows) != 1 else x
+        if not self.rows:  # all of its axes are read
+            x = x.squeeze(1)
+        elif len(self.rows) > 1:
+            x = x.unflatten(1, self.rows)
         if self.order == tuple(range(len(self.shape))):
             return x
         return x.permute(0, *(self.order.index(i) + 1 for i in range(len(self.shape))))

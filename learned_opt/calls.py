@@ -7,7 +7,7 @@ that back, and samples of what the call returned and of the gradients, against w
 
 import random
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -109,7 +109,7 @@ class Call:
         noise: random states before the call.
         buffers: copies of the module's buffers before the call.
         compiled: what ran was, or may have been, compiled: noise and rounding are others.
-        autocast: it ran in mixed precision.
+        autocast: the kinds of devices on which it ran in mixed precision, and in which type.
         tossed: it drew numbers from the generators of Python or NumPy, on which branches may depend.
         outputs: samples of the tensors among the leaves of what it returned; None for other leaves.
         shapes: the shapes of those tensors.
@@ -131,7 +131,7 @@ class Call:
     noise: Noise | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     compiled: bool = False
-    autocast: bool = False
+    autocast: dict[str, torch.dtype] = field(default_factory=dict)
     tossed: bool = False
     outputs: list[Tensor | None] | None = None
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -161,7 +161,7 @@ class Call:
             Noise.now(module),
             buffers,
             compiled,
-            any(torch.is_autocast_enabled(k) for k in kinds if k != "meta"),
+            {k: torch.get_autocast_dtype(k) for k in kinds if k != "meta" and torch.is_autocast_enabled(k)},
             reads=_memory((args, list(module.parameters()))),
         )
 
@@ -191,6 +191,14 @@ class Call:
     def kind(self, *, shapes: bool = True) -> Any:
         """Calls of one kind ran the same code, as far as can be told without looking at what tensors hold."""
         return kind_of(self.module, self.args, self.kwargs, self.training, self.forwards, shapes=shapes)
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Autocast as it was at the call."""
+        with ExitStack() as stack:
+            for kind, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
 
     @contextmanager
     def as_it_ran(self) -> Iterator[None]:

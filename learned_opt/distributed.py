@@ -16,9 +16,11 @@ import hashlib
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -169,6 +171,7 @@ def agreed(
     digest = None if own is None else _digest(own)
     tensors = [(p.position, tuple(p.param.shape), str(p.param.dtype), p.param.requires_grad) for p in params]
     mine = _Report(tensors, steps, digest, given, reason, [_checksum(p) for p in params])
+    _await_first_steps(replicas.group)
     with _on_device_of(params):
         everyone: list[Any] = [None] * dist.get_world_size(replicas.group)
         dist.all_gather_object(everyone, mine, replicas.group)
@@ -184,6 +187,34 @@ def agreed(
             "NFNOpt: %s found no symmetry (%s); all use that of the others", _ranks(failed), everyone[failed[0]].reason
         )
     return kept
+
+
+PATIENCE = 300.0  # seconds that a rank inside of join() waits for the first steps of the others
+_awaited: Counter[str] = Counter()  # how often, by group
+
+
+def _await_first_steps(group: "dist.ProcessGroup") -> None:
+    """Inside of ``join()``, where a rank without batches takes no step, others must not wait for it forever.
+
+    Raises:
+        RuntimeError: a rank has not come to its first step in time.
+    """
+    if not any(ddp.process_group is group and ddp._join_config.enable for ddp in _wrappers()):
+        return
+    name = group.group_name
+    _awaited[name] += 1
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"learned_opt/{name}/{_awaited[name]}/{rank}" for rank in range(dist.get_world_size(group))]
+    store.set(keys[dist.get_rank(group)], "")
+    try:
+        store.wait(keys, timedelta(seconds=PATIENCE))
+    except RuntimeError as error:
+        late = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RuntimeError(
+            f"{_ranks(late)} took no first step within {PATIENCE:g} s, inside of join(), where a rank without batches "
+            "takes none. NFNOpt needs the first step of every rank, in which they agree on one symmetry: give each at "
+            "least one batch."
+        ) from error
 
 
 def _check(everyone: list[_Report], replicas: Replicas, params: list[NamedParam]) -> None:

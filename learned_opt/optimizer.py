@@ -34,6 +34,7 @@ from learned_opt.params import (
     named_params,
     rebound,
     refuse_unsupported,
+    say_given,
     warn_of_end,
     warn_of_independence,
 )
@@ -254,6 +255,8 @@ class NFNOpt(torch.optim.Optimizer):
             self._bind()  # the names where the groups have their tensors now
             own, reason = self._known if isinstance(self._known, ParamMap) else independent_map(entries), ""
         given = isinstance(self._given, Symmetry)
+        if isinstance(self._given, Symmetry):
+            say_given(self._given)
         found = agreed(own, reason, entries, self._process_group, steps=self._steps, given=given)
         if self._known == "infer" or found is not own:
             self._known, self._bound, self._names = found or "independent", None, WeakIdKeyDictionary()

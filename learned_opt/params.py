@@ -4,7 +4,6 @@ import logging
 import math
 import numbers
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from learned_opt.habits import warn
 from learned_opt.names import known_names, plain_name
 from learned_opt.recorder import Call
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
@@ -352,6 +352,11 @@ def infer_or_say(calls: list[Call], params: list[NamedParam]) -> tuple[ParamMap 
     return param_map, ""
 
 
+def say_given(symmetry: Symmetry) -> None:
+    """The one log line where the symmetry is the user's."""
+    logger.info("NFNOpt: the symmetry that was given: %s", one_line(symmetry))
+
+
 def warn_of_independence(reason: str) -> None:
     """The one warning where no symmetry is known."""
     logger.warning("NFNOpt: every axis moves by itself, because the symmetry is not known: %s. %s", reason, WAY_OUT)
@@ -440,10 +445,9 @@ def _is_number(value: Any) -> bool:
 
 def warn_of_end(step: int, total_steps: float) -> None:
     """Warn of a step beyond the horizon."""
-    warnings.warn(
+    warn(
         f"NFNOpt: step {step}, but total_steps={total_steps:g}: the schedule has ended, and weights stay "
-        "where they are. Pass the number of optimizer steps, epochs times batches.",
-        stacklevel=4,
+        "where they are. Pass the number of optimizer steps, epochs times batches."
     )
 
 

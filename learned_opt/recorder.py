@@ -158,7 +158,7 @@ class ForwardRecorder:
         else:
             self._handles.append(module.register_forward_pre_hook(_Hook(self._again), with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Hook(self._after), with_kwargs=True))
-            self._follow_gradients()
+            self._follow_gradients(module)
 
     def _wanted(self, module: nn.Module) -> bool:
         """Whether to take this call; nothing more is waited for where it is the last that is needed."""
@@ -221,10 +221,13 @@ class ForwardRecorder:
         alone = alone or torch.distributed.get_world_size() == 1
         return alone and sum(p.numel() for p in self._trained()) <= DIFFERENTIATED
 
-    def _follow_gradients(self) -> None:
-        """Take a sample of each gradient as a backward pass leaves it, before anything (clipping) changes it."""
+    def _follow_gradients(self, module: nn.Module) -> None:
+        """Take a sample of each gradient as a backward pass leaves it, before anything (clipping) changes it.
+
+        Those of all parameters of the module: some may be another optimizer's, which shares what is inferred here.
+        """
         if self._comparable():
-            for p in self._trained():
+            for p in module.parameters():
                 if p.requires_grad and p.is_leaf:
                     self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self._accumulated)))
 

@@ -5,6 +5,7 @@ import logging
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +33,9 @@ class Outcome(NamedTuple):
 class Ranks:
     """``ranks(function, *args, count=n)`` calls ``function(rank, *args)`` on n ranks of a gloo group."""
 
-    def __init__(self, most: int = 4) -> None:
+    def __init__(self, most: int = 4, preload: Sequence[str] = ("tests.test_distributed",)) -> None:
         context = multiprocessing.get_context("forkserver")  # what they import is imported once
-        context.set_forkserver_preload(["tests.test_distributed", "learned_opt.symmetry.infer"])
+        context.set_forkserver_preload([*preload, "learned_opt.symmetry.infer"])
         self.pipes, self.processes = [], []
         self.folder = tempfile.TemporaryDirectory()
         self.calls = 0

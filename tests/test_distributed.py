@@ -16,7 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from learned_opt import NFNOpt
+from learned_opt import NFNOpt, distributed
 from tests.processes import ranks  # noqa: F401
 
 STEPS = 12
@@ -349,3 +349,28 @@ def are_parallel_tensors(rank):
 def test_what_would_drift_apart_is_refused_on_every_rank(ranks, attempt, said):  # noqa: F811
     for outcome in ranks(attempt):
         assert re.search(f"RuntimeError: .*{said}", outcome.error), outcome.error
+
+
+# ------------------------------------------------------------------------------------ uneven inputs
+def train_joined(rank, batches):
+    """Every rank has as many batches as ``batches[rank]``."""
+    distributed.PATIENCE = 3.0
+    ddp = DistributedDataParallel(Branches())
+    optimizer = NFNOpt(ddp.parameters(), total_steps=10)
+    with ddp.join():
+        for step in range(batches[rank]):
+            optimizer.zero_grad()
+            loss_of(ddp, rank, step).backward()
+            optimizer.step()
+    return bits(ddp, optimizer)[: sum(p.numel() for p in ddp.parameters())]
+
+
+def test_ranks_may_have_other_numbers_of_batches(ranks):  # noqa: F811
+    assert_equal_ranks(ranks(train_joined, [4, 4]))
+    assert all(o.get().numel() for o in ranks(train_joined, [5, 2]))
+
+
+@pytest.mark.slow  # the other rank waits in join() until it has had enough
+def test_a_rank_without_batches_is_not_waited_for_in_silence(ranks):  # noqa: F811
+    told = ranks(train_joined, [3, 0])[0].error
+    assert "rank 1 took no first step" in told and "at least one batch" in told

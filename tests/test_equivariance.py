@@ -49,8 +49,20 @@ def groups():
     return nn.Sequential(*layers, nn.Linear(10 * 36, 3))
 
 
+class Norms(nn.Module):
+    """A normalisation over several axes: gains with two axes on one side, and biases that are read like a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 12), nn.LayerNorm([3, 4]), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x).view(-1, 3, 4)).relu()).sum(1)
+
+
 MODELS = {
     "heads": Heads,
+    "norms": Norms,
     "groups": groups,
     "relu": lambda: mlp([5, 8, 7, 3], "relu"),
     "tanh": lambda: mlp([5, 8, 7, 3], "tanh"),

@@ -23,6 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 20
 
 
+def here(warning):
+    """Whether a warning points at a line of the tests: not at one of torch's or ours."""
+    return "tests" in warning.filename
+
+
 @contextlib.contextmanager
 def no_warning():
     with warnings.catch_warnings(action="error"):
@@ -64,6 +69,7 @@ def test_a_schedule_beside_our_own_is_told_once(schedule, groups, kind):
     with pytest.warns(UserWarning) as told:
         run(optimizer, model, schedule)
     (one,) = [str(w.message) for w in told]
+    assert here(told[0])
     assert f"total_steps={TOTAL}" in one and "leave total_steps out" in one and "Leave lr constant" in one
 
 
@@ -375,6 +381,45 @@ def test_one_line_says_what_was_found(said):
     ):
         assert part in line
     assert not said(logging.WARNING)
+
+
+def test_a_symmetry_that_was_given_is_said_too(said):
+    model = make_model()
+    optimizer = NFNOpt(model.named_parameters(), symmetry=infer_symmetry(model, data()[0]))
+    train(model, optimizer, 2)
+    (line,) = said(logging.INFO)
+    assert "given: 4 tensors, 57 entries; 94.7 % of them on a label" in line
+
+
+@pytest.mark.parametrize("habit", ["a rate", "past the end"])
+def test_a_warning_points_at_the_line_of_the_user(habit):
+    model = make_model()
+    with pytest.warns(UserWarning) as told:
+        optimizer = make("auto_lr", model, **({"lr": 1e-3} if habit == "a rate" else {"total_steps": 1}))
+        train(model, optimizer, 3)
+    assert len(told) == 1 and here(told[0])
+
+
+class Penalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+def test_a_penalty_on_the_weights_of_another_optimizer_is_seen(said):
+    """Two optimizers share a forward pass: a scale of one is one of the other's weights too."""
+    model = Penalised()
+    kinds = [[p for n, p in model.named_parameters() if n.endswith(kind)] for kind in ("weight", "bias")]
+    optimizers = [NFNOpt(params) for params in kinds]
+    loss = model(data()[0]).square().mean() + 0.1 * model.first.bias.square().sum()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        assert not any(s.kind == "positive" for s in optimizer.symmetry.scales.values())
+    assert "penalty" in said(logging.WARNING)[0]
 
 
 @torch.library.custom_op("learned_opt_tests::strange", mutates_args=())

@@ -1,6 +1,7 @@
 """Parameters, their names and groups under a symmetry that is given."""
 
 import copy
+import itertools
 import logging
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from learned_opt.optimizer import NFNOpt
 from learned_opt.params import renamed
-from learned_opt.symmetry import SymmetryError
+from learned_opt.symmetry import Label, Leaf, Scale, Spec, Symmetry, SymmetryError
 from learned_opt.symmetry.infer import infer_symmetry
 from tests.optimizer_contract import (
     LR,
@@ -261,3 +262,18 @@ def test_running_statistics_do_not_count_as_positions():
     model(torch.randn(2, 1, 4, 4)).sum().backward()
     optimizer.step()
     assert [e.name for e in optimizer._bind()[0]] == [n for n, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("weight", list(itertools.product(("out", "in", "kernel", "lookup", "gain"), repeat=2)))
+@pytest.mark.parametrize("bias", ["out", "in"])
+def test_a_symmetry_written_by_hand_trains_whatever_its_roles(weight, bias):
+    def unit(exponent):
+        return Leaf(6, "h", (("s", exponent),))
+
+    specs = {"0.weight": Spec((unit(1), Leaf(5)), weight), "0.bias": Spec((unit(1),), (bias,))}
+    specs |= {"2.weight": Spec((Leaf(3), unit(-1)), ("out", "in")), "2.bias": Spec((Leaf(3),), ("out",))}
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = NFNOpt(model, symmetry=Symmetry(specs, {"h": Label(6)}, {"s": Scale("positive", 6, "h")}))
+    before = weights(model)
+    train(model, optimizer, 2)
+    assert all(p.isfinite().all() and not torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -8,7 +8,7 @@ heads move as wholes. What these labels let one do to weights is in :mod:`learne
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from learned_opt.symmetry.axes import (
     pieces_of,
     size_of,
 )
+from learned_opt.text import listed
 
 Role = Literal["out", "in", "kernel", "lookup", "gain"]
 Kind = Literal["positive", "sign", "real"]
@@ -58,6 +59,10 @@ class Spec:
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.roles):
             raise SymmetryError(f"{len(self.axes)} axes but {len(self.roles)} roles")
+        unknown = [r for r in self.roles if r not in get_args(Role)]
+        if unknown:
+            known = listed(get_args(Role))
+            raise SymmetryError(f"roles {listed(map(repr, unknown))} are unknown; a role is one of {known}")
 
     @property
     def shape(self) -> Shape:

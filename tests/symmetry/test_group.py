@@ -459,3 +459,8 @@ def test_independent_gives_every_axis_its_own_permutation() -> None:
     rows, cols = g.perms["w.0"], g.perms["w.1"]
     assert torch.equal(moved["w"], w["w"][rows][:, cols])
     assert torch.equal(moved["conv"], w["conv"][g.perms["conv.0"]][:, g.perms["conv.1"]])
+
+
+def test_a_role_that_is_none_is_refused_with_those_there_are() -> None:
+    with pytest.raises(SymmetryError, match="'embedding' are unknown; a role is one of out, in, kernel, lookup, gain"):
+        Spec((Leaf(3), Leaf(4)), ("embedding", "out"))  # type: ignore[arg-type]

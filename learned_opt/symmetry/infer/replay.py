@@ -1,13 +1,14 @@
 """Is the graph that was analysed what ran? Its outputs, and the gradients that it gives, against those of training.
 
-The graph is run on the recorded inputs, with the buffers and the random states of the recorded call, in the precision
-of the model. If it does not return what the call returned, another function was called (``forward`` was replaced, a
-branch taken elsewhere). If the gradients of the parameters are no sum of what the recorded calls send back, the
-parameters have other uses: a penalty on weights, a second method, features that a hook takes out.
+The graph is run on the recorded inputs, with the buffers, the random states and the autocast of the recorded call. If
+it does not return what the call returned, another function was called (``forward`` was replaced, a branch taken
+elsewhere). If the gradients of the parameters are no sum of what the recorded calls send back, the parameters have
+other uses: a penalty on weights, a second method, features that a hook takes out.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from learned_opt.calls import Call, sample
 from learned_opt.symmetry.infer.network import InferenceError, Network, operator_name
 
 logger = logging.getLogger(__name__)
-EXACT, ROUNDED, COARSE = 1e-4, 1e-2, 0.1  # relative: the same kernels; compiled or in half precision; autocast
+EXACT, ROUNDED, COARSE = 1e-4, 1e-2, 0.1  # relative: the same kernels; compiled or in half precision; gradients in half
 NEGLIGIBLE = 1e-4  # of the largest gradients: others are rounding errors (a bias before a normalisation)
 
 
@@ -50,7 +51,7 @@ class _Replay:
                 value = held[node.name] if node.name in held else self._own(node.name, specs[node.name])
                 kept = isinstance(value, Tensor) and not value.requires_grad and value.layout == torch.strided
                 env[node] = value.detach().clone() if kept else value
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(differentiable), self.call.precision():
             result = _run(self.network.graph, env)
         return [r for r, s in zip(result, signature.output_specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
 
@@ -90,6 +91,12 @@ def _run(graph: GraphModule, env: dict[Node, Any]) -> list[Any]:
     raise AssertionError("a graph without output")
 
 
+_REGIONS: Mapping[str, Callable[..., AbstractContextManager[Any]]] = {
+    "wrap_with_set_grad_enabled": torch.set_grad_enabled,
+    "wrap_with_autocast": lambda device, dtype, enabled, cache: torch.autocast(device, dtype, enabled, cache),
+}
+
+
 def _call(node: Node, env: dict[Node, Any]) -> Any:
     name = operator_name(node.target)
     target: Any = node.target
@@ -100,12 +107,11 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
     at = next((i for i, a in enumerate(args) if isinstance(a, GraphModule)), None)
     if at is None:
         return target(*args, **kwargs)
-    if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+    if name not in _REGIONS:
         raise NotReplayed(f"a graph in {name}")
     holders = [n for n in args[at].graph.nodes if n.op == "placeholder"]
     given = dict(zip(holders, args[at + 1 :], strict=True))
-    grads = bool(args[0]) if name == "wrap_with_set_grad_enabled" else torch.is_grad_enabled()
-    with torch.set_grad_enabled(grads):
+    with _REGIONS[name](*args[:at]):
         return _run(args[at], given)
 
 
@@ -157,7 +163,7 @@ def _compare_outputs(network: Network, call: Call) -> list[str]:
     shapes = [tuple(x.shape) for x in leaves if isinstance(x, Tensor)]
     if shapes != call.shapes or len(found) != len(call.outputs):
         raise InferenceError(f"the call of {name} that was trained returned something else than its export does")
-    tolerance = COARSE if call.autocast else ROUNDED if call.compiled or _is_half(leaves) else EXACT
+    tolerance = ROUNDED if call.autocast or call.compiled or _is_half(leaves) else EXACT
     for ours, theirs in zip(found, call.outputs, strict=True):
         if ours is not None and theirs is not None and not _close(ours, theirs, tolerance):
             raise InferenceError(
@@ -200,7 +206,7 @@ def _compare_gradients(networks: Sequence[tuple[Network, Sequence[Call]]], calls
     floor = NEGLIGIBLE * max([*sizes.values(), *(_rms(s[n]) for s in sent for n in s)], default=0.0)
     if not floor:
         return False
-    tolerance = COARSE if any(c.autocast for c in calls) or _any_half(module) else ROUNDED
+    tolerance = COARSE if _any_half(module) else ROUNDED
     if not _unexplained(wanted, sent, floor, tolerance):
         return True
     parameters = {n: sample(p).cpu() for n, p in module.named_parameters() if n in wanted}

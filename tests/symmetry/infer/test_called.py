@@ -296,6 +296,30 @@ def mixed(model: nn.Module, x: Tensor) -> Tensor:
     return squared(y.to(x.dtype))
 
 
+def nearly_another(model: Net, x: Tensor) -> Tensor:
+    """Replaced in the class for the call: by a function that differs by more than the rounding of mixed precision."""
+    before = Net.forward
+    Net.forward = lambda m, x: m.b(m.hidden(x) + 0.02 * m.hidden(x).cumsum(-1))
+    try:
+        return mixed(model, x)
+    finally:
+        Net.forward = before
+
+
+class Prepared(Net):
+    """As accelerate and the Trainer of transformers: ``forward`` is called in mixed precision by what replaces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = Net.forward
+
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+                return inner(self, x).to(x.dtype)
+
+        self.forward = forward
+
+
 @dataclass(frozen=True)
 class Case:
     """``found``: "all" of the labels; "signs": no positive scale; "fixed": nothing moves; "none": independent axes."""
@@ -344,6 +368,8 @@ CASES: dict[str, Case] = {
     ),
     "mixed precision": Case(mixed, "all"),
     "mixed precision and a penalty": Case(lambda m, x: mixed(m, x) + 10 * l1(m.a.weight), "signs"),
+    "mixed precision of a function in whose place another ran": Case(nearly_another, "none"),
+    "mixed precision within": Case(lambda m, x: squared(m(x)), "all", Prepared),
     "straight through": Case(lambda m, x: squared(m(x)), "none", StraightThrough),
     "a hook on the output": Case(hooked("post"), "all"),
     "a hook on the input": Case(hooked("pre"), "fixed"),
