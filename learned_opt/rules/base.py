@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from learned_opt.across import HERE, Across
 from learned_opt.batches import BatchLayout
 from learned_opt.symmetry import Symmetry
 
@@ -21,6 +22,7 @@ class UpdateRule(nn.Module, ABC):
 
     ends = False  # whether it takes no more steps after ``total_steps``
     sets_rate = False  # whether ``lr`` multiplies a rate of its own, so that 1 is right
+    spreads = False  # whether it takes ``across``: each process may hold some of a network's tensors
 
     @abstractmethod
     def init(self, params: Weights, symmetry: Symmetry) -> State:
@@ -42,6 +44,7 @@ class UpdateRule(nn.Module, ABC):
         names: tuple[str, ...] | None = None,
         ages: Collection[int] | None = None,
         in_place: bool = False,
+        across: Across = HERE,
     ) -> tuple[Weights, State]:
         """Additive updates at unit learning rate, and the next state.
 
@@ -56,6 +59,7 @@ class UpdateRule(nn.Module, ABC):
             ages: the values of the state's clocks at this step, if they are known (those of all runs of a batch): then
                 nothing is computed that is not due.
             in_place: whether the state may be changed where it is.
+            across: where the rest of the network is, of which ``params``, ``grads`` and ``state`` are then a part.
 
         Returns:
             ``(updates, state)``; the new weight is ``params[n] + lr * updates[n]``.

@@ -1,0 +1,441 @@
+"""Parameters in shards (``fully_shard``): every whole tensor has an owner, the rank that computes its step.
+
+A step of a matrix needs all of it, while a rank has some of its rows. So each rank owns some tensors, a matrix and its
+bias together, and runs the ordinary rule on these as on a network of their own. A step is
+
+    gradients and weights -> owners,    updates by apply_rule there,    new weights -> shards,
+
+each arrow one exchange of all tensors at once (``all_to_all``; large networks in bundles): a rank with P weights on n
+ranks sends and receives 3 P / n numbers, where FSDP itself moves about 3 P. Weights travel to the owner, too, rather
+than staying there as a copy: what others write into them in between (a moving average, a loaded checkpoint) counts.
+What the rule asks of the whole network, it asks all owners (:class:`learned_opt.across.Across`).
+
+The state lies with the owners, in whole tensors. ``state_dict()`` hands it out in shards, as DTensors like the
+parameters, which torch's distributed checkpointing saves and loads on any number of ranks; what was loaded lies so until
+the next step takes it to the owners. In the mesh of a hybrid (HSDP), every row of shards does all of this for itself.
+"""
+
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from learned_opt.across import Across
+from learned_opt.batch_layout import batches_of
+from learned_opt.batches import BatchLayout, TensorBatch
+from learned_opt.buffers import Buffers, StateByTensor
+from learned_opt.functional import computing_dtype
+from learned_opt.gradients import largest_magnitudes
+from learned_opt.params import NamedParam
+from learned_opt.rules.base import UpdateRule
+from learned_opt.symmetry import Symmetry, independent
+from learned_opt.text import listed
+
+BUNDLE = 64_000_000  # entries of whole tensors that one exchange moves, all ranks together
+OWNER = "owner"  # in the state of a tensor on the ranks that do not own it: which one does
+ABSENT, SHARDED, WHOLE, ODD = range(4)  # forms of a tensor's state
+
+Key = TypeVar("Key", bound=Hashable)
+Numbers = dict[torch.device, dict[str, Tensor]]
+
+
+# ------------------------------------------------------------------------------------- what is sharded, and how
+class Spread(NamedTuple):
+    """How the parameters of an optimizer are cut: rows of each over the ranks of one dimension of a mesh."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    dim: int
+
+    @property
+    def group(self) -> "dist.ProcessGroup":
+        """The ranks that together have every tensor once."""
+        return self.mesh.get_group(self.dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is sent must be."""
+        return torch.device(self.mesh.device_type)
+
+    def on_all(self, x: Tensor) -> Tensor:
+        """The maximum over all ranks of the mesh."""
+        found = x.to(self.device)
+        for group in self.mesh.get_all_groups():
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        return found.to(x.device)
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether it is a DTensor, whose class takes long to import."""
+    return hasattr(p, "placements")
+
+
+def spread_of(params: Iterable[Tensor]) -> Spread | None:
+    """How these parameters are sharded; None: they are not.
+
+    Raises:
+        RuntimeError: in another way than ``fully_shard`` does it, not all, or in several ways.
+    """
+    params = [p for p in params if p.is_floating_point() or p.is_complex()]
+    pieces: list[Any] = [p for p in params if is_sharded(p)]
+    if not pieces:
+        return None
+    first = pieces[0]
+    for p in pieces:
+        rows = [x for x in p.placements if type(x).__name__ == "Shard" and x.dim == 0]
+        if len(rows) != 1 or not all(x in rows or x.is_replicate() for x in p.placements):
+            raise RuntimeError(
+                f"NFNOpt does not take sharded parameters (DTensor) placed as {tuple(p.placements)}, as of "
+                "parallelize_module: its steps need whole matrices, which it puts together only from rows as "
+                "fully_shard alone cuts them (Shard(0), or Replicate and Shard(0)). Use DistributedDataParallel."
+            )
+        if p.device_mesh != first.device_mesh or p.placements != first.placements or p.device != first.device:
+            raise RuntimeError(
+                "the parameters of this NFNOpt are sharded over several meshes or devices. Give those of each an "
+                "optimizer of their own."
+            )
+    if len(pieces) < len(params):
+        raise RuntimeError(
+            f"{len(pieces)} parameters of this NFNOpt are sharded (fully_shard) and {len(params) - len(pieces)} are "
+            "not (ignored_params?). Shard all, or give the others an optimizer of their own."
+        )
+    return Spread(first.device_mesh, tuple(first.placements), [x.is_shard() for x in first.placements].index(True))
+
+
+def refuse_rule(rule: UpdateRule) -> None:
+    """Raises RuntimeError for a rule that cannot step some of a network's tensors."""
+    if not rule.spreads:
+        raise RuntimeError(
+            f"the rule {type(rule).__name__} does not take sharded parameters (fully_shard): it reads the whole "
+            'network in one process. Use rule="auto_lr", or DistributedDataParallel.'
+        )
+
+
+def local_gradient(p: Any) -> Tensor:
+    """This rank's rows of a gradient; zeros where the rank has none."""
+    if p.grad is None:
+        return torch.zeros_like(p.to_local())
+    grad = p.grad if p.grad.placements == p.placements else p.grad.redistribute(placements=p.placements)
+    return grad.to_local()
+
+
+def seen_by_all(entries: list[NamedParam], spread: Spread) -> list[NamedParam]:
+    """The entries with the bound of their gradients' magnitudes over all ranks: one small exchange."""
+    held = [e for e in entries if e.trained]
+    found = dict(zip([e.name for e in held], largest_magnitudes([local_gradient(e.param) for e in held]), strict=True))
+    sizes = [found.get(e.name, -1.0) for e in entries]
+    bounds = spread.on_all(torch.tensor([x if x == x else math.inf for x in sizes], dtype=torch.float64)).tolist()
+    return [e._replace(largest=x) for e, x in zip(entries, bounds, strict=True)]
+
+
+def create_shards(
+    rule: UpdateRule, params: Mapping[str, Tensor], state: StateByTensor, dtype: torch.dtype | None = None
+) -> None:
+    """As :func:`learned_opt.buffers.create_slots`, in shards."""
+    new = {n: p for n, p in params.items() if not state.get(p)}
+    spread = spread_of(new.values())
+    if spread is None:
+        return
+    for n, slots in _slots(rule, new, computing_dtype(params.values()), dtype).items():
+        p: Any = new[n]
+        cut = {k: (len(_rows(x.shape, spread)), *x.shape[1:]) if x.ndim else () for k, x in slots.items()}
+        zeros = {k: torch.zeros(cut[k], dtype=x.dtype, device=p.device) for k, x in slots.items()}
+        state[p] = {k: _as_shards(x, slots[k].shape, spread) for k, x in zeros.items()}
+
+
+def _slots(
+    rule: UpdateRule, params: Mapping[str, Tensor], wide: torch.dtype, dtype: torch.dtype | None
+) -> dict[str, dict[str, Tensor]]:
+    """The slots of whole tensors, without data."""
+    like = {n: torch.empty(p.shape, dtype=wide, device="meta") for n, p in params.items()}
+    return Buffers(rule, like, independent(like), dtype).slots if like else {}
+
+
+def _rows(shape: Collection[int], spread: Spread, rank: int | None = None) -> range:
+    """The rows of a tensor that a rank of the group has (None: this one)."""
+    n, (rows, *_) = spread.mesh.size(spread.dim), shape
+    rank = spread.mesh.get_local_rank(spread.dim) if rank is None else rank
+    most = -(-rows // n)
+    return range(min(rank * most, rows), min((rank + 1) * most, rows))
+
+
+def _as_shards(x: Tensor, shape: torch.Size, spread: Spread) -> Tensor:
+    """This rank's rows as a DTensor; numbers stay as they are."""
+    from torch.distributed.tensor import DTensor
+
+    if not shape:
+        return x
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(x, spread.mesh, spread.placements, run_check=False, shape=shape, stride=stride)
+
+
+# ------------------------------------------------------------------------------------------- owners
+class Shards(Across):
+    """Who owns which of an optimizer's tensors, and how they get there and back. All ranks do all of this together.
+
+    Args:
+        spread: how they are sharded.
+        entries: the tensors, under the symmetry's names.
+        symmetry: of these, and maybe others.
+        state: of the optimizer; what it holds of these tensors is taken to their owners.
+        rule: whose state.
+        dtype: as of :class:`Buffers`.
+
+    Raises:
+        RuntimeError: the state is not the same kind of thing on all ranks.
+    """
+
+    def __init__(
+        self,
+        spread: Spread,
+        entries: list[NamedParam],
+        symmetry: Symmetry,
+        state: StateByTensor,
+        rule: UpdateRule,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.spread, self.symmetry, self.group = spread, symmetry, spread.group
+        self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.params: dict[str, Any] = {e.name: e.param for e in entries}
+        self.wide = computing_dtype(self.params.values())
+        self.with_state = [n for n, p in self.params.items() if state.get(p)]
+        self.slots = _slots(rule, {n: self.params[n] for n in self.with_state}, self.wide, dtype)
+        layout = batches_of(symmetry, tuple(self.with_state), torch.device("cpu"))
+        self.steps = dict.fromkeys(layout.members, 0)
+        self.owner = _owners(layout, self.params, self.slots, self.count)
+        ranks = sorted(set(self.owner.values()))
+        self.all_own = len(ranks) == self.count
+        self.owners = self.group if self.all_own else _subgroup(self.group, ranks)
+        self._ages: set[int] = set()
+        self._take(state)
+
+    def fit(self, entries: list[NamedParam], symmetry: Symmetry, state: StateByTensor) -> bool:
+        """Whether these are still the tensors, the symmetry, and the tensors with state."""
+        same = symmetry is self.symmetry and len(entries) == len(self.params)
+        return (
+            same
+            and all(self.params.get(e.name) is e.param for e in entries)
+            and [e.name for e in entries if state.get(e.param)] == self.with_state
+        )
+
+    def step(
+        self, entries: list[NamedParam], moving: list[NamedParam], state: StateByTensor, run: Callable[..., None]
+    ) -> None:
+        """A step of ``moving``: ``run(entries, moving, symmetry, state, across)`` on what this rank owns, whole.
+
+        Args:
+            entries: all the tensors.
+            moving: those that are to move, the same on all ranks.
+            state: of the optimizer.
+            run: the step of one process.
+        """
+        local = {e.name: e.param.to_local().to(self.wide) for e in entries}
+        whole = self._gathered(local, {n: p.shape for n, p in self.params.items()}, self.owner)
+        local = {e.name: local_gradient(e.param).to(self.wide) for e in moving}
+        grads = self._gathered(local, {n: self.params[n].shape for n in local}, self.owner)
+        for n, grad in grads.items():
+            whole[n].grad = grad
+        del local, grads
+        self._ages = {self.steps[e.name] + 1 for e in moving if e.name in self.steps}
+        own = {e.name: e._replace(param=whole[e.name]) for e in entries if e.name in whole}
+        slots = {own[n].param: state[self.params[n]] for n in own if n in self.slots}
+        if own:
+            run(list(own.values()), [own[e.name] for e in moving if e.name in own], self.symmetry, slots, self)
+        for n in own.keys() & self.slots.keys():
+            state[self.params[n]] = slots[own[n].param]
+        form = {e.name: (e.param.shape, self.wide) for e in moving}
+        for n, x in self._scattered({n: x.detach() for n, x in whole.items() if n in form}, form, self.owner).items():
+            self.params[n].to_local().copy_(x)
+        self.steps = {n: t + (n in form) for n, t in self.steps.items()}
+
+    # -- what the rule asks of the whole network
+    def names(self, own: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(n for n in self.params if n in self.symmetry.specs)
+
+    def ages(self, own: set[int]) -> set[int]:
+        return own | self._ages
+
+    def total(self, x: Tensor) -> Tensor:
+        return self._reduced(x, dist.ReduceOp.SUM)
+
+    def most(self, x: Tensor) -> Tensor:
+        return self._reduced(x, dist.ReduceOp.MAX)
+
+    def _reduced(self, x: Tensor, by: Any) -> Tensor:
+        found = x.to(self.spread.device, torch.float64, copy=True)
+        dist.all_reduce(found, by, group=self.owners)
+        return found.to(x)
+
+    # -- state between steps
+    def _take(self, state: StateByTensor) -> None:
+        """What lies in shards, or whole on every rank, to the owners."""
+        form = {n: _form(state[self.params[n]], self.slots[n]) for n in self.with_state}
+        codes = torch.tensor([[x, -x] for x in form.values()], dtype=torch.float64).reshape(-1)
+        highest, lowest = self.spread.on_all(codes).view(-1, 2).unbind(1)
+        odd = [n for n, a, b in zip(form, highest.tolist(), lowest.tolist(), strict=True) if a != -b or a == ODD]
+        if odd:
+            raise RuntimeError(
+                f"NFNOpt has the state of {listed(odd)} on some ranks alone. Save with state_dict() on all ranks, as "
+                "torch.distributed.checkpoint does, and load that on all ranks."
+            )
+        for n in self.steps:
+            self.steps[n] = int(state[self.params[n]]["step"]) if form[n] != ABSENT else 0
+        cut: dict[tuple[str, str], Any] = {
+            (n, k): state[self.params[n]][k] for n in form if form[n] == SHARDED for k, x in self.slots[n].items() if x.ndim
+        }
+        owner = {(n, k): self.owner[n] for n, k in cut}
+        cut = {at: x.redistribute(placements=self.spread.placements) for at, x in cut.items()}
+        whole = self._gathered({at: x.to_local() for at, x in cut.items()}, {at: x.shape for at, x in cut.items()}, owner)
+        del cut
+        for n in self.with_state:
+            slots = state[self.params[n]]
+            if self.owner[n] == self.rank:
+                state[self.params[n]] = slots | {k: whole[n, k] for k in self.slots[n] if (n, k) in whole}
+            else:
+                state[self.params[n]] = self._others(n, slots) | {OWNER: self.owner[n]}
+
+    def at_rest(self, state: StateByTensor) -> dict[Any, dict[str, Any]]:
+        """The optimizer's state with that of the owners in shards on all ranks."""
+        at = [(n, k) for n in self.with_state for k in self.slots[n]]
+        whole: dict[tuple[str, str], Tensor] = {}
+        for n, k in at:
+            if self.owner[n] == self.rank:
+                like = self.slots[n][k]
+                kept = state[self.params[n]].get(k)
+                whole[n, k] = torch.zeros_like(like, device=self.params[n].device) if kept is None else kept
+        numbers = [a for a in at if not self.slots[a[0]][a[1]].ndim]
+        own = [float(whole[a]) if a in whole else 0.0 for a in numbers]
+        told = torch.tensor(own, dtype=torch.float64, device=self.spread.device)
+        dist.all_reduce(told, group=self.group)
+        form = {(n, k): (self.slots[n][k].shape, self.slots[n][k].dtype) for n, k in at if self.slots[n][k].ndim}
+        found = self._scattered(whole, form, {a: self.owner[a[0]] for a in form})
+        for (n, k), x in zip(numbers, told.tolist(), strict=True):
+            found[n, k] = torch.tensor(x, dtype=self.slots[n][k].dtype, device=self.params[n].device)
+        rest = {self.params[n]: self._others(n, state[self.params[n]]) for n in self.with_state}
+        for (n, k), x in found.items():
+            rest[self.params[n]][k] = _as_shards(x, self.slots[n][k].shape, self.spread)
+        return {**state, **rest}
+
+    def _others(self, name: str, slots: Mapping[str, Any]) -> dict[str, Any]:
+        """What a wrapper of the optimizer keeps in the state of a tensor."""
+        return {k: x for k, x in slots.items() if k not in self.slots[name] and k != OWNER}
+
+    def told(self, numbers: Numbers) -> Numbers:
+        """The numbers of the whole network, on all ranks: one that owns nothing has none."""
+        if self.all_own:
+            return numbers
+        box: list[Any] = [[{k: x.cpu() for k, x in own.items()} for own in numbers.values()]]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)  # the first to be given a tensor
+        device = next(iter(self.params.values())).device
+        return {device: {k: x.to(device) for k, x in own.items()} for own in box[0]}
+
+    # -- between shards and whole tensors
+    def _gathered(
+        self, local: Mapping[Key, Tensor], shapes: Mapping[Key, torch.Size], owner: Mapping[Key, int]
+    ) -> dict[Key, Tensor]:
+        """Whole tensors of what this rank owns, of the rows that every rank has."""
+        whole: dict[Key, Tensor] = {}
+        for keys in _bundles({k: (shapes[k], x.dtype) for k, x in local.items()}):
+            sent = [[local[k].reshape(-1) for k in keys if owner[k] == rank] for rank in range(self.count)]
+            mine = [k for k in keys if owner[k] == self.rank]
+            sizes = [[self._numel(shapes[k], rank) for k in mine] for rank in range(self.count)]
+            parts = self._exchanged(sent, sizes, local[keys[0]])
+            for i, k in enumerate(mine):
+                whole[k] = torch.cat([part[i] for part in parts]).view(shapes[k]).to(local[k].device)
+        return whole
+
+    def _scattered(
+        self,
+        whole: Mapping[Key, Tensor],
+        form: Mapping[Key, tuple[torch.Size, torch.dtype]],
+        owner: Mapping[Key, int],
+    ) -> dict[Key, Tensor]:
+        """This rank's rows of all tensors (shapes and dtypes in ``form``), of the whole ones of their owners."""
+        local: dict[Key, Tensor] = {}
+        device = next(iter(self.params.values())).device
+        for keys in _bundles(form):
+            mine = [whole[k] for k in keys if owner[k] == self.rank]
+            cut = [[self._numel(x.shape, rank) for rank in range(self.count)] for x in mine]
+            pieces = [x.reshape(-1).split(sizes) for x, sizes in zip(mine, cut, strict=True)]
+            sent = [[piece[rank] for piece in pieces] for rank in range(self.count)]
+            theirs = [[k for k in keys if owner[k] == rank] for rank in range(self.count)]
+            sizes = [[self._numel(form[k][0], self.rank) for k in own] for own in theirs]
+            parts = self._exchanged(sent, sizes, torch.empty(0, dtype=form[keys[0]][1], device=device))
+            for own, part in zip(theirs, parts, strict=True):
+                local |= {k: x.view(-1, *form[k][0][1:]).to(device) for k, x in zip(own, part, strict=True)}
+        return local
+
+    def _exchanged(self, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor) -> list[tuple[Tensor, ...]]:
+        """``sent[r]`` goes to rank r, one after the other; from each rank come tensors of these sizes."""
+        out = torch.cat([x.to(self.spread.device, like.dtype) for xs in sent for x in xs] or [like.new_empty(0)])
+        counts = [sum(x.numel() for x in xs) for xs in sent]
+        found = out.new_empty(sum(map(sum, sizes)))
+        dist.all_to_all_single(found, out.to(found.device), [sum(s) for s in sizes], counts, group=self.group)
+        return [part.split(s) for part, s in zip(found.split([sum(s) for s in sizes]), sizes, strict=True)]
+
+    def _numel(self, shape: torch.Size, rank: int) -> int:
+        return len(_rows(shape, self.spread, rank)) * math.prod(shape[1:])
+
+
+def _form(slots: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> int:
+    """Whether a tensor's state is in shards, whole, absent, or anything else."""
+    own = {k: slots[k] for k in wanted if k in slots}
+    if not own and OWNER not in slots:
+        return ABSENT
+    if own.keys() != wanted.keys() or any(own[k].shape != x.shape for k, x in wanted.items()):
+        return ODD
+    sharded = {is_sharded(own[k]) for k, x in wanted.items() if x.ndim}
+    return ODD if len(sharded) > 1 else SHARDED if True in sharded else WHOLE
+
+
+def _owners(
+    layout: BatchLayout, params: Mapping[str, Tensor], slots: Mapping[str, Mapping[str, Tensor]], count: int
+) -> dict[str, int]:
+    """The owner of every tensor, by the bytes of its state: the largest first, to whom has least.
+
+    Those without state (frozen, or without a gradient so far) go to ranks that step others: the rule runs there.
+    """
+    pairs = [tuple(zip(b.names, b.biases, strict=True)) if _paired(b) else [(n,) for n in b.names] for b in layout.all]
+    bytes_of = {n: sum(x.numel() * x.element_size() for x in own.values()) for n, own in slots.items()}
+    load, owner = dict.fromkeys(range(count), 0), dict[str, int]()
+
+    def assign(units: Iterable[tuple[str, ...]], sizes: Mapping[str, int]) -> None:
+        for unit in sorted(units, key=lambda u: -sum(sizes[n] for n in u)):
+            rank = min(load, key=load.__getitem__)
+            load[rank] += sum(sizes[n] for n in unit)
+            owner.update(dict.fromkeys(unit, rank))
+
+    assign([unit for units in pairs for unit in units], bytes_of)
+    load = {rank: load[rank] for rank in sorted(set(owner.values()))}
+    assign([(n,) for n in params if n not in owner], {n: p.numel() for n, p in params.items()})
+    return owner
+
+
+def _paired(b: Any) -> bool:
+    return isinstance(b, TensorBatch) and bool(b.biases)
+
+
+def _subgroup(group: "dist.ProcessGroup", ranks: list[int]) -> "dist.ProcessGroup | None":
+    """Of some ranks of a group; None on the others."""
+    if dist.get_rank(group) not in ranks:
+        return None
+    everyone = dist.get_process_group_ranks(group)
+    found: Any = dist.new_group([everyone[r] for r in ranks], use_local_synchronization=True)
+    return found
+
+
+def _bundles(form: Mapping[Key, tuple[torch.Size, torch.dtype]]) -> Iterator[list[Key]]:
+    """Tensors of one dtype, at most ``BUNDLE`` entries (or one tensor) at a time."""
+    for dtype in dict.fromkeys(dtype for _, dtype in form.values()):
+        bundle: list[Key] = []
+        total = 0
+        for k in (k for k, (_, own) in form.items() if own == dtype):
+            if bundle and total + form[k][0].numel() > BUNDLE:
+                yield bundle
+                bundle, total = [], 0
+            bundle.append(k)
+            total += form[k][0].numel()
+        yield bundle
