@@ -396,7 +396,7 @@ def _plain_modes(devices: Iterable[torch.device]) -> Iterator[None]:
 
 def _add(params: list[Tensor], updates: list[Tensor], rates: list[float | Tensor]) -> None:
     """``params += rates * updates``, in place."""
-    same = all(p.dtype == u.dtype for p, u in zip(params, updates, strict=True))
+    same = bool(params) and all(p.dtype == u.dtype for p, u in zip(params, updates, strict=True))
     if same and not isinstance(rates[0], Tensor) and rates.count(rates[0]) == len(rates):
         torch._foreach_add_(params, updates, alpha=rates[0])
         return

@@ -111,7 +111,7 @@ def mlp():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
-MODELS = {"mlp": mlp, "resnet": Residual, "gpt": Tied, "experts": Experts, "odd": Odd}
+MODELS = {"mlp": mlp, "resnet": Residual, "gpt": Tied, "experts": Experts, "odd": Odd, "deep": lambda: Deep()}
 
 
 def batch_of(kind, step, dtype):
@@ -253,3 +253,164 @@ def test_a_sharded_network_trains_as_in_one_process(ranks, kind, count, hybrid, 
     for outcome in outcomes:
         apart, moved = outcome.get()
         assert apart < 1e-8 and moved > 1e-2
+
+
+# ----------------------------------------------------------------- float32: the same gradients, the same steps
+POLICIES = {
+    "plain": {},
+    "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    "offloaded": {"offload_policy": CPUOffloadPolicy()},
+}
+
+
+def follow(rank, kind, policy, dtype, steps):
+    """How far one process ends from the sharded run whose gradients it takes."""
+    seen = []
+
+    def take(model, step, after=False):
+        if after:
+            seen.append(whole(p.grad for p in model.parameters()))
+
+    model, optimizer = spread_out(rank, kind, dtype, steps, hook=take, policies=POLICIES[policy])
+    found = whole(model.parameters())
+    if rank:
+        return 0.0
+    other = model_of(kind, dtype)
+    reference = NFNOpt(other.named_parameters(), total_steps=60, symmetry=optimizer.symmetry)
+    for grads in seen:
+        for p, grad in zip(other.parameters(), grads, strict=True):
+            p.grad = grad
+        reference.step()
+    return distance(found, whole(other.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "dtype", "count", "steps"),
+    [
+        ("gpt", "mixed", torch.float32, 2, 10),
+        ("mlp", "offloaded", torch.float32, 2, 50),
+        ("experts", "plain", torch.bfloat16, 2, 5),
+        *(
+            pytest.param(kind, "plain", torch.float32, count, 50, marks=pytest.mark.slow)
+            for kind in ("mlp", "resnet", "gpt", "experts")
+            for count in (2, 4)
+        ),
+    ],
+)
+def test_from_the_same_gradients_come_the_same_steps(ranks, kind, policy, dtype, count, steps):  # noqa: F811
+    for outcome in ranks(follow, kind, policy, dtype, steps, count=count):
+        assert outcome.get() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+# ------------------------------------------------------------------------------------- saving and loading
+def states(model, optimizer, **options):
+    options = StateDictOptions(**options)
+    return {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def save(rank, kind, folder):
+    """Half a run, saved, and its end."""
+    model, optimizer = spread_out(rank, kind, torch.float64, 6)
+    checkpoint.save(states(model, optimizer), checkpoint_id=folder)
+    train(rank, model, optimizer, kind, torch.float64, range(6, 12))
+    return whole(model.parameters())
+
+
+def load(rank, kind, folder):
+    """The end of the run that was saved."""
+    model = sharded(model_of(kind, torch.float64), mesh_of(dist.get_world_size()))
+    optimizer = NFNOpt(model.parameters(), total_steps=60)
+    state = states(model, optimizer)
+    checkpoint.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train(rank, model, optimizer, kind, torch.float64, range(6, 12))
+    return whole(model.parameters())
+
+
+def load_alone(kind, folder):
+    model = model_of(kind, torch.float64)
+    optimizer = NFNOpt(model.parameters(), total_steps=60)
+    state = states(model, optimizer)
+    checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    for step in range(6, 12):
+        optimizer.zero_grad()
+        loss_of(model, kind, *batch_of(kind, step, torch.float64)).backward()
+        optimizer.step()
+    return whole(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gpt", pytest.param("experts", marks=pytest.mark.slow)])
+def test_a_checkpoint_loads_on_another_number_of_ranks(ranks, kind, tmp_path):  # noqa: F811
+    gone_on = ranks(save, kind, str(tmp_path), count=4)[0].get()
+    for count in (4, 2):
+        assert distance(ranks(load, kind, str(tmp_path), count=count)[0].get(), gone_on) < 1e-9
+    assert distance(load_alone(kind, str(tmp_path)), gone_on) < 1e-9
+
+
+def test_a_checkpoint_of_one_process_loads_on_several_ranks(ranks, tmp_path):  # noqa: F811
+    model, optimizer = alone("mlp", torch.float64, 6)
+    checkpoint.save(states(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    gone_on = load_alone("mlp", tmp_path)
+    assert distance(ranks(load, "mlp", str(tmp_path), count=4)[0].get(), gone_on) < 1e-9
+
+
+def pass_whole(rank, kind):
+    """A state dict in one piece on rank 0, loaded on all; and torch's own state dict, saved by every rank for itself."""
+    model, optimizer = spread_out(rank, kind, torch.float64, 6)
+    state = states(model, optimizer, full_state_dict=True, cpu_offload=True)
+    own = optimizer.state_dict()
+    train(rank, model, optimizer, kind, torch.float64, range(6, 12))
+    found = [whole(model.parameters())]
+    for way in ("broadcast", "own"):
+        other = sharded(model_of(kind, torch.float64), mesh_of(dist.get_world_size()))
+        again = NFNOpt(other.parameters(), total_steps=60)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(other, state["model"], options=options)
+        if way == "broadcast":
+            set_optimizer_state_dict(other, again, state["optimizer"], options=options)
+        else:
+            again.load_state_dict(own)
+        train(rank, other, again, kind, torch.float64, range(6, 12))
+        found.append(whole(other.parameters()))
+    return [distance(found[0], x) for x in found[1:]]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_state_dict_in_one_piece_resumes_on_all_ranks(ranks, count):  # noqa: F811
+    for outcome in ranks(pass_whole, "mlp", count=count):
+        assert max(outcome.get()) < 1e-9
+
+
+# ----------------------------------------------------------------------------------------------- memory
+class Deep(nn.Sequential):
+    """Enough matrices that they can be shared out evenly."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 24))
+        for i in range(14):
+            self.append(nn.Sequential(nn.Tanh(), nn.Linear(24, 24 + 2 * (i % 2)), nn.Linear(24 + 2 * (i % 2), 24)))
+        self.append(nn.Linear(24, 3))
+
+
+def held(optimizer):
+    """Bytes of the state on this rank."""
+    tensors = [x for slots in optimizer.state.values() for x in slots.values() if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+def weigh(rank):
+    return held(spread_out(rank, "deep", torch.float32, 4)[1])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_rank_holds_its_share_of_the_state(ranks, count):  # noqa: F811
+    one = held(alone("deep", torch.float32, 4)[1])
+    for outcome in ranks(weigh, count=count):
+        assert outcome.get() <= 1.2 * one / count
