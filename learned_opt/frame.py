@@ -264,8 +264,8 @@ def _visit(
 ) -> _Visit:
     wanted: dict[int, dict[int, set[str]]] = {}
     for label, touches in use.items():
-        for stack, block in (here[t.at] for t in touches if t.at in here):
-            wanted.setdefault(stack, {}).setdefault(block, set()).add(label)
+        for i, n in (here[t.at] for t in touches if t.at in here):
+            wanted.setdefault(i, {}).setdefault(n, set()).add(label)
     parts, all_units, position = [], [], 0
     entries: list[tuple[Tensor, Tensor, Tensor]] = []
     for i, blocks in wanted.items():

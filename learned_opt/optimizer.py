@@ -239,7 +239,7 @@ class NFNOpt(torch.optim.Optimizer):
         """The state of sharded tensors from its owners to all ranks, in shards; the next step takes it back."""
         if self._shards is not None:
             self._network = self._shards.told(self.__getstate__()["_network"])
-            self.state = defaultdict(dict, self._shards.at_rest(self.state))
+            self.state.update(self._shards.at_rest(self.state))
             self._shards = None
 
     # -- parameters, their names and their symmetry
@@ -304,7 +304,7 @@ class NFNOpt(torch.optim.Optimizer):
 
         Of sharded parameters the state is in shards, as they are; all ranks must call this.
         """
-        kept = state = self.state
+        kept, state = self.state, dict(self.state)
         if self._shards is not None:
             state = self._shards.at_rest(kept)
             self._network = self._shards.told(self.__getstate__()["_network"])

@@ -11,8 +11,9 @@ than staying there as a copy: what others write into them in between (a moving a
 What the rule asks of the whole network, it asks all owners (:class:`learned_opt.across.Across`).
 
 The state lies with the owners, in whole tensors. ``state_dict()`` hands it out in shards, as DTensors like the
-parameters, which torch's distributed checkpointing saves and loads on any number of ranks; what was loaded lies so until
-the next step takes it to the owners. In the mesh of a hybrid (HSDP), every row of shards does all of this for itself.
+parameters, which torch's distributed checkpointing saves and loads on any number of ranks; what was loaded lies so
+until the next step takes it to the owners. In the mesh of a hybrid (HSDP), every row of shards does all of this for
+itself.
 """
 
 import math
@@ -25,7 +26,7 @@ from torch import distributed as dist
 
 from learned_opt.across import Across
 from learned_opt.batch_layout import batches_of
-from learned_opt.batches import BatchLayout, TensorBatch
+from learned_opt.batches import BatchLayout
 from learned_opt.buffers import Buffers, StateByTensor
 from learned_opt.functional import computing_dtype
 from learned_opt.gradients import largest_magnitudes
@@ -118,8 +119,7 @@ def local_gradient(p: Any) -> Tensor:
     """This rank's rows of a gradient; zeros where the rank has none."""
     if p.grad is None:
         return torch.zeros_like(p.to_local())
-    grad = p.grad if p.grad.placements == p.placements else p.grad.redistribute(placements=p.placements)
-    return grad.to_local()
+    return _placed(p.grad, p).to_local()
 
 
 def seen_by_all(entries: list[NamedParam], spread: Spread) -> list[NamedParam]:
@@ -232,13 +232,15 @@ class Shards(Across):
             state: of the optimizer.
             run: the step of one process.
         """
-        local = {e.name: e.param.to_local().to(self.wide) for e in entries}
-        whole = self._gathered(local, {n: p.shape for n, p in self.params.items()}, self.owner)
-        local = {e.name: local_gradient(e.param).to(self.wide) for e in moving}
-        grads = self._gathered(local, {n: self.params[n].shape for n in local}, self.owner)
-        for n, grad in grads.items():
-            whole[n].grad = grad
-        del local, grads
+        local = {("weight", n): p.to_local().to(self.wide) for n, p in self.params.items()}
+        local |= {("grad", e.name): local_gradient(e.param).to(self.wide) for e in moving}
+        shapes, owner = {at: self.params[at[1]].shape for at in local}, {at: self.owner[at[1]] for at in local}
+        found = self._gathered(local, shapes, owner)
+        del local
+        whole = {n: x for (what, n), x in found.items() if what == "weight"}
+        for n in whole:
+            whole[n].grad = found.get(("grad", n))
+        del found
         self._ages = {self.steps[e.name] + 1 for e in moving if e.name in self.steps}
         own = {e.name: e._replace(param=whole[e.name]) for e in entries if e.name in whole}
         slots = {own[n].param: state[self.params[n]] for n in own if n in self.slots}
@@ -284,11 +286,13 @@ class Shards(Across):
         for n in self.steps:
             self.steps[n] = int(state[self.params[n]]["step"]) if form[n] != ABSENT else 0
         cut: dict[tuple[str, str], Any] = {
-            (n, k): state[self.params[n]][k] for n in form if form[n] == SHARDED for k, x in self.slots[n].items() if x.ndim
+            (n, k): _placed(state[self.params[n]][k], self.spread)
+            for n in self.with_state
+            for k, like in self.slots[n].items()
+            if form[n] == SHARDED and like.ndim
         }
-        owner = {(n, k): self.owner[n] for n, k in cut}
-        cut = {at: x.redistribute(placements=self.spread.placements) for at, x in cut.items()}
-        whole = self._gathered({at: x.to_local() for at, x in cut.items()}, {at: x.shape for at, x in cut.items()}, owner)
+        shapes, owner = {at: x.shape for at, x in cut.items()}, {at: self.owner[at[0]] for at in cut}
+        whole = self._gathered({at: x.to_local() for at, x in cut.items()}, shapes, owner)
         del cut
         for n in self.with_state:
             slots = state[self.params[n]]
@@ -327,10 +331,10 @@ class Shards(Across):
         """The numbers of the whole network, on all ranks: one that owns nothing has none."""
         if self.all_own:
             return numbers
-        box: list[Any] = [[{k: x.cpu() for k, x in own.items()} for own in numbers.values()]]
+        box = [{k: x.cpu() for own in numbers.values() for k, x in own.items()}]
         dist.broadcast_object_list(box, group=self.group, group_src=0)  # the first to be given a tensor
         device = next(iter(self.params.values())).device
-        return {device: {k: x.to(device) for k, x in own.items()} for own in box[0]}
+        return {device: {k: x.to(device) for k, x in box[0].items()}} if box[0] else {}
 
     # -- between shards and whole tensors
     def _gathered(
@@ -380,6 +384,11 @@ class Shards(Across):
         return len(_rows(shape, self.spread, rank)) * math.prod(shape[1:])
 
 
+def _placed(x: Any, like: Any) -> Any:
+    """A DTensor, in shards as another one is."""
+    return x if x.placements == like.placements else x.redistribute(placements=like.placements)
+
+
 def _form(slots: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> int:
     """Whether a tensor's state is in shards, whole, absent, or anything else."""
     own = {k: slots[k] for k in wanted if k in slots}
@@ -398,24 +407,21 @@ def _owners(
 
     Those without state (frozen, or without a gradient so far) go to ranks that step others: the rule runs there.
     """
-    pairs = [tuple(zip(b.names, b.biases, strict=True)) if _paired(b) else [(n,) for n in b.names] for b in layout.all]
+    bias_of = {n: bias for b in layout.batches for n, bias in zip(b.names, b.biases, strict=False)}
+    units = [(n, bias_of[n]) if n in bias_of else (n,) for n in layout.members]
     bytes_of = {n: sum(x.numel() * x.element_size() for x in own.values()) for n, own in slots.items()}
     load, owner = dict.fromkeys(range(count), 0), dict[str, int]()
 
-    def assign(units: Iterable[tuple[str, ...]], sizes: Mapping[str, int]) -> None:
+    def assign(units: Collection[tuple[str, ...]], sizes: Mapping[str, int]) -> None:
         for unit in sorted(units, key=lambda u: -sum(sizes[n] for n in u)):
             rank = min(load, key=load.__getitem__)
             load[rank] += sum(sizes[n] for n in unit)
             owner.update(dict.fromkeys(unit, rank))
 
-    assign([unit for units in pairs for unit in units], bytes_of)
+    assign(units, bytes_of)
     load = {rank: load[rank] for rank in sorted(set(owner.values()))}
     assign([(n,) for n in params if n not in owner], {n: p.numel() for n, p in params.items()})
     return owner
-
-
-def _paired(b: Any) -> bool:
-    return isinstance(b, TensorBatch) and bool(b.biases)
 
 
 def _subgroup(group: "dist.ProcessGroup", ranks: list[int]) -> "dist.ProcessGroup | None":

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes in
 # float64 on the CPU (a large training batch, seen by NFNOpt, would take minutes)
 AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
-ELSEWHERE_WEIGHTS = 1_000_000  # the same of a model whose weights lie on several ranks, none of which is to hold them all
+ELSEWHERE_WEIGHTS = 1_000_000  # the same of a model in shards, of which no rank is to hold all weights
 _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...}}."
 MANY = 1500  # operations of a graph beyond which it is told that it takes long
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
