@@ -22,6 +22,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from learned_opt import NFNOpt
 from tests.processes import ranks  # noqa: F401
+from tests.test_distributed import Branches
+from tests.test_distributed import loss_of as branches_loss
 
 ROWS = 16  # of a batch, over all ranks
 
@@ -397,6 +399,28 @@ def pass_whole(rank, kind):
 def test_a_state_dict_in_one_piece_resumes_on_all_ranks(ranks, count):  # noqa: F811
     for outcome in ranks(pass_whole, "mlp", count=count):
         assert max(outcome.get()) < 1e-9
+
+
+# ------------------------------------------------------------------------------- one symmetry on all ranks
+def fail_to_export(rank, hybrid):
+    """The forward pass of one rank depends on data at first."""
+    model = sharded(Branches("closed" if rank == 1 else "left"), mesh_of(dist.get_world_size(), hybrid))
+    optimizer = NFNOpt(model.parameters(), total_steps=60)
+    for step in range(4):
+        optimizer.zero_grad()
+        branches_loss(model, rank, step).backward()
+        optimizer.step()
+        model.way = "left"
+    assert any(not label.fixed for label in optimizer.symmetry.labels.values())
+    return whole(model.parameters())
+
+
+@pytest.mark.parametrize(("count", "hybrid"), [(2, False), pytest.param(4, True, marks=pytest.mark.slow)])
+def test_a_rank_that_cannot_export_takes_the_symmetry_of_the_others(ranks, count, hybrid):  # noqa: F811
+    outcomes = ranks(fail_to_export, hybrid, count=count)
+    for outcome in outcomes:
+        assert all(bool((a == b).all()) for a, b in zip(outcome.get(), outcomes[0].get(), strict=True))
+        assert "found no symmetry (inferring it failed" in outcome.said
 
 
 # ----------------------------------------------------------------------------------------------- memory

@@ -46,6 +46,8 @@ class Learned(WhitenedPolar):
         pool: False leaves out units and network: a tensor's controls depend on that tensor and on the rate alone.
     """
 
+    spreads = False  # the NFN reads the whole network
+
     def __init__(self, width: int = 8, pool: bool = True) -> None:
         super().__init__()
         self.width, self.pool = width, pool
