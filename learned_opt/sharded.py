@@ -35,7 +35,7 @@ from learned_opt.rules.base import UpdateRule
 from learned_opt.symmetry import Symmetry, independent
 from learned_opt.text import listed
 
-BUNDLE = 64_000_000  # entries of whole tensors that one exchange moves, all ranks together
+BUNDLES, LEAST, MOST = 8, 1_000_000, 64_000_000  # exchanges of all tensors, and entries of whole tensors in each
 OWNER = "owner"  # in the state of a tensor on the ranks that do not own it: which one does
 ABSENT, SHARDED, WHOLE, ODD = range(4)  # forms of a tensor's state
 
@@ -434,12 +434,13 @@ def _subgroup(group: "dist.ProcessGroup", ranks: list[int]) -> "dist.ProcessGrou
 
 
 def _bundles(form: Mapping[Key, tuple[torch.Size, torch.dtype]]) -> Iterator[list[Key]]:
-    """Tensors of one dtype, at most ``BUNDLE`` entries (or one tensor) at a time."""
+    """Tensors of one dtype, some at a time: what is sent and received lies in memory twice."""
+    most = min(max(sum(shape.numel() for shape, _ in form.values()) // BUNDLES, LEAST), MOST)
     for dtype in dict.fromkeys(dtype for _, dtype in form.values()):
         bundle: list[Key] = []
         total = 0
         for k in (k for k, (_, own) in form.items() if own == dtype):
-            if bundle and total + form[k][0].numel() > BUNDLE:
+            if bundle and total + form[k][0].numel() > most:
                 yield bundle
                 bundle, total = [], 0
             bundle.append(k)

@@ -311,9 +311,9 @@ def step_softly(rank, kind, steps, lr):
 @pytest.mark.parametrize("kind", ["mlp", "resnet", "gpt", "experts"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_in_float32_small_steps_are_those_of_one_process(ranks, kind, count):  # noqa: F811
-    for outcome in ranks(step_softly, kind, 50, 0.003, count=count):
+    for outcome in ranks(step_softly, kind, 50, 0.001, count=count):
         apart, moved = outcome.get()
-        assert apart < 1e-5 and moved > 20 * 1e-5
+        assert apart < 1e-5 and moved > 1e-4
 
 
 # ------------------------------------------------------------------------------------- saving and loading
@@ -420,7 +420,7 @@ def test_a_rank_that_cannot_export_takes_the_symmetry_of_the_others(ranks, count
     outcomes = ranks(fail_to_export, hybrid, count=count)
     for outcome in outcomes:
         assert all(bool((a == b).all()) for a, b in zip(outcome.get(), outcomes[0].get(), strict=True))
-        assert "found no symmetry (inferring it failed" in outcome.said
+    assert any("rank 1 found no symmetry (inferring it failed" in o.said for o in outcomes)
 
 
 # ----------------------------------------------------------------------------------------------- memory
