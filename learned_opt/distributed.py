@@ -28,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learned_opt.params import NamedParam, ParamMap
 from learned_opt.rules.base import UpdateRule
-from learned_opt.sharded import is_sharded, refuse_rule, spread_of
+from learned_opt.spread import Exchange, Spread, is_sharded, refuse_rule, rows_of, spread_of
 from learned_opt.symmetry import Symmetry
-from learned_opt.symmetry.axes import Axis, Leaf, Sum, size_of
+from learned_opt.symmetry.axes import Axis, Leaf, Sum, leaves_of, size_of
 from learned_opt.text import listed
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,35 @@ def agreed(
         found = [] if replicas is None else [replicas]
     for replicas in found:
         own = _agreed(own, reason, params, replicas, steps, given)
-    return own
+    return own if spread is None or own is None or given or steps else _unbroken(own, params, spread)
+
+
+def _unbroken(own: ParamMap, params: list[NamedParam], spread: Spread) -> ParamMap:
+    """Without positive scales, if the gradients of the first step show that some do not hold.
+
+    Of shards nothing else tells that the parameters have other uses than the one that was seen. As it is not known
+    whether the gradients were computed in low precision, a small violation passes.
+    """
+    symmetry = own.symmetry
+    scaled = {n for n, s in symmetry.specs.items() for axis in s.axes for leaf in leaves_of(axis) if leaf.scale}
+    entries = [p for p in own.rename([p for p in params if p.position in own.names]) if p.trained and p.name in scaled]
+    if not entries:
+        return own
+    from learned_opt.symmetry.infer.orbits import broken_scales  # loads torch.export
+    from learned_opt.symmetry.infer.verify import unscaled
+
+    exchange = Exchange(spread, params[0].param.device)
+    local = {(w, e.name): rows_of(e.param, w == "grad").float() for e in entries for w in ("weight", "grad")}
+    owner = {at: i // 2 % exchange.count for i, at in enumerate(local)}
+    whole = exchange.gathered(local, {(w, e.name): e.param.shape for e in entries for w in ("weight", "grad")}, owner)
+    weights, grads = ({n: x for (w, n), x in whole.items() if w == which} for which in ("weight", "grad"))
+    names = [e.name for e in entries]
+    broken = broken_scales(symmetry, weights, grads, coarse=True, elsewhere=names, total=exchange.total)
+    if not broken:
+        return own
+    text = f"the loss is not constant along the scales {listed(broken)}: the parameters are used in another way too"
+    logger.warning("NFNOpt: %s, or their gradients were changed. Positive scales are not used.", text)
+    return ParamMap(replace(unscaled(symmetry), notes=(*symmetry.notes, text)), own.names)
 
 
 def _agreed(

@@ -41,7 +41,8 @@ from learned_opt.params import (
 from learned_opt.recorder import ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import UpdateRule
-from learned_opt.sharded import Shards, Spread, create_shards, seen_by_all, spread_of
+from learned_opt.sharded import Shards, create_shards
+from learned_opt.spread import Spread, seen_by_all, spread_of
 from learned_opt.state_dict import NETWORK, Loaded, add_identity, loaded, summary
 from learned_opt.symmetry import Symmetry, SymmetryError
 

@@ -16,9 +16,8 @@ until the next step takes it to the owners. In the mesh of a hybrid (HSDP), ever
 itself.
 """
 
-import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,106 +28,16 @@ from learned_opt.batch_layout import batches_of
 from learned_opt.batches import BatchLayout
 from learned_opt.buffers import Buffers, StateByTensor
 from learned_opt.functional import computing_dtype
-from learned_opt.gradients import largest_magnitudes
 from learned_opt.params import NamedParam
 from learned_opt.rules.base import UpdateRule
+from learned_opt.spread import Exchange, Spread, as_shards, is_sharded, placed, rows, rows_of, spread_of
 from learned_opt.symmetry import Symmetry, independent
 from learned_opt.text import listed
 
-BUNDLES, LEAST, MOST = 8, 1_000_000, 64_000_000  # exchanges of all tensors, and entries of whole tensors in each
 OWNER = "owner"  # in the state of a tensor on the ranks that do not own it: which one does
 ABSENT, SHARDED, WHOLE, ODD = range(4)  # forms of a tensor's state
 
-Key = TypeVar("Key", bound=Hashable)
 Numbers = dict[torch.device, dict[str, Tensor]]
-
-
-# ------------------------------------------------------------------------------------- what is sharded, and how
-class Spread(NamedTuple):
-    """How the parameters of an optimizer are cut: rows of each over the ranks of one dimension of a mesh."""
-
-    mesh: Any
-    placements: tuple[Any, ...]
-    dim: int
-
-    @property
-    def group(self) -> "dist.ProcessGroup":
-        """The ranks that together have every tensor once."""
-        return self.mesh.get_group(self.dim)
-
-    @property
-    def device(self) -> torch.device:
-        """Where what is sent must be."""
-        return torch.device(self.mesh.device_type)
-
-    def on_all(self, x: Tensor) -> Tensor:
-        """The maximum over all ranks of the mesh."""
-        found = x.to(self.device)
-        for group in self.mesh.get_all_groups():
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-        return found.to(x.device)
-
-
-def is_sharded(p: Tensor) -> bool:
-    """Whether it is a DTensor, whose class takes long to import."""
-    return hasattr(p, "placements")
-
-
-def spread_of(params: Iterable[Tensor]) -> Spread | None:
-    """How these parameters are sharded; None: they are not.
-
-    Raises:
-        RuntimeError: in another way than ``fully_shard`` does it, not all, or in several ways.
-    """
-    params = [p for p in params if p.is_floating_point() or p.is_complex()]
-    pieces: list[Any] = [p for p in params if is_sharded(p)]
-    if not pieces:
-        return None
-    first = pieces[0]
-    for p in pieces:
-        rows = [x for x in p.placements if type(x).__name__ == "Shard" and x.dim == 0]
-        if len(rows) != 1 or not all(x in rows or x.is_replicate() for x in p.placements):
-            raise RuntimeError(
-                f"NFNOpt does not take sharded parameters (DTensor) placed as {tuple(p.placements)}, as of "
-                "parallelize_module: its steps need whole matrices, which it puts together only from rows as "
-                "fully_shard alone cuts them (Shard(0), or Replicate and Shard(0)). Use DistributedDataParallel."
-            )
-        if p.device_mesh != first.device_mesh or p.placements != first.placements or p.device != first.device:
-            raise RuntimeError(
-                "the parameters of this NFNOpt are sharded over several meshes or devices. Give those of each an "
-                "optimizer of their own."
-            )
-    if len(pieces) < len(params):
-        raise RuntimeError(
-            f"{len(pieces)} parameters of this NFNOpt are sharded (fully_shard) and {len(params) - len(pieces)} are "
-            "not (ignored_params?). Shard all, or give the others an optimizer of their own."
-        )
-    return Spread(first.device_mesh, tuple(first.placements), [x.is_shard() for x in first.placements].index(True))
-
-
-def refuse_rule(rule: UpdateRule) -> None:
-    """Raises RuntimeError for a rule that cannot step some of a network's tensors."""
-    if not rule.spreads:
-        raise RuntimeError(
-            f"the rule {type(rule).__name__} does not take sharded parameters (fully_shard): it reads the whole "
-            'network in one process. Use rule="auto_lr", or DistributedDataParallel.'
-        )
-
-
-def local_gradient(p: Any) -> Tensor:
-    """This rank's rows of a gradient; zeros where the rank has none."""
-    if p.grad is None:
-        return torch.zeros_like(p.to_local())
-    return _placed(p.grad, p).to_local()
-
-
-def seen_by_all(entries: list[NamedParam], spread: Spread) -> list[NamedParam]:
-    """The entries with the bound of their gradients' magnitudes over all ranks: one small exchange."""
-    held = [e for e in entries if e.trained]
-    found = dict(zip([e.name for e in held], largest_magnitudes([local_gradient(e.param) for e in held]), strict=True))
-    sizes = [found.get(e.name, -1.0) for e in entries]
-    bounds = spread.on_all(torch.tensor([x if x == x else math.inf for x in sizes], dtype=torch.float64)).tolist()
-    return [e._replace(largest=x) for e, x in zip(entries, bounds, strict=True)]
 
 
 def create_shards(
@@ -141,9 +50,9 @@ def create_shards(
         return
     for n, slots in _slots(rule, new, computing_dtype(params.values()), dtype).items():
         p: Any = new[n]
-        cut = {k: (len(_rows(x.shape, spread)), *x.shape[1:]) if x.ndim else () for k, x in slots.items()}
+        cut = {k: (len(rows(x.shape, spread)), *x.shape[1:]) if x.ndim else () for k, x in slots.items()}
         zeros = {k: torch.zeros(cut[k], dtype=x.dtype, device=p.device) for k, x in slots.items()}
-        state[p] = {k: _as_shards(x, slots[k].shape, spread) for k, x in zeros.items()}
+        state[p] = {k: as_shards(x, slots[k].shape, spread) for k, x in zeros.items()}
 
 
 def _slots(
@@ -152,24 +61,6 @@ def _slots(
     """The slots of whole tensors, without data."""
     like = {n: torch.empty(p.shape, dtype=wide, device="meta") for n, p in params.items()}
     return Buffers(rule, like, independent(like), dtype).slots if like else {}
-
-
-def _rows(shape: Collection[int], spread: Spread, rank: int | None = None) -> range:
-    """The rows of a tensor that a rank of the group has (None: this one)."""
-    n, (rows, *_) = spread.mesh.size(spread.dim), shape
-    rank = spread.mesh.get_local_rank(spread.dim) if rank is None else rank
-    most = -(-rows // n)
-    return range(min(rank * most, rows), min((rank + 1) * most, rows))
-
-
-def _as_shards(x: Tensor, shape: torch.Size, spread: Spread) -> Tensor:
-    """This rank's rows as a DTensor; numbers stay as they are."""
-    from torch.distributed.tensor import DTensor
-
-    if not shape:
-        return x
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(x, spread.mesh, spread.placements, run_check=False, shape=shape, stride=stride)
 
 
 # ------------------------------------------------------------------------------------------- owners
@@ -198,7 +89,8 @@ class Shards(Across):
         dtype: torch.dtype | None,
     ) -> None:
         self.spread, self.symmetry, self.group = spread, symmetry, spread.group
-        self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._exchange = Exchange(spread, entries[0].param.device)
+        self.rank, self.count = self._exchange.rank, self._exchange.count
         self.params: dict[str, Any] = {e.name: e.param for e in entries}
         self.wide = computing_dtype(self.params.values())
         self.with_state = [n for n, p in self.params.items() if state.get(p)]
@@ -233,9 +125,9 @@ class Shards(Across):
             run: the step of one process.
         """
         local = {("weight", n): p.to_local().to(self.wide) for n, p in self.params.items()}
-        local |= {("grad", e.name): local_gradient(e.param).to(self.wide) for e in moving}
+        local |= {("grad", e.name): rows_of(e.param, gradient=True).to(self.wide) for e in moving}
         shapes, owner = {at: self.params[at[1]].shape for at in local}, {at: self.owner[at[1]] for at in local}
-        found = self._gathered(local, shapes, owner)
+        found = self._exchange.gathered(local, shapes, owner)
         del local
         whole = {n: x for (what, n), x in found.items() if what == "weight"}
         for n in whole:
@@ -249,7 +141,8 @@ class Shards(Across):
         for n in own.keys() & self.slots.keys():
             state[self.params[n]] = slots[own[n].param]
         form = {e.name: (e.param.shape, self.wide) for e in moving}
-        for n, x in self._scattered({n: x.detach() for n, x in whole.items() if n in form}, form, self.owner).items():
+        moved = {n: x.detach() for n, x in whole.items() if n in form}
+        for n, x in self._exchange.scattered(moved, form, self.owner).items():
             self.params[n].to_local().copy_(x)
         self.steps = {n: t + (n in form) for n, t in self.steps.items()}
 
@@ -261,15 +154,10 @@ class Shards(Across):
         return own | self._ages
 
     def total(self, x: Tensor) -> Tensor:
-        return self._reduced(x, dist.ReduceOp.SUM)
+        return self._exchange.total(x, self.owners)
 
     def most(self, x: Tensor) -> Tensor:
-        return self._reduced(x, dist.ReduceOp.MAX)
-
-    def _reduced(self, x: Tensor, by: Any) -> Tensor:
-        found = x.to(self.spread.device, torch.float64, copy=True)
-        dist.all_reduce(found, by, group=self.owners)
-        return found.to(x)
+        return self._exchange.total(x, self.owners, dist.ReduceOp.MAX)
 
     # -- state between steps
     def _take(self, state: StateByTensor) -> None:
@@ -286,13 +174,13 @@ class Shards(Across):
         for n in self.steps:
             self.steps[n] = int(state[self.params[n]]["step"]) if form[n] != ABSENT else 0
         cut: dict[tuple[str, str], Any] = {
-            (n, k): _placed(state[self.params[n]][k], self.spread)
+            (n, k): placed(state[self.params[n]][k], self.spread)
             for n in self.with_state
             for k, like in self.slots[n].items()
             if form[n] == SHARDED and like.ndim
         }
         shapes, owner = {at: x.shape for at, x in cut.items()}, {at: self.owner[at[0]] for at in cut}
-        whole = self._gathered({at: x.to_local() for at, x in cut.items()}, shapes, owner)
+        whole = self._exchange.gathered({at: x.to_local() for at, x in cut.items()}, shapes, owner)
         del cut
         for n in self.with_state:
             slots = state[self.params[n]]
@@ -312,15 +200,14 @@ class Shards(Across):
                 whole[n, k] = torch.zeros_like(like, device=self.params[n].device) if kept is None else kept
         numbers = [a for a in at if not self.slots[a[0]][a[1]].ndim]
         own = [float(whole[a]) if a in whole else 0.0 for a in numbers]
-        told = torch.tensor(own, dtype=torch.float64, device=self.spread.device)
-        dist.all_reduce(told, group=self.group)
+        told = self._exchange.total(torch.tensor(own, dtype=torch.float64))
         form = {(n, k): (self.slots[n][k].shape, self.slots[n][k].dtype) for n, k in at if self.slots[n][k].ndim}
-        found = self._scattered(whole, form, {a: self.owner[a[0]] for a in form})
+        found = self._exchange.scattered(whole, form, {a: self.owner[a[0]] for a in form})
         for (n, k), x in zip(numbers, told.tolist(), strict=True):
             found[n, k] = torch.tensor(x, dtype=self.slots[n][k].dtype, device=self.params[n].device)
         rest = {self.params[n]: self._others(n, state[self.params[n]]) for n in self.with_state}
         for (n, k), x in found.items():
-            rest[self.params[n]][k] = _as_shards(x, self.slots[n][k].shape, self.spread)
+            rest[self.params[n]][k] = as_shards(x, self.slots[n][k].shape, self.spread)
         return {**state, **rest}
 
     def _others(self, name: str, slots: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,58 +222,6 @@ class Shards(Across):
         dist.broadcast_object_list(box, group=self.group, group_src=0)  # the first to be given a tensor
         device = next(iter(self.params.values())).device
         return {device: {k: x.to(device) for k, x in box[0].items()}} if box[0] else {}
-
-    # -- between shards and whole tensors
-    def _gathered(
-        self, local: Mapping[Key, Tensor], shapes: Mapping[Key, torch.Size], owner: Mapping[Key, int]
-    ) -> dict[Key, Tensor]:
-        """Whole tensors of what this rank owns, of the rows that every rank has."""
-        whole: dict[Key, Tensor] = {}
-        for keys in _bundles({k: (shapes[k], x.dtype) for k, x in local.items()}):
-            sent = [[local[k].reshape(-1) for k in keys if owner[k] == rank] for rank in range(self.count)]
-            mine = [k for k in keys if owner[k] == self.rank]
-            sizes = [[self._numel(shapes[k], rank) for k in mine] for rank in range(self.count)]
-            parts = self._exchanged(sent, sizes, local[keys[0]])
-            for i, k in enumerate(mine):
-                whole[k] = torch.cat([part[i] for part in parts]).view(shapes[k]).to(local[k].device)
-        return whole
-
-    def _scattered(
-        self,
-        whole: Mapping[Key, Tensor],
-        form: Mapping[Key, tuple[torch.Size, torch.dtype]],
-        owner: Mapping[Key, int],
-    ) -> dict[Key, Tensor]:
-        """This rank's rows of all tensors (shapes and dtypes in ``form``), of the whole ones of their owners."""
-        local: dict[Key, Tensor] = {}
-        device = next(iter(self.params.values())).device
-        for keys in _bundles(form):
-            mine = [whole[k] for k in keys if owner[k] == self.rank]
-            cut = [[self._numel(x.shape, rank) for rank in range(self.count)] for x in mine]
-            pieces = [x.reshape(-1).split(sizes) for x, sizes in zip(mine, cut, strict=True)]
-            sent = [[piece[rank] for piece in pieces] for rank in range(self.count)]
-            theirs = [[k for k in keys if owner[k] == rank] for rank in range(self.count)]
-            sizes = [[self._numel(form[k][0], self.rank) for k in own] for own in theirs]
-            parts = self._exchanged(sent, sizes, torch.empty(0, dtype=form[keys[0]][1], device=device))
-            for own, part in zip(theirs, parts, strict=True):
-                local |= {k: x.view(-1, *form[k][0][1:]).to(device) for k, x in zip(own, part, strict=True)}
-        return local
-
-    def _exchanged(self, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor) -> list[tuple[Tensor, ...]]:
-        """``sent[r]`` goes to rank r, one after the other; from each rank come tensors of these sizes."""
-        out = torch.cat([x.to(self.spread.device, like.dtype) for xs in sent for x in xs] or [like.new_empty(0)])
-        counts = [sum(x.numel() for x in xs) for xs in sent]
-        found = out.new_empty(sum(map(sum, sizes)))
-        dist.all_to_all_single(found, out.to(found.device), [sum(s) for s in sizes], counts, group=self.group)
-        return [part.split(s) for part, s in zip(found.split([sum(s) for s in sizes]), sizes, strict=True)]
-
-    def _numel(self, shape: torch.Size, rank: int) -> int:
-        return len(_rows(shape, self.spread, rank)) * math.prod(shape[1:])
-
-
-def _placed(x: Any, like: Any) -> Any:
-    """A DTensor, in shards as another one is."""
-    return x if x.placements == like.placements else x.redistribute(placements=like.placements)
 
 
 def _form(slots: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> int:
@@ -431,18 +266,3 @@ def _subgroup(group: "dist.ProcessGroup", ranks: list[int]) -> "dist.ProcessGrou
     everyone = dist.get_process_group_ranks(group)
     found: Any = dist.new_group([everyone[r] for r in ranks], use_local_synchronization=True)
     return found
-
-
-def _bundles(form: Mapping[Key, tuple[torch.Size, torch.dtype]]) -> Iterator[list[Key]]:
-    """Tensors of one dtype, some at a time: what is sent and received lies in memory twice."""
-    most = min(max(sum(shape.numel() for shape, _ in form.values()) // BUNDLES, LEAST), MOST)
-    for dtype in dict.fromkeys(dtype for _, dtype in form.values()):
-        bundle: list[Key] = []
-        total = 0
-        for k in (k for k, (_, own) in form.items() if own == dtype):
-            if bundle and total + form[k][0].numel() > most:
-                yield bundle
-                bundle, total = [], 0
-            bundle.append(k)
-            total += form[k][0].numel()
-        yield bundle

@@ -222,11 +222,12 @@ def late(model, step, after=False):
 
 
 def poison(model, step, after=False):
-    """A gradient with one NaN, in a row that one rank has; another one far too large."""
-    if after and step == 5:
-        for p in list(model.parameters())[:1]:
-            grad = p.grad.to_local() if hasattr(p.grad, "placements") else p.grad
-            grad[:1] = torch.nan if not dist.is_initialized() or dist.get_rank() == 0 else grad[:1]
+    """A gradient with NaN, in a row that one rank has, and one that is too large in the same way."""
+    if after and step in (3, 5):
+        p = list(model.parameters())[0 if step == 5 else 2]
+        grad = p.grad.to_local() if hasattr(p.grad, "placements") else p.grad
+        if not hasattr(p.grad, "placements") or p.device_mesh.get_local_rank() == 0:
+            grad[:1] = torch.nan if step == 5 else 1e30
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,7 @@ def poison(model, step, after=False):
             for count in (2, 4)
         ),
         pytest.param("odd", 4, True, late, 15, marks=pytest.mark.slow),
+        pytest.param("mlp", 4, False, poison, 8, marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_network_trains_as_in_one_process(ranks, kind, count, hybrid, hook, steps):  # noqa: F811
@@ -285,7 +287,7 @@ def follow(rank, kind, policy, dtype, steps):
 @pytest.mark.parametrize(
     ("kind", "policy", "dtype", "count", "steps"),
     [
-        ("gpt", "mixed", torch.float32, 2, 3),
+        pytest.param("gpt", "mixed", torch.float32, 2, 3, marks=pytest.mark.slow),
         ("mlp", "offloaded", torch.float64, 2, 8),
         ("mlp", "plain", torch.bfloat16, 2, 3),
     ],
@@ -367,6 +369,7 @@ def test_a_checkpoint_loads_on_another_number_of_ranks(ranks, kind, tmp_path):  
     assert distance(load_alone(kind, str(tmp_path)), gone_on) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_loads_on_several_ranks(ranks, tmp_path):  # noqa: F811
     model, optimizer = alone("mlp", torch.float64, 6)
     checkpoint.save(states(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
@@ -395,6 +398,7 @@ def pass_whole(rank, kind):
     return [distance(found[0], x) for x in found[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_state_dict_in_one_piece_resumes_on_all_ranks(ranks, count):  # noqa: F811
     for outcome in ranks(pass_whole, "mlp", count=count):
@@ -423,13 +427,30 @@ def test_a_rank_that_cannot_export_takes_the_symmetry_of_the_others(ranks, count
     assert any("rank 1 found no symmetry (inferring it failed" in o.said for o in outcomes)
 
 
+def change_gradients(rank):
+    """A penalty on the weights, far above the loss."""
+
+    def penalise(model, step, after=False):
+        for p in model.parameters() if after else ():
+            p.grad.add_(p.detach(), alpha=10)
+
+    model, optimizer = spread_out(rank, "mlp", torch.float64, 4, hook=penalise)
+    return {s.kind for s in optimizer.symmetry.scales.values()}, whole(model.parameters())
+
+
+def test_scales_that_the_gradients_break_are_not_used(ranks):  # noqa: F811
+    for outcome in ranks(change_gradients):
+        assert not outcome.get()[0] & {"positive", "real"}
+        assert "the loss is not constant along the scales" in outcome.said
+
+
 # ----------------------------------------------------------------------------------------------- memory
 class Deep(nn.Sequential):
     """Enough matrices that they can be shared out evenly."""
 
     def __init__(self):
         super().__init__(nn.Linear(6, 24))
-        for i in range(14):
+        for i in range(8):
             self.append(nn.Sequential(nn.Tanh(), nn.Linear(24, 24 + 2 * (i % 2)), nn.Linear(24 + 2 * (i % 2), 24)))
         self.append(nn.Linear(24, 3))
 
@@ -445,7 +466,7 @@ def weigh(rank):
     return held(spread_out(rank, "deep", torch.float32, 4)[1])
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_holds_its_share_of_the_state(ranks, count):  # noqa: F811
     one = held(alone("deep", torch.float32, 4)[1])
     for outcome in ranks(weigh, count=count):
