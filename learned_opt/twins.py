@@ -2,7 +2,8 @@
 
 ``fully_shard`` leaves DTensors in a module, between whose forward and backward passes there are no whole weights
 anywhere. The twin has its classes, buffers and other attributes; its parameters are fake tensors, which have shape,
-dtype and device, but no memory; the hooks of ``fully_shard``, which would look for shards, are gone.
+dtype and device, but no memory; hooks of torch.distributed, which would look for shards, are gone, and nothing is
+compiled.
 """
 
 import copy
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from learned_opt.params import NamedParam
 
 _OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of modules, by their id
-_MARKS = ("__composable_api_state_key_", "_fsdp", "_is_fsdp")  # in front of what torch's FSDP writes into a module
+_LEFT_OUT = ("__composable_api_state_key_", "_fsdp", "_is_fsdp", "_compiled_call_impl")  # starts of attributes' names
 
 
 def on_twins(calls: list[Call], params: "list[NamedParam]") -> "tuple[list[Call], list[NamedParam]]":
@@ -61,10 +62,10 @@ def _twin(module: nn.Module, memo: dict[int, Any]) -> None:
     for m in new:
         memo[id(m)] = object.__new__(_plain_class(m))
     for m in new:
-        kept = {k: v for k, v in m.__dict__.items() if not k.startswith(_MARKS)}
+        kept = {k: v for k, v in m.__dict__.items() if not k.startswith(_LEFT_OUT)}
         for name in _OWN:
             kept[name] = type(kept[name])((k, hook) for k, hook in kept[name].items() if not _is_of_torch(hook))
-        memo[id(m)].__dict__.update({k: copy.deepcopy(v, memo) for k, v in kept.items()})
+        memo[id(m)].__dict__.update({k: _copied(v, memo) for k, v in kept.items()})
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:
@@ -75,4 +76,12 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _is_of_torch(hook: Callable[..., Any]) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
+
+
+def _copied(x: Any, memo: dict[int, Any]) -> Any:
+    """A copy, with twins in it; what cannot be copied (a process group) is shared."""
+    try:
+        return copy.deepcopy(x, memo)
+    except Exception:
+        return x

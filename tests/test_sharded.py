@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed._composable import checkpoint as checkpoint_activations
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -425,6 +426,26 @@ def test_a_rank_that_cannot_export_takes_the_symmetry_of_the_others(ranks, count
     for outcome in outcomes:
         assert all(bool((a == b).all()) for a, b in zip(outcome.get(), outcomes[0].get(), strict=True))
     assert any("rank 1 found no symmetry (inferring it failed" in o.said for o in outcomes)
+
+
+def dress(rank):
+    """As programs do: activations computed again, a layer compiled, a mesh kept in the model."""
+    model = model_of("mlp", torch.float64)
+    model.mesh = mesh_of(dist.get_world_size())
+    checkpoint_activations(model[2])
+    model[0].compile(backend="eager")
+    sharded(model, model.mesh)
+    optimizer = NFNOpt(model.parameters(), total_steps=60)
+    train(rank, model, optimizer, "mlp", torch.float64, range(4))
+    return set(optimizer.symmetry.scales), whole(model.parameters())
+
+
+def test_the_symmetry_is_inferred_whatever_is_hooked_into_the_model(ranks):  # noqa: F811
+    model, optimizer = alone("mlp", torch.float64, 4)
+    for outcome in ranks(dress):
+        scales, weights = outcome.get()
+        assert scales == set(optimizer.symmetry.scales) and scales
+        assert distance(weights, whole(model.parameters())) < 1e-8
 
 
 def change_gradients(rank):
