@@ -29,16 +29,21 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from learned_opt.params import NamedParam, ParamMap
+from learned_opt.rules.base import UpdateRule
+from learned_opt.spread import Exchange, Spread, is_sharded, refuse_rule, rows_of, spread_of
 from learned_opt.symmetry import Symmetry
-from learned_opt.symmetry.axes import Axis, Leaf, Sum, size_of
+from learned_opt.symmetry.axes import Axis, Leaf, Sum, leaves_of, size_of
 from learned_opt.text import listed
 
 logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------ what cannot be stepped
-def refuse_pieces(params: Iterable[Tensor]) -> None:
-    """Raises RuntimeError where an optimizer is about to get pieces of tensors, or a rank's share of the tensors."""
+def refuse_pieces(params: Iterable[Tensor], rule: UpdateRule) -> None:
+    """Raises RuntimeError where an optimizer is about to get pieces of tensors that it cannot put together.
+
+    Or a rank's share of the tensors.
+    """
     loaded = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     zero = getattr(loaded, "ZeroRedundancyOptimizer", None)
     if zero is not None and any(isinstance(s, zero) for s in _callers(10)):
@@ -50,13 +55,10 @@ def refuse_pieces(params: Iterable[Tensor]) -> None:
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise RuntimeError(
             "NFNOpt does not take parameters of FullyShardedDataParallel: they are flattened and cut into pieces, but "
-            "steps need whole matrices. Use DistributedDataParallel."
+            "steps need whole matrices. Use fully_shard, or DistributedDataParallel."
         )
-    if any(hasattr(p, "placements") for p in params):  # torch.distributed.tensor.DTensor, which takes long to import
-        raise RuntimeError(
-            "NFNOpt does not take sharded parameters (DTensor, as of fully_shard and parallelize_module): its steps "
-            "need whole matrices. Use DistributedDataParallel."
-        )
+    if spread_of(params) is not None:
+        refuse_rule(rule)
 
 
 def _callers(depth: int) -> Iterator[Any]:
@@ -149,7 +151,8 @@ def agreed(
 ) -> ParamMap | None:
     """What all ranks go on with: the symmetry of the first that has one, less what others with another one lack.
 
-    Every rank of the group must call this. ``own`` where the parameters are not replicated.
+    Every rank of the group must call this, or of the mesh of sharded parameters. ``own`` where these are neither
+    replicated nor sharded.
 
     Args:
         own: this rank's symmetry; None: it found none.
@@ -165,9 +168,50 @@ def agreed(
     Raises:
         RuntimeError: on every rank, if the parameters, states, given symmetries or gradients are not those of replicas.
     """
-    replicas = replicas_of([p.param for p in params], group)
-    if replicas is None:
+    spread = spread_of(p.param for p in params)
+    if spread is not None:  # along one dimension of the mesh after the other
+        groups = [*spread.mesh.get_all_groups(), *([] if group is None else [group])]
+        found = [Replicas(g, frozenset()) for g in groups]
+    else:
+        replicas = replicas_of([p.param for p in params], group)
+        found = [] if replicas is None else [replicas]
+    for replicas in found:
+        own = _agreed(own, reason, params, replicas, steps, given)
+    return own if spread is None or own is None or given or steps else _unbroken(own, params, spread)
+
+
+def _unbroken(own: ParamMap, params: list[NamedParam], spread: Spread) -> ParamMap:
+    """Without positive scales, if the gradients of the first step show that some do not hold.
+
+    Of shards nothing else tells that the parameters have other uses than the one that was seen. As it is not known
+    whether the gradients were computed in low precision, a small violation passes.
+    """
+    symmetry = own.symmetry
+    scaled = {n for n, s in symmetry.specs.items() for axis in s.axes for leaf in leaves_of(axis) if leaf.scale}
+    entries = [p for p in own.rename([p for p in params if p.position in own.names]) if p.trained and p.name in scaled]
+    if not entries:
         return own
+    from learned_opt.symmetry.infer.orbits import broken_scales  # loads torch.export
+    from learned_opt.symmetry.infer.verify import unscaled
+
+    exchange = Exchange(spread, params[0].param.device)
+    local = {(w, e.name): rows_of(e.param, w == "grad").float() for e in entries for w in ("weight", "grad")}
+    owner = {at: i // 2 % exchange.count for i, at in enumerate(local)}
+    whole = exchange.gathered(local, {(w, e.name): e.param.shape for e in entries for w in ("weight", "grad")}, owner)
+    weights, grads = ({n: x for (w, n), x in whole.items() if w == which} for which in ("weight", "grad"))
+    names = [e.name for e in entries]
+    broken = broken_scales(symmetry, weights, grads, coarse=True, elsewhere=names, total=exchange.total)
+    if not broken:
+        return own
+    text = f"the loss is not constant along the scales {listed(broken)}: the parameters are used in another way too"
+    logger.warning("NFNOpt: %s, or their gradients were changed. Positive scales are not used.", text)
+    return ParamMap(replace(unscaled(symmetry), notes=(*symmetry.notes, text)), own.names)
+
+
+def _agreed(
+    own: ParamMap | None, reason: str, params: list[NamedParam], replicas: Replicas, steps: int, given: bool
+) -> ParamMap | None:
+    """As :func:`agreed`, in one group."""
     digest = None if own is None else _digest(own)
     tensors = [(p.position, tuple(p.param.shape), str(p.param.dtype), p.param.requires_grad) for p in params]
     mine = _Report(tensors, steps, digest, given, reason, [_checksum(p) for p in params])
@@ -265,8 +309,8 @@ def _digest(param_map: ParamMap) -> str:
 
 
 def _checksum(entry: NamedParam) -> int | None:
-    """Of the bits of a gradient, the same whatever the order of summation; None: it has none."""
-    if entry.param.grad is None:
+    """Of the bits of a gradient, the same whatever the order of summation; None: it has none, or is in shards."""
+    if entry.param.grad is None or is_sharded(entry.param):
         return None
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(entry.grad.element_size(), torch.int64)
     return int(entry.grad.to_dense().contiguous().view(bits).sum(dtype=torch.int64))

@@ -27,13 +27,14 @@ others would tell another scale (adapters beside frozen weights begin at zero, a
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from learned_opt.across import HERE, Across
 from learned_opt.blocks import BlockLayout, ByIdentity, Units, layout_of
 from learned_opt.symmetry import Spec, Symmetry
 from learned_opt.symmetry.axes import leaves_of
@@ -42,13 +43,16 @@ from learned_opt.symmetry.labels import is_statistic
 SWEEPS = 3  # from the walk's start, labels that share a tensor one after the other
 
 
-def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = SWEEPS) -> Tensor | None:
+def potentials(
+    symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = SWEEPS, across: Across = HERE
+) -> Tensor | None:
     """Log-potentials of all scale units, flat: ``[n_scales + 1]``, the last (for "no unit") 0.
 
     Args:
         symmetry: names the scale labels; sign labels get potential 1.
-        params: all weights of the network.
+        params: all weights of the network, or those that this process holds.
         sweeps: balancing sweeps.
+        across: the processes that hold the others.
 
     Returns:
         None when the symmetry has no positive or real scale.
@@ -58,14 +62,14 @@ def potentials(symmetry: Symmetry, params: Mapping[str, Tensor], sweeps: int = S
     names = tuple(n for n in params if n in symmetry.specs)
     some = next(iter(params.values()))
     layout = layout_of(symmetry, names, some.device)
-    plan = _plan(ByIdentity(symmetry), names, str(some.device))
+    plan = _plan(ByIdentity(symmetry), across.names(names), names, str(some.device))
     squares = [w * w for w in layout.gather(params)]
     log_c = squares[0].new_zeros(layout.n_scales + 1)
     for visit in plan.walk:
-        into = _norms(visit.taken(squares), log_c, visit)[0]
+        into = across.total(_norms(visit.taken(squares), log_c, visit)[0])
         log_c = torch.add(log_c, _safe_log(into), alpha=0.5)
     for visit, taken in [(visit, visit.taken(squares)) for visit in plan.sweep] * sweeps:
-        norms = _norms(taken, log_c, visit)
+        norms = across.total(_norms(taken, log_c, visit))
         into, out = _safe_log(norms + plan.mean(norms)).unbind()
         log_c = torch.add(log_c, (into - out) * (norms > 0).all(0), alpha=0.25)
     return log_c
@@ -132,6 +136,8 @@ class _Plan:
 
 def _norms(taken: list[Tensor], log_c: Tensor, visit: _Visit) -> Tensor:
     """Squared norms in the current frame of what each visited unit writes and reads: ``[2, n_scales + 1]``."""
+    if not taken:
+        return log_c.new_zeros(2, len(log_c))
     factors = torch.exp(-2 * _scale(log_c, visit.units)).split(visit.lengths)
     sums, own = [], []
     for part, x, r, c in zip(visit.parts, taken, factors[::2], factors[1::2], strict=True):
@@ -146,9 +152,11 @@ def _norms(taken: list[Tensor], log_c: Tensor, visit: _Visit) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _plan(key: ByIdentity, names: tuple[str, ...], device: str) -> _Plan:
+def _plan(key: ByIdentity, names: tuple[str, ...], own: tuple[str, ...], device: str) -> _Plan:
+    """The plan for the tensors ``names``, of which this process has ``own``, which it visits."""
     symmetry = key.symmetry
-    layout = layout_of(symmetry, names, torch.device(device))
+    layout = layout_of(symmetry, own, torch.device(device))
+    whole = layout if own == names else layout_of(symmetry, names, torch.device("cpu"))
     label_of, start = {}, 0
     for name, s in symmetry.scales.items():
         count = int(torch.Size(symmetry.table_shape(s.label, s.size)).numel())
@@ -156,7 +164,8 @@ def _plan(key: ByIdentity, names: tuple[str, ...], device: str) -> _Plan:
         start += count
     partly = _scaled(spec for n, spec in symmetry.specs.items() if n not in names and not is_statistic(n))
     free = [n for n, s in symmetry.scales.items() if s.kind != "sign" and n not in partly]
-    touches = _incidences(layout, label_of, set(free))
+    touches = _incidences(whole, label_of, set(free))
+    here = {at: place for place, at in _places(layout)}
 
     walk, known = [], {n for n in symmetry.scales if n not in free}
     waiting = list(free)
@@ -164,19 +173,19 @@ def _plan(key: ByIdentity, names: tuple[str, ...], device: str) -> _Plan:
         # a label is reached when the blocks that write it have no other unknown label: all of them, or, where none has
         # all (a residual stream is a cycle), some; biases, which may be zero, count only where nothing else writes
         writers = {n: [t for t in touches if t.written == [n] and not t.repeated] for n in waiting}
-        weighty = {n: [t for t in use if layout.stacks[t.stack].kind != "vector"] for n, use in writers.items()}
+        weighty = {n: [t for t in use if t.kind != "vector"] for n, use in writers.items()}
         writers = {n: weighty[n] or use for n, use in writers.items()}
         ready = {n: [t for t in writers[n] if t.others(n) <= known] for n in waiting}
         some = {n: use for n, use in ready.items() if use}
         reached = {n: use for n, use in some.items() if len(use) == len(writers[n])} or some
         if not reached:
             break  # never written from known units (a cycle): stays at potential 1
-        walk.append(_visit(layout, label_of, reached, only_in=True))
+        walk.append(_visit(layout, here, label_of, reached, only_in=True))
         known |= set(reached)
         waiting = [n for n in waiting if n not in reached]
     balanced = [n for n in free if n not in waiting]
     sweep = tuple(
-        _visit(layout, label_of, {n: [t for t in touches if n in t.labels] for n in part}, only_in=False)
+        _visit(layout, here, label_of, {n: [t for t in touches if n in t.labels] for n in part}, only_in=False)
         for part in _independent_sets(balanced, touches)
     )
     numbers = {name: i for i, name in enumerate(symmetry.scales)}
@@ -190,12 +199,15 @@ def _scaled(specs: Iterable[Spec]) -> set[str]:
     return {label for leaf in leaves for label, _ in leaf.scale}
 
 
+_At = tuple[str, int, int]  # a tensor, a block of it, a matrix of that
+
+
 @dataclass(frozen=True, eq=False)
 class _Touch:
-    """One block of a stack and the free scale labels on it."""
+    """One block of a tensor, of one kind, and the free scale labels on it."""
 
-    stack: int
-    block: int
+    at: _At
+    kind: str
     written: list[str]
     labels: set[str]
     repeated: bool
@@ -206,18 +218,25 @@ class _Touch:
 
 def _incidences(layout: BlockLayout, label_of: Mapping[int, str], free: set[str]) -> list[_Touch]:
     touches = []
-    for i, stack in enumerate(layout.stacks):
-        for n in range(stack.shape[0]):
-            found: list[tuple[str, float]] = []
-            for units in (stack.row_scales, stack.col_scales):
-                for k in range(units.index.shape[-1]):
-                    exponent = units.exponent[n, 0, k].item() if units.index.shape[1] else 0.0
-                    if exponent and label_of[int(units.index[n, 0, k])] in free:  # signs have no potential
-                        found.append((label_of[int(units.index[n, 0, k])], exponent))
-            labels = [label for label, _ in found]
-            written = [label for label, e in found if e > 0]
-            touches.append(_Touch(i, n, written, set(labels), len(set(labels)) < len(labels)))
+    for (i, n), at in _places(layout):
+        stack = layout.stacks[i]
+        found: list[tuple[str, float]] = []
+        for units in (stack.row_scales, stack.col_scales):
+            for k in range(units.index.shape[-1]):
+                exponent = units.exponent[n, 0, k].item() if units.index.shape[1] else 0.0
+                if exponent and label_of[int(units.index[n, 0, k])] in free:  # signs have no potential
+                    found.append((label_of[int(units.index[n, 0, k])], exponent))
+        labels = [label for label, _ in found]
+        written = [label for label, e in found if e > 0]
+        touches.append(_Touch(at, stack.kind, written, set(labels), len(set(labels)) < len(labels)))
     return touches
+
+
+def _places(layout: BlockLayout) -> Iterator[tuple[tuple[int, int], _At]]:
+    """Every matrix of every stack: ``(stack, number in it)``, and which matrix of which block of which tensor it is."""
+    for i, stack in enumerate(layout.stacks):
+        parts = [(name, k, j) for name, k, batch in stack.members for j in range(batch)]
+        yield from (((i, n), at) for n, at in enumerate(parts))
 
 
 def _independent_sets(labels: list[str], touches: list[_Touch]) -> list[list[str]]:
@@ -236,11 +255,17 @@ def _independent_sets(labels: list[str], touches: list[_Touch]) -> list[list[str
     return sets
 
 
-def _visit(layout: BlockLayout, label_of: Mapping[int, str], use: Mapping[str, list[_Touch]], only_in: bool) -> _Visit:
+def _visit(
+    layout: BlockLayout,
+    here: Mapping[_At, tuple[int, int]],
+    label_of: Mapping[int, str],
+    use: Mapping[str, list[_Touch]],
+    only_in: bool,
+) -> _Visit:
     wanted: dict[int, dict[int, set[str]]] = {}
     for label, touches in use.items():
-        for t in touches:
-            wanted.setdefault(t.stack, {}).setdefault(t.block, set()).add(label)
+        for i, n in (here[t.at] for t in touches if t.at in here):
+            wanted.setdefault(i, {}).setdefault(n, set()).add(label)
     parts, all_units, position = [], [], 0
     entries: list[tuple[Tensor, Tensor, Tensor]] = []
     for i, blocks in wanted.items():
@@ -270,6 +295,9 @@ def _visit(layout: BlockLayout, label_of: Mapping[int, str], use: Mapping[str, l
             position += n * length
         parts.append(_Part(i, take, present["rows"], present["cols"]))
     device = layout.stacks[0].fixed.device
+    if not parts:
+        none = torch.zeros(0, device=device)
+        return _Visit((), Units(none, none), (), none, none, none)
     unit, at, weight = (torch.cat(x).to(device) for x in zip(*entries, strict=True))
     lengths = tuple(u.index.shape[0] * u.index.shape[1] for u in all_units)
     return _Visit(tuple(parts), _one_after_the_other(all_units, layout.n_scales), lengths, unit, at, weight)

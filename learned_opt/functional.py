@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learned_opt.across import HERE, Across
 from learned_opt.rules.base import State, UpdateRule, Weights
 from learned_opt.symmetry import Symmetry, independent
 
@@ -26,6 +27,7 @@ def apply_rule(
     ages: Collection[int] | None = None,
     in_place: bool = False,
     weights: Weights | None = None,
+    across: Across = HERE,
 ) -> tuple[Weights, State]:
     """``rule(params, grads, state, symmetry)`` in float32, or float64 if the state is. Pure, unless ``in_place``.
 
@@ -48,7 +50,7 @@ def apply_rule(
         "names": names,
         "ages": ages,
         "in_place": in_place,
-    }
+    } | ({} if across is HERE else {"across": across})
     if weights is None and fits:
         return rule(*arguments, **options)
     cast = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in own.items()}

@@ -21,9 +21,9 @@ def nothing_to_do(trained: list[NamedParam], groups: list[dict[str, Any]]) -> bo
 
     torch's distributed checkpointing asks for state in the latter way.
     """
-    grads = [e.grad for e in trained if e.param.numel()]
+    entries = [e for e in trained if e.param.numel()]
     at_rest = all(float(group["lr"]) == 0 for group in groups)
-    return not grads or (at_rest and not any(_largest_magnitudes(grads)))
+    return not entries or (at_rest and not any(_bounds(entries)))
 
 
 def usable(trained: list[NamedParam], policy: NanPolicy, skipped: Counter[str]) -> list[NamedParam]:
@@ -40,7 +40,7 @@ def usable(trained: list[NamedParam], policy: NanPolicy, skipped: Counter[str]) 
     entries = [e for e in trained if e.param.numel()]
     if policy == "propagate":
         return entries
-    largest = _largest_magnitudes([e.grad for e in entries])
+    largest = _bounds(entries)
     bad = [e for e, x in zip(entries, largest, strict=True) if not math.isfinite(x)]
     if bad and policy == "raise":
         raise FloatingPointError(
@@ -65,7 +65,13 @@ def to_descend(entry: NamedParam) -> Tensor:
     return entry.grad if factor == 1 else factor * entry.grad.to(computing_dtype([entry.grad]))
 
 
-def _largest_magnitudes(tensors: list[Tensor]) -> list[float]:
+def _bounds(entries: list[NamedParam]) -> list[float]:
+    """Of the magnitudes of gradients; those in shards were looked at on all ranks."""
+    known = [e.largest for e in entries if e.largest is not None]
+    return known if len(known) == len(entries) else largest_magnitudes([e.grad for e in entries])
+
+
+def largest_magnitudes(tensors: list[Tensor]) -> list[float]:
     """A bound of the largest magnitude of each, NaN if it has one: the 2-norm, which is fast, unless it overflows."""
     largest = [0.0] * len(tensors)
     for device in {t.device for t in tensors}:

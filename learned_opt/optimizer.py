@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-from learned_opt.buffers import Buffers, create_slots, left_behind, shared
+from learned_opt.across import HERE, Across
+from learned_opt.buffers import Buffers, StateByTensor, create_slots, left_behind, shared
 from learned_opt.distributed import agreed, refuse_pieces
 from learned_opt.functional import apply_rule, stepped
 from learned_opt.gradients import NanPolicy, nothing_to_do, to_descend, usable
@@ -41,6 +42,8 @@ from learned_opt.params import (
 from learned_opt.recorder import ForwardRecorder, modules_behind
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import UpdateRule
+from learned_opt.sharded import Shards, create_shards
+from learned_opt.spread import Spread, seen_by_all, spread_of
 from learned_opt.state_dict import NETWORK, Loaded, add_identity, loaded, summary
 from learned_opt.symmetry import Symmetry, SymmetryError
 
@@ -91,7 +94,8 @@ class NFNOpt(torch.optim.Optimizer):
         SymmetryError: the symmetry does not describe the parameters.
         ValueError: no parameters, or an option out of range.
         TypeError: something that is not a tensor.
-        RuntimeError: parameters of ``FullyShardedDataParallel``, or inside of ``ZeroRedundancyOptimizer``.
+        RuntimeError: parameters of ``FullyShardedDataParallel`` or ``parallelize_module``, or inside of
+            ``ZeroRedundancyOptimizer``; with those of ``fully_shard`` another rule than "auto_lr" and "whitened_polar".
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class NFNOpt(torch.optim.Optimizer):
         self._buffers: dict[torch.device, Buffers] = {}
         self._network: dict[torch.device, dict[str, Tensor]] = {}  # loaded, for buffers that are to be made
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
+        self._shards: Shards | None = None  # of sharded parameters, who owns which
         self._process_group, self._agreed = process_group, False  # on the symmetry, with other ranks
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         modules = modules_behind(params)  # before their generators are used up
@@ -152,7 +157,7 @@ class NFNOpt(torch.optim.Optimizer):
             What the closure returns, else None.
 
         Raises:
-            RuntimeError: a complex or sharded parameter, or a sparse gradient.
+            RuntimeError: a complex parameter, or a sparse gradient.
             FloatingPointError: a non-finite gradient under ``nan_policy="raise"``.
         """
         loss = None
@@ -162,18 +167,21 @@ class NFNOpt(torch.optim.Optimizer):
         entries = named_params(self.param_groups)
         with _plain_modes({e.param.device for e in entries if e.has_data}):
             refuse_unsupported(entries)
+            spread = spread_of([e.param for e in entries])
+            entries = seen_by_all(entries, spread) if spread else entries
+            create = create_shards if spread else create_slots
             trained = {e.name: e.param for e in entries if e.trained}
             if nothing_to_do([e for e in entries if e.trained], self.param_groups):
-                create_slots(self.rule, trained, self.state, self.state_dtype)
+                create(self.rule, trained, self.state, self.state_dtype)
                 return loss
             if self._recorder is not None and self._known != "infer":  # loaded, for tensors without names
                 calls, self._recorder = self._recorder.release(), None
                 check_order(calls, entries, self._known)
             if not self._agreed:
                 self._agree(entries)
-            entries, symmetry = self._bind()
+            entries, symmetry = self._bind(entries)
             moving = usable([e for e in entries if e.trained], self.nan_policy, self.skipped_steps)
-            create_slots(self.rule, trained, self.state, self.state_dtype)
+            create(self.rule, trained, self.state, self.state_dtype)
             self._steps += bool(moving)
             if moving and self.rule.ends:
                 self._schedule.see(self.param_groups)
@@ -183,18 +191,29 @@ class NFNOpt(torch.optim.Optimizer):
                 warn_of_end(self._steps, end)
             for device in {e.param.device: None for e in moving}:
                 here = [e for e in entries if e.param.device == device and e.param.numel()]
-                self._step(here, [e for e in moving if e.param.device == device], symmetry)
+                chosen = [e for e in moving if e.param.device == device]
+                if spread:
+                    self._owned(spread, here, symmetry).step(here, chosen, self.state, self._step)
+                else:
+                    self._step(here, chosen, symmetry, self.state)
         return loss
 
-    def _step(self, entries: list[NamedParam], moving: list[NamedParam], symmetry: Symmetry) -> None:
+    def _step(
+        self,
+        entries: list[NamedParam],
+        moving: list[NamedParam],
+        symmetry: Symmetry,
+        state: StateByTensor,
+        across: Across = HERE,
+    ) -> None:
         """Update ``moving``; the other tensors of ``entries`` are context, and those with a state age along."""
         grads = {e.name: to_descend(e) for e in moving}
-        device, own = entries[0].param.device, {e.name: e.param for e in entries if self.state.get(e.param)}
+        device, own = entries[0].param.device, {e.name: e.param for e in entries if state.get(e.param)}
         devices = {p.device for group in self.param_groups for p in group["params"]}
         old = self._buffers.get(device) or left_behind(self._buffers, devices)
         network = self._network.get(device)
-        self._buffers[device] = buffers = shared(self.rule, own, symmetry, self.state, old, network, self.state_dtype)
-        updates, state = apply_rule(
+        self._buffers[device] = buffers = shared(self.rule, own, symmetry, state, old, network, self.state_dtype)
+        updates, new = apply_rule(
             self.rule,
             {e.name: e.param for e in entries if not e.param.is_complex()},
             grads,
@@ -203,11 +222,27 @@ class NFNOpt(torch.optim.Optimizer):
             total_steps=self.param_groups[0]["total_steps"],
             weight_decay={e.name: e.group["weight_decay"] for e in moving},
             names=buffers.names,
-            ages=buffers.next_ages(grads),
+            ages=across.ages(buffers.next_ages(grads)),
             in_place=True,
+            across=across,
         )
-        buffers.take(state, moved=grads)
+        buffers.take(new, moved=grads)
         _add([e.param for e in moving], [updates[e.name] for e in moving], [e.group["lr"] for e in moving])
+
+    def _owned(self, spread: Spread, entries: list[NamedParam], symmetry: Symmetry) -> Shards:
+        """Who owns which of the sharded tensors; its state is there then."""
+        if self._shards is None or not self._shards.fit(entries, symmetry, self.state):
+            self._rest()
+            self._buffers = {}
+            self._shards = Shards(spread, entries, symmetry, self.state, self.rule, self.state_dtype)
+        return self._shards
+
+    def _rest(self) -> None:
+        """The state of sharded tensors from its owners to all ranks, in shards; the next step takes it back."""
+        if self._shards is not None:
+            self._network = self._shards.told(self.__getstate__()["_network"])
+            self.state.update(self._shards.at_rest(self.state))
+            self._shards = None
 
     # -- parameters, their names and their symmetry
     @property
@@ -226,7 +261,7 @@ class NFNOpt(torch.optim.Optimizer):
             param_group = checked_group(param_group, self.param_groups)
         super().add_param_group(param_group)
         try:
-            refuse_pieces(self.param_groups[-1]["params"])
+            refuse_pieces([p for group in self.param_groups for p in group["params"]], self.rule)
             if self._complete and self._recorder is None:
                 self._bind()
         except (SymmetryError, RuntimeError):
@@ -235,9 +270,9 @@ class NFNOpt(torch.optim.Optimizer):
         if self._complete and self._recorder is not None:
             self._recorder.expect(modules)
 
-    def _bind(self) -> tuple[list[NamedParam], Symmetry]:
+    def _bind(self, entries: list[NamedParam] | None = None) -> tuple[list[NamedParam], Symmetry]:
         """The tensors under the symmetry's names, and the symmetry: checked when they changed."""
-        entries = named_params(self.param_groups)
+        entries = named_params(self.param_groups) if entries is None else entries
         signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
         if self._bound is None or self._bound[0] != signature:
             self._known = rebound(entries, self._given, self._known, self._names)
@@ -270,10 +305,15 @@ class NFNOpt(torch.optim.Optimizer):
 
         The first group also names the rule and holds theta (tensors) and the symmetry (JSON, with the name of every
         position), so that a run resumes bit for bit with what it was started with.
+
+        Of sharded parameters the state is in shards, as they are; all ranks must call this.
         """
-        kept = self.state  # not of tensors that are gone
-        self.state = defaultdict(
-            dict, {p: kept[p] for group in self.param_groups for p in group["params"] if p in kept}
+        kept, state = self.state, dict(self.state)
+        if self._shards is not None:
+            state = self._shards.at_rest(kept)
+            self._network = self._shards.told(self.__getstate__()["_network"])
+        self.state = defaultdict(  # not of tensors that are gone
+            dict, {p: state[p] for group in self.param_groups for p in group["params"] if p in state}
         )
         try:
             saved = super().state_dict()
@@ -332,6 +372,7 @@ class NFNOpt(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound, self._names, self._buffers, self._complete = None, WeakIdKeyDictionary(), {}, True
+        self._shards = None
         self._schedule = ScheduleWatch()
         self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("_agreed", False)
@@ -359,7 +400,7 @@ def _plain_modes(devices: Iterable[torch.device]) -> Iterator[None]:
 
 def _add(params: list[Tensor], updates: list[Tensor], rates: list[float | Tensor]) -> None:
     """``params += rates * updates``, in place."""
-    same = all(p.dtype == u.dtype for p, u in zip(params, updates, strict=True))
+    same = bool(params) and all(p.dtype == u.dtype for p, u in zip(params, updates, strict=True))
     if same and not isinstance(rates[0], Tensor) and rates.count(rates[0]) == len(rates):
         torch._foreach_add_(params, updates, alpha=rates[0])
         return

@@ -22,6 +22,7 @@ from learned_opt.symmetry.axes import Leaf, leaves_of, map_leaves
 from learned_opt.symmetry.labels import UNKNOWN, is_statistic
 from learned_opt.symmetry.table import one_line
 from learned_opt.text import listed
+from learned_opt.twins import on_twins
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,13 @@ class NamedParam(NamedTuple):
     group: dict[str, Any]
     position: int
     shrink: float = 1.0  # of a gradient so large that its square would overflow
+    largest: float | None = None  # of a gradient in shards, a bound of its magnitudes on all ranks; -1: there is none
 
     @property
     def trained(self) -> bool:
         """Whether this step may move it."""
-        return self.param.requires_grad and self.param.grad is not None
+        has_gradient = self.param.grad is not None if self.largest is None else self.largest >= 0
+        return self.param.requires_grad and has_gradient
 
     @property
     def has_data(self) -> bool:
@@ -161,11 +164,6 @@ def refuse_unsupported(params: list[NamedParam]) -> None:
             raise RuntimeError(f"NFNOpt does not take complex parameters: {p.name}. Train its torch.view_as_real.")
         if p.grad.layout != torch.strided:
             raise RuntimeError(f"NFNOpt does not take sparse gradients: {p.name}. Use nn.Embedding(sparse=False).")
-        if hasattr(p.param, "placements"):  # torch.distributed.tensor.DTensor, which takes long to import
-            raise RuntimeError(
-                f"NFNOpt does not take sharded parameters (DTensor, as of fully_shard): {p.name}. Its steps need whole "
-                "matrices. Use DistributedDataParallel."
-            )
     waiting = [p.name for p in params if p.param.requires_grad and not p.has_data]
     if waiting and not any(p.trained for p in params):
         raise RuntimeError(f"no parameter has a gradient, and {listed(waiting)} have no data (device meta). {_MADE}")
@@ -273,6 +271,7 @@ def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
         SymmetryError: two of the modules share a parameter: each symmetry is then one of one use of it.
         Exception: what the inference raises.
     """
+    calls, params = on_twins(calls, params)
     symmetry, names = Symmetry({}), dict[int, str]()
     modules = list(dict.fromkeys(c.module for c in calls))
     for i, module in enumerate(modules):

@@ -239,7 +239,8 @@ def saved_state(
 
 
 def _slot_shapes(p: Tensor, rule: UpdateRule) -> dict[str, tuple[int, ...]]:
-    slots = Buffers(rule, {"p": torch.empty_like(p, device="meta")}, independent({"p": p})).slots["p"]
+    like = {"p": torch.empty(p.shape, dtype=p.dtype, device="meta")}  # whole, where p is sharded
+    slots = Buffers(rule, like, independent(like)).slots["p"]
     return {k: tuple(x.shape) for k, x in slots.items()}
 
 

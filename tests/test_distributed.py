@@ -318,9 +318,27 @@ def are_flattened_and_whole(rank):
     NFNOpt([{"params": list(model.parameters())}])
 
 
-def are_fully_sharded(rank):
+def are_for_a_rule_that_needs_all(rank):
     model = fully_shard(Branches(), mesh=init_device_mesh("cpu", (2,)))
-    NFNOpt([{"params": list(model.parameters())}])
+    NFNOpt([{"params": list(model.parameters())}], rule="learned")
+
+
+def are_sharded_in_part(rank):
+    model = Branches()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params={model.last.weight})
+    NFNOpt(model.parameters())
+
+
+def are_sharded_over_several_meshes(rank):
+    models = [fully_shard(Branches(), mesh=m) for m in (init_device_mesh("cpu", (2,)), _hybrid())]
+    optimizer = NFNOpt(models[0].parameters())
+    with pytest.raises(RuntimeError, match="several meshes"):
+        optimizer.add_param_group({"params": models[1].parameters()})
+    NFNOpt([p for m in models for p in m.parameters()])
+
+
+def _hybrid():
+    return init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
 
 
 def are_parallel_tensors(rank):
@@ -339,10 +357,12 @@ def are_parallel_tensors(rank):
         (have_parameters_of_their_own, "the gradients of 2, 3, .*an optimizer of their own"),
         (belong_to_several_groups, "several process groups.*an optimizer of their own"),
         (sit_in_zero, "ZeroRedundancyOptimizer.*Use NFNOpt with DistributedDataParallel"),
-        (are_flattened, "FullyShardedDataParallel.*Use DistributedDataParallel"),
-        (are_flattened_but_look_original, "FullyShardedDataParallel.*Use DistributedDataParallel"),
-        (are_flattened_and_whole, "FullyShardedDataParallel.*Use DistributedDataParallel"),
-        (are_fully_sharded, "fully_shard.*Use DistributedDataParallel"),
+        (are_flattened, "FullyShardedDataParallel.*Use fully_shard"),
+        (are_flattened_but_look_original, "FullyShardedDataParallel.*Use fully_shard"),
+        (are_flattened_and_whole, "FullyShardedDataParallel.*Use fully_shard"),
+        (are_for_a_rule_that_needs_all, 'Learned does not take sharded.*Use rule="auto_lr"'),
+        (are_sharded_in_part, "7 parameters.*are sharded.*and 1 are not.*optimizer of their own"),
+        (are_sharded_over_several_meshes, "several meshes.*optimizer of their own"),
         (are_parallel_tensors, "parallelize_module.*Use DistributedDataParallel"),
     ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from learned_opt.across import HERE, Across
 from learned_opt.batches import BatchLayout
 from learned_opt.symmetry import Symmetry
 
@@ -24,6 +25,7 @@ class UpdateRule(nn.Module, ABC):
     parts: Mapping[str, tuple[tuple[str, int | slice], ...]] = {}
     """The controls of a learned rule: which rows of which parameters each is read off. Where these are zero, it does
     nothing."""
+    spreads = False  # whether it takes ``across``: each process may hold some of a network's tensors
 
     @abstractmethod
     def init(self, params: Weights, symmetry: Symmetry) -> State:
@@ -45,6 +47,7 @@ class UpdateRule(nn.Module, ABC):
         names: tuple[str, ...] | None = None,
         ages: Collection[int] | None = None,
         in_place: bool = False,
+        across: Across = HERE,
     ) -> tuple[Weights, State]:
         """Additive updates at unit learning rate, and the next state.
 
@@ -59,6 +62,7 @@ class UpdateRule(nn.Module, ABC):
             ages: the values of the state's clocks at this step, if they are known (those of all runs of a batch): then
                 nothing is computed that is not due.
             in_place: whether the state may be changed where it is.
+            across: where the rest of the network is, of which ``params``, ``grads`` and ``state`` are then a part.
 
         Returns:
             ``(updates, state)``; the new weight is ``params[n] + lr * updates[n]``.

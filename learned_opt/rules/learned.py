@@ -52,6 +52,8 @@ class Learned(WhitenedPolar):
         "units": (("unit_controls.weight", slice(None)), ("unit_controls.bias", slice(None))),
     }
 
+    spreads = False  # the NFN reads the whole network
+
     def __init__(self, width: int = 8, pool: bool = True) -> None:
         super().__init__()
         self.width, self.pool = width, pool

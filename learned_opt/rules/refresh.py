@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from learned_opt.across import Across
 from learned_opt.batches import BatchLayout, FlatBatch, TensorBatch, scales
 from learned_opt.frame import potentials
 from learned_opt.rules import auto_lr, whitening
@@ -27,13 +28,15 @@ VECTOR = 2.0  # times the Adam direction of gains, embeddings and vectors that a
 BUILTIN_DECAY = 0.025  # of a matrix's step goes straight toward zero weights, over 800 steps and at FAN_IN
 
 
-def refresh_frame(layout: BatchLayout, params: Weights, new: State, clock: Clock, total_steps: Number | None) -> None:
+def refresh_frame(
+    layout: BatchLayout, params: Weights, new: State, clock: Clock, total_steps: Number | None, across: Across
+) -> None:
     """The scales of units, and what follows from the sizes of weights in the frame: sizes of steps, and decays."""
     if clock.frame is False:
         return
     network, tensor = new["network"], new["tensor"]
     if "log_scale" in network:
-        found = potentials(layout.symmetry, params)
+        found = potentials(layout.symmetry, params, across=across)
         assert found is not None
         network["log_scale"] = when(clock.frame, found, network["log_scale"])
         for b in layout.all:

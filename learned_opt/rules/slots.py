@@ -104,7 +104,7 @@ def completed(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> We
     names = b.names if isinstance(b, FlatBatch) else b.names + b.biases
     if all(n in grads for n in names):
         return grads
-    like = next(iter(grads.values()))
+    like = next(iter((grads or params).values()))
     return {n: grads[n] if n in grads else torch.zeros_like(params[n], dtype=like.dtype) for n in names}
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learned_opt.across import HERE, Across
 from learned_opt.batch_layout import batches_of
 from learned_opt.batches import BatchLayout, FlatBatch, TensorBatch, scales
 from learned_opt.rules import auto_lr, whitening
@@ -88,7 +89,7 @@ class WhitenedPolar(UpdateRule):
         measure_lr: whether the rate is measured (:mod:`learned_opt.rules.auto_lr`), or the schedule's.
     """
 
-    ends = sets_rate = True
+    ends = sets_rate = spreads = True
 
     def __init__(self, measure_lr: bool = True) -> None:
         super().__init__()
@@ -124,10 +125,11 @@ class WhitenedPolar(UpdateRule):
         names: tuple[str, ...] | None = None,
         ages: Collection[int] | None = None,
         in_place: bool = False,
+        across: Across = HERE,
     ) -> tuple[Weights, State]:
-        if not grads:
+        if not grads and across is HERE:
             return {}, state
-        some = next(iter(grads.values()))
+        some = next(iter(params.values()))
         layout = batches_of(symmetry, tuple(params) if names is None else names, some.device)
         live = live_tensors(layout, grads)
         in_place = in_place and live is None
@@ -139,7 +141,7 @@ class WhitenedPolar(UpdateRule):
         new |= {b.key: dict(state[b.key]) for b in layout.all}
 
         # the frame, and in it the sizes of weights (slow clock)
-        refresh_frame(layout, params, new, clock, total_steps)
+        refresh_frame(layout, params, new, clock, total_steps, across)
 
         # gradients in the frame, none far larger than usual
         g = {}
@@ -149,7 +151,7 @@ class WhitenedPolar(UpdateRule):
 
         # the rate, from the slope along the last step (slow clock)
         if self.measure_lr:
-            self._measure(layout, g, norm, new, clock, total_steps)
+            self._measure(layout, g, norm, new, clock, total_steps, across)
         beta1 = new["network"]["beta1"]
 
         # momentum; second moments and roots (slow clock)
@@ -160,7 +162,7 @@ class WhitenedPolar(UpdateRule):
             own["m"] = lerp(own["m"], g[b.key], 1 - beta1, in_place)
             update_moments(b, g[b.key], own, square, age, clock, warmup, in_place)
         if self.measure_lr:
-            self._correlate(layout, new, clock, total_steps)
+            self._correlate(layout, new, clock, total_steps, across)
         rate = self._rate(new, clock, total_steps)
 
         controls = self.controls(layout, params, g, new, clock, total_steps)
@@ -168,12 +170,13 @@ class WhitenedPolar(UpdateRule):
         # directions and steps
         updates: Weights = {}
         lengths = []
+        loudest = across.most(new["tensor"]["mean_square"].amax())
         sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
         for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
             own, control = new[b.key], controls[b.key] if controls else None
             size = size * control.gain if control else size  # noqa: PLW2901
             if isinstance(b, FlatBatch):
-                d = flat_direction(b, own, size, square, new["tensor"]["mean_square"].amax(), age)
+                d = flat_direction(b, own, size, square, loudest, age)
             elif b.factored:
                 d = factored_direction(b, own, size, square, age)
             elif b.thin:
@@ -223,6 +226,7 @@ class WhitenedPolar(UpdateRule):
         new: State,
         clock: Clock,
         total_steps: Number | None,
+        across: Across,
     ) -> None:
         """The slope along the last step, and what follows from it."""
         if clock.slope is False:
@@ -231,13 +235,16 @@ class WhitenedPolar(UpdateRule):
         old = Measured(*(network[k] for k in Measured._fields))
         up = torch.stack([(g[b.key] * new[b.key]["last_update"]).sum() for b in layout.all]).sum()
         most = (norm * new["tensor"]["update_norm"]).sum()
+        up, most = across.total(torch.stack([up, most])).unbind()
         slope = torch.lerp(old.slope, -up / most.clamp(min=TINY), 1 - auto_lr.AVERAGE)
         network["slope"] = when(clock.slope, slope, old.slope)
         if clock.between(0, auto_lr.LONGEST) is not False:
             network["log_lr"] = auto_lr.log_lr(old, slope, clock.t, total_steps)
         network["beta1"] = when(clock.slope, auto_lr.beta1(clock.t, slope), network["beta1"])
 
-    def _correlate(self, layout: BatchLayout, new: State, clock: Clock, total_steps: Number | None) -> None:
+    def _correlate(
+        self, layout: BatchLayout, new: State, clock: Clock, total_steps: Number | None, across: Across
+    ) -> None:
         """The correlation of gradients, from twice to three times the warm-up."""
         end = auto_lr.warmup_steps(total_steps)
         if clock.between(2 * end, 3 * end) is False:
@@ -246,6 +253,7 @@ class WhitenedPolar(UpdateRule):
         old = Measured(*(network[k] for k in Measured._fields))
         m = torch.stack([new[b.key]["m"].square().sum() for b in layout.all]).sum()
         v = (tensor["mean_square"] * numel_of(layout, m.dtype) / (1 - BETA2 ** tensor["step"])).sum()
+        m, v = across.total(torch.stack([m, v])).unbind()
         a = ((1 + network["beta1"]) / (1 - network["beta1"]) * m / v).nan_to_num(0.0, posinf=0.0)
         network["correlation"] = auto_lr.mean_correlation(old, a, clock.t, total_steps)
 

@@ -21,7 +21,7 @@ from learned_opt.recorder import unwrapped
 from learned_opt.symmetry.group import Symmetry
 from learned_opt.symmetry.infer.engine import UnknownOperator
 from learned_opt.symmetry.infer.graph import Propagation
-from learned_opt.symmetry.infer.network import InferenceError, Network, export
+from learned_opt.symmetry.infer.network import InferenceError, Network, export, has_data
 from learned_opt.symmetry.infer.operators.registry import register_rule
 from learned_opt.symmetry.infer.orbits import broken_scales
 from learned_opt.symmetry.infer.quiet import same_random_numbers, silent
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes in
 # float64 on the CPU (a large training batch, seen by NFNOpt, would take minutes)
 AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
+ELSEWHERE_WEIGHTS = 1_000_000  # the same of a model in shards, of which no rank is to hold all weights
 _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...}}."
 MANY = 1500  # operations of a graph beyond which it is told that it takes long
 LARGE = 20_000_000  # weights; beyond, one group element is tried and not two
@@ -155,7 +156,8 @@ def _inferred(model: nn.Module, networks: Sequence[Network], verify: bool | Lite
     weights = sum(t.numel() for t in propagation.tensors.values())
     meta = any(t.device.type == "meta" for t in propagation.tensors.values())
     operations = sum(n.operations() for n in networks)
-    cheap = weights <= AUTO_WEIGHTS and operations <= AUTO_OPERATIONS and not meta
+    most = AUTO_WEIGHTS if all(map(has_data, propagation.tensors.values())) else ELSEWHERE_WEIGHTS
+    cheap = weights <= most and operations <= AUTO_OPERATIONS and not meta
     if verify is True or (verify == "auto" and cheap):
         symmetry = _verified(networks, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
     elif verify == "auto":

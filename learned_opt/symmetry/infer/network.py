@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
@@ -173,15 +174,20 @@ class Network:
         return total
 
 
+def has_data(t: Tensor) -> bool:
+    """Whether it is more than a shape: neither on the meta device nor fake."""
+    return t.device.type != "meta" and not isinstance(t, FakeTensor)
+
+
 def _storage_key(t: Tensor) -> Any:
-    return (t.data_ptr(), tuple(t.shape), t.stride()) if t.device.type != "meta" and t.data_ptr() else id(t)
+    return (t.data_ptr(), tuple(t.shape), t.stride()) if has_data(t) and t.data_ptr() else id(t)
 
 
 def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
     """Tensors that share memory with another one of another shape: nothing can be said of them."""
     owners: dict[int, list[str]] = {}
     for name, t in tensors.items():
-        if t.device.type != "meta" and t.untyped_storage().data_ptr():
+        if has_data(t) and t.untyped_storage().data_ptr():
             owners.setdefault(t.untyped_storage().data_ptr(), []).append(name)
     # parameters flattened into one buffer share storage without overlap
     found: set[str] = set()

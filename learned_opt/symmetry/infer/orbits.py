@@ -1,6 +1,7 @@
 """What gradients say of scales: along the orbit of a scale the loss of the training does not change."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ LARGEST = 20_000_000  # entries: a product with the gradient is made for each te
 
 
 def broken_scales(
-    symmetry: Symmetry, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], coarse: bool = False
+    symmetry: Symmetry,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    coarse: bool = False,
+    elsewhere: Collection[str] = (),
+    total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> list[str]:
     """Positive scales along which the loss changes to first order.
 
@@ -28,17 +34,24 @@ def broken_scales(
         gradients: of those that have one. A scale that acts on another tensor, or on a very large one, is not judged,
             nor is one with gradients that are not finite.
         coarse: the gradients were computed in low precision.
+        elsewhere: weights that other processes have, with gradients.
+        total: the sum over all processes; they must all call this with the same scales.
     """
     coarse = coarse or any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients.values())
     changed = COARSE if coarse else CHANGED
-    total: dict[str, Tensor] = {}
+    change: dict[str, Tensor] = {}
     size: dict[str, Tensor] = {}
+    judged: dict[str, None] = {}
     blind: set[str] = set()
     for name, spec in symmetry.specs.items():
         scaled = {s for choice in choices(spec.axes) for part in choice for leaf in part for s, _ in leaf.scale}
         scaled -= {s for s in scaled if symmetry.scales[s].kind == "sign"}
-        if not scaled or name not in gradients or weights[name].numel() > LARGEST:
+        known = name in gradients or name in elsewhere
+        if not scaled or not known or math.prod(spec.shape) > LARGEST:
             blind |= scaled
+            continue
+        judged |= dict.fromkeys(sorted(scaled))
+        if name not in gradients:
             continue
         slopes = weights[name].detach() * gradients[name].detach()
         slopes = slopes if slopes.dtype == torch.float64 else slopes.float()
@@ -51,9 +64,17 @@ def broken_scales(
                     at = [*(base_dim(labels, b, dim) for b in symmetry.over(leaf)), dim]
                     along, squares = _along(piece, at)
                     for scale, exponent in wanted:
-                        _add(total, scale, exponent * along)
+                        _add(change, scale, exponent * along)
                         _add(size, scale, exponent**2 * squares)
-    return [s for s, t in total.items() if s not in blind and bool(t.square().sum() > changed**2 * size[s].sum())]
+    names = [s for s in judged if s not in blind]
+    if not names:
+        return []
+    units = [math.prod(symmetry.table_shape(symmetry.scales[s].label, symmetry.scales[s].size)) for s in names]
+    none = [torch.zeros(n, dtype=torch.float64) for n in units]
+    found = [x[s].reshape(-1) if s in x else zero for x in (change, size) for s, zero in zip(names, none, strict=True)]
+    sums = total(torch.cat(found)).split(2 * units)
+    pairs = zip(names, sums[: len(names)], sums[len(names) :], strict=True)
+    return [s for s, along, squares in pairs if bool(along.square().sum() > changed**2 * squares.sum())]
 
 
 def _along(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from learned_opt.symmetry.axes import Leaf, map_leaves
 from learned_opt.symmetry.group import Element, Symmetry, randomised
-from learned_opt.symmetry.infer.network import Network, operator_name
+from learned_opt.symmetry.infer.network import Network, has_data, operator_name
 from learned_opt.symmetry.labels import Spec
 
 TOLERANCE = 1e-9
@@ -174,7 +174,9 @@ class Check:
     def __init__(self, *networks: Network, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.functions = [Function(network) for network in networks]
-        plain = {n: _wide(t) for network in networks for n, t in network.tensors.items()}
+        plain = {n: _wide(t) for network in networks for n, t in network.tensors.items() if has_data(t)}
+        shapes = {n: t.shape for network in networks for n, t in network.tensors.items()}
+        plain = {n: plain[n] if n in plain else torch.zeros(shape, dtype=torch.float64) for n, shape in shapes.items()}
         self.weights = {n: randomised(t, self.generator) for n, t in plain.items()}
         self.reference = self.function(self.weights)
         if not self._usable():
