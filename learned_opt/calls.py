@@ -24,6 +24,20 @@ _GOLDEN = 0.6180339887498949
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` around it.
+
+    These call what they hold with the arguments that they get. Of any other wrapper that is not known.
+    """
+    while True:
+        if "_orig_mod" in module._modules:  # a ScriptModule has no dict there, and no get
+            module = module.get_submodule("_orig_mod")
+        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        else:
+            return module
+
+
 def sample(t: Tensor) -> Tensor:
     """At most ``SAMPLE`` entries ``[n]`` of a tensor, spread over it, always from the same places, as float64."""
     flat = t.detach().reshape(-1)

@@ -31,19 +31,31 @@ def warn_of_habit(lr: float | Tensor) -> None:
 
 
 class ScheduleWatch:
-    """Warns once where ``lr`` falls in a run that has ``total_steps``, whose own schedule already ends at zero.
+    """Warns once of a run beyond its ``total_steps``, and where ``lr`` falls though these already let the rate end.
 
     A warm-up, which only rises, is no such schedule; nor is a rate that was low from the start.
+
+    Args:
+        outlasted: the horizon that a run was said to be beyond.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outlasted: float | None = None) -> None:
+        self.outlasted = outlasted
         self._highest: dict[int, float] = {}  # by group
         self._told = False
 
-    def see(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Look at the rates of a step (of those that are on a GPU at none: that would wait for it)."""
+    def see(self, groups: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Look at a step, and at its rates (of those that are on a GPU at none: that would wait for it)."""
         total = groups[0]["total_steps"]
-        if self._told or total is None:
+        if not total:
+            return
+        if step >= float(total) + 1 and self.outlasted != float(total):
+            self.outlasted = float(total)
+            warn(
+                f"NFNOpt: step {step}, but total_steps={float(total):g}: the schedule has ended, and weights stay "
+                "where they are. Pass the number of optimizer steps, epochs times batches."
+            )
+        if self._told:
             return
         for i, group in enumerate(groups):
             lr = group["lr"]

@@ -50,7 +50,7 @@ def _differentiable(base: Any) -> type:  # the class of a package that is option
         def __init__(self, other: NFNOpt, *args: Any, **kwargs: Any) -> None:
             entries, self.symmetry = other._bind()
             self.rule = other.rule
-            buffers = next(iter(other._buffers.values()), None)
+            buffers = next(iter(other._stepper.buffers.values()), None)
             self._known: tuple[str, ...] = buffers.names if buffers else ()
             self._rule_state = tree_map(torch.clone, buffers.state) if buffers else {}
             names = {id(e.param): e.name for e in entries}

@@ -1,10 +1,10 @@
 """NFNOpt: a ``torch.optim.Optimizer`` around an update rule.
 
 A step hands weights, gradients and state to :func:`learned_opt.functional.apply_rule`, which all ways to take a step
-share, and adds the updates to the weights.
+share, and adds the updates to the weights (:mod:`learned_opt.stepper`).
 """
 
-import math
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils.weak import WeakIdKeyDictionary
 
-from learned_opt.across import HERE, Across
-from learned_opt.buffers import Buffers, StateByTensor, create_slots, left_behind, shared
-from learned_opt.distributed import agreed, refuse_pieces
-from learned_opt.functional import apply_rule, stepped
-from learned_opt.gradients import NanPolicy, nothing_to_do, to_descend, usable
+from learned_opt.binding import Binding
+from learned_opt.buffers import create_slots
+from learned_opt.distributed import refuse_pieces
+from learned_opt.gradients import NanPolicy, nothing_to_do, usable
 from learned_opt.habits import ScheduleWatch, warn_of_habit
 from learned_opt.params import (
     Mode,
@@ -28,23 +26,17 @@ from learned_opt.params import (
     ParamMap,
     check_choices,
     check_options,
-    check_order,
     checked_group,
-    independent_map,
-    infer_or_say,
     named_params,
-    rebound,
     refuse_unsupported,
-    say_given,
-    warn_of_end,
-    warn_of_independence,
 )
-from learned_opt.recorder import ForwardRecorder, modules_behind
+from learned_opt.recorder import modules_behind
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import UpdateRule
-from learned_opt.sharded import Shards, create_shards
-from learned_opt.spread import Spread, seen_by_all, spread_of
+from learned_opt.sharded import create_shards
+from learned_opt.spread import seen_by_all, spread_of
 from learned_opt.state_dict import NETWORK, Loaded, add_identity, loaded, summary
+from learned_opt.stepper import Stepper
 from learned_opt.symmetry import Symmetry, SymmetryError
 
 
@@ -120,26 +112,17 @@ class NFNOpt(torch.optim.Optimizer):
             warn_of_habit(lr)
         self.nan_policy, self.state_dtype = nan_policy, state_dtype
         self.skipped_steps: Counter[str] = Counter()
-        self._given: Symmetry | Mode = symmetry
-        self._known: ParamMap | Mode = "independent" if isinstance(symmetry, Symmetry) else symmetry
-        self._bound: tuple[Any, ParamMap] | None = None  # for the tensors that the first item identifies
-        self._names = WeakIdKeyDictionary()  # of all tensors that were ever bound
-        self._recorder: ForwardRecorder | None = None
-        self._outlasted: float | None = None  # the horizon that a run was said to be beyond
+        self._binding = Binding(symmetry, process_group)
         self._schedule = ScheduleWatch()
-        self._buffers: dict[torch.device, Buffers] = {}
-        self._network: dict[torch.device, dict[str, Tensor]] = {}  # loaded, for buffers that are to be made
+        self._stepper = Stepper(state_dtype)
         self._steps = 0  # those that the state's clock has counted, where reading it costs no synchronisation
-        self._shards: Shards | None = None  # of sharded parameters, who owns which
-        self._process_group, self._agreed = process_group, False  # on the symmetry, with other ranks
         self._complete = False  # groups arrive one by one; the symmetry is for all of them
         modules = modules_behind(params)  # before their generators are used up
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, options)
         self.param_groups[0][NETWORK] = ""  # a key that torch's distributed checkpointing asks for by the groups' keys
         self._complete = True
-        if self._known == "infer":
-            self._recorder = ForwardRecorder(self, modules)
-        else:
+        self._binding.watch(self, modules)
+        if self._binding.recorder is None:
             self._bind()
         entries = [e for e in named_params(self.param_groups) if e.has_data]
         if entries and not isinstance(rule, UpdateRule):  # ours alone: keep it where the weights are
@@ -174,81 +157,21 @@ class NFNOpt(torch.optim.Optimizer):
             if nothing_to_do([e for e in entries if e.trained], self.param_groups):
                 create(self.rule, trained, self.state, self.state_dtype)
                 return loss
-            if self._recorder is not None and self._known != "infer":  # loaded, for tensors without names
-                calls, self._recorder = self._recorder.release(), None
-                check_order(calls, entries, self._known)
-            if not self._agreed:
-                self._agree(entries)
+            self._binding.settle(entries, self._steps)
             entries, symmetry = self._bind(entries)
             moving = usable([e for e in entries if e.trained], self.nan_policy, self.skipped_steps)
             create(self.rule, trained, self.state, self.state_dtype)
             self._steps += bool(moving)
             if moving and self.rule.ends:
-                self._schedule.see(self.param_groups)
-            end = float(self.param_groups[0]["total_steps"] or math.inf)
-            if moving and self.rule.ends and self._steps >= end + 1 and self._outlasted != end:
-                self._outlasted = end
-                warn_of_end(self._steps, end)
-            for device in {e.param.device: None for e in moving}:
-                here = [e for e in entries if e.param.device == device and e.param.numel()]
-                chosen = [e for e in moving if e.param.device == device]
-                if spread:
-                    self._owned(spread, here, symmetry).step(here, chosen, self.state, self._step)
-                else:
-                    self._step(here, chosen, symmetry, self.state)
+                self._schedule.see(self.param_groups, self._steps)
+            self._stepper.step(self.rule, entries, moving, symmetry, self.state, self.param_groups, spread)
         return loss
-
-    def _step(
-        self,
-        entries: list[NamedParam],
-        moving: list[NamedParam],
-        symmetry: Symmetry,
-        state: StateByTensor,
-        across: Across = HERE,
-    ) -> None:
-        """Update ``moving``; the other tensors of ``entries`` are context, and those with a state age along."""
-        grads = {e.name: to_descend(e) for e in moving}
-        device, own = entries[0].param.device, {e.name: e.param for e in entries if state.get(e.param)}
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        old = self._buffers.get(device) or left_behind(self._buffers, devices)
-        network = self._network.get(device)
-        self._buffers[device] = buffers = shared(self.rule, own, symmetry, state, old, network, self.state_dtype)
-        updates, new = apply_rule(
-            self.rule,
-            {e.name: e.param for e in entries if not e.param.is_complex()},
-            grads,
-            buffers.state,
-            symmetry,
-            total_steps=self.param_groups[0]["total_steps"],
-            weight_decay={e.name: e.group["weight_decay"] for e in moving},
-            names=buffers.names,
-            ages=across.ages(buffers.next_ages(grads)),
-            in_place=True,
-            across=across,
-        )
-        buffers.take(new, moved=grads)
-        _add([e.param for e in moving], [updates[e.name] for e in moving], [e.group["lr"] for e in moving])
-
-    def _owned(self, spread: Spread, entries: list[NamedParam], symmetry: Symmetry) -> Shards:
-        """Who owns which of the sharded tensors; its state is there then."""
-        if self._shards is None or not self._shards.fit(entries, symmetry, self.state):
-            self._rest()
-            self._buffers = {}
-            self._shards = Shards(spread, entries, symmetry, self.state, self.rule, self.state_dtype)
-        return self._shards
-
-    def _rest(self) -> None:
-        """The state of sharded tensors from its owners to all ranks, in shards; the next step takes it back."""
-        if self._shards is not None:
-            self._network = self._shards.told(self.__getstate__()["_network"])
-            self.state.update(self._shards.at_rest(self.state))
-            self._shards = None
 
     # -- parameters, their names and their symmetry
     @property
     def symmetry(self) -> Symmetry | None:
         """How the axes of the parameters move together; None until it is inferred, at the first step."""
-        return None if self._known == "infer" else self._bind()[1]
+        return None if self._binding.known == "infer" else self._bind()[1]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, also in mid-training. A symmetry that was given must describe them too.
@@ -262,42 +185,17 @@ class NFNOpt(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             refuse_pieces([p for group in self.param_groups for p in group["params"]], self.rule)
-            if self._complete and self._recorder is None:
+            if self._complete and self._binding.recorder is None:
                 self._bind()
         except (SymmetryError, RuntimeError):
             self.param_groups.pop()
             raise
-        if self._complete and self._recorder is not None:
-            self._recorder.expect(modules)
+        if self._complete:
+            self._binding.expect(modules)
 
     def _bind(self, entries: list[NamedParam] | None = None) -> tuple[list[NamedParam], Symmetry]:
-        """The tensors under the symmetry's names, and the symmetry: checked when they changed."""
-        entries = named_params(self.param_groups) if entries is None else entries
-        signature = tuple((e.name, e.position, id(e.param), e.param.shape) for e in entries)
-        if self._bound is None or self._bound[0] != signature:
-            self._known = rebound(entries, self._given, self._known, self._names)
-            self._bound = (signature, self._known if isinstance(self._known, ParamMap) else independent_map(entries))
-            self._names.update({e.param: e.name for e in self._bound[1].rename(entries)})
-        param_map = self._bound[1]
-        return param_map.rename(entries), param_map.symmetry
-
-    def _agree(self, entries: list[NamedParam]) -> None:
-        """Before the first step: the symmetry, inferred or known, and one on all ranks that train replicas."""
-        if self._known == "infer":
-            calls, self._recorder = self._recorder.release() if self._recorder else [], None
-            own, reason = infer_or_say(calls, entries)
-        else:
-            self._bind()  # the names where the groups have their tensors now
-            own, reason = self._known if isinstance(self._known, ParamMap) else independent_map(entries), ""
-        given = isinstance(self._given, Symmetry)
-        if isinstance(self._given, Symmetry):
-            say_given(self._given)
-        found = agreed(own, reason, entries, self._process_group, steps=self._steps, given=given)
-        if self._known == "infer" or found is not own:
-            self._known, self._bound, self._names = found or "independent", None, WeakIdKeyDictionary()
-        if found is None and reason:
-            warn_of_independence(reason)
-        self._agreed = True
+        """The tensors under the symmetry's names, and the symmetry."""
+        return self._binding.bound(named_params(self.param_groups) if entries is None else entries)
 
     # -- saving and loading
     def state_dict(self) -> dict[str, Any]:
@@ -308,10 +206,7 @@ class NFNOpt(torch.optim.Optimizer):
 
         Of sharded parameters the state is in shards, as they are; all ranks must call this.
         """
-        kept, state = self.state, dict(self.state)
-        if self._shards is not None:
-            state = self._shards.at_rest(kept)
-            self._network = self._shards.told(self.__getstate__()["_network"])
+        kept, state = self.state, self._stepper.at_rest(self.state)
         self.state = defaultdict(  # not of tensors that are gone
             dict, {p: state[p] for group in self.param_groups for p in group["params"] if p in state}
         )
@@ -319,8 +214,8 @@ class NFNOpt(torch.optim.Optimizer):
             saved = super().state_dict()
         finally:
             self.state = kept
-        own = self.__getstate__()
-        add_identity(saved, self.rule, own["_known"], list(own["_network"].values()))
+        numbers = self.__getstate__()["_numbers"]
+        add_identity(saved, self.rule, self._binding.known, list(numbers.values()))
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -336,21 +231,20 @@ class NFNOpt(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             saved = {**saved, "param_groups": [dict(g) for g in saved["param_groups"]]}
-            found.append(loaded(saved, self.param_groups, self.rule, self._known, self._given))
+            found.append(loaded(saved, self.param_groups, self.rule, self._binding.known, self._binding.given))
             return saved
 
         def restore(_: torch.optim.Optimizer) -> None:
-            self.rule, self._known, state, self._network, total_steps = found[0]
+            self.rule, known, state, self._stepper.loaded, total_steps = found[0]
+            self._binding.load(known)
             for p, slots in state:  # torch has cast them to the dtype of the parameters
                 self.state[p] |= slots
             for group in self.param_groups:
                 group["total_steps"] = total_steps
             self.param_groups[0][NETWORK] = ""
-            self._steps = max((int(n["clock"]) for n in self._network.values()), default=0)
-            in_order = self._known == "independent" or "param_names" in self.param_groups[0]
-            if in_order and self._recorder is not None:  # of others, the next forward pass tells their order
-                self._recorder.release()
-                self._recorder = None
+            self._steps = max((int(n["clock"]) for n in self._stepper.loaded.values()), default=0)
+            if known == "independent" or "param_names" in self.param_groups[0]:
+                self._binding.stop()  # of others, the next forward pass tells their order
 
         # after the caller's hooks that may adapt the state dict, before those that see it loaded
         before = self.register_load_state_dict_pre_hook(check)
@@ -362,28 +256,29 @@ class NFNOpt(torch.optim.Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        if isinstance(self._known, ParamMap):
+        if isinstance(self._binding.known, ParamMap):
             self._bind()  # the names where the groups have their tensors now
-        kept = ("rule", "nan_policy", "state_dtype", "skipped_steps", "_given", "_steps", "_outlasted")
+        kept = ("rule", "nan_policy", "state_dtype", "skipped_steps", "_binding", "_steps", "_schedule")
         own = {k: getattr(self, k) for k in kept}
-        made = {d: b.state["network"] for d, b in self._buffers.items() if "network" in b.state}
-        return super().__getstate__() | own | {"_known": self._known, "_network": {**self._network, **made}}
+        return super().__getstate__() | own | {"_numbers": self._stepper.numbers()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._bound, self._names, self._buffers, self._complete = None, WeakIdKeyDictionary(), {}, True
-        self._shards = None
-        self._schedule = ScheduleWatch()
-        self.__dict__.setdefault("_process_group", None)
-        self.__dict__.setdefault("_agreed", False)
-        if "_recorder" not in self.__dict__:  # a copy; torch also calls this to load a state dict
-            self._recorder = ForwardRecorder(self) if self._known == "infer" else None
+        own = dict(state)
+        numbers = own.pop("_numbers", None)
+        super().__setstate__(own)
+        self._stepper = Stepper(self.state_dtype, self._stepper.loaded if numbers is None else numbers)
+        self._complete = True
+        self._schedule = ScheduleWatch(self._schedule.outlasted)
+        self._binding.load(self._binding.known)
+        if "_binding" in state:  # a copy; torch also calls this to load a state dict
+            self._binding = copy.copy(self._binding)
+            self._binding.watch(self)
         for group in self.param_groups:  # options that an older state dict lacks
             for option in ("lr", "weight_decay", "total_steps", "maximize"):
                 group.setdefault(option, self.defaults[option])
 
     def __repr__(self) -> str:
-        return summary(self.rule, self._known, self.param_groups)
+        return summary(self.rule, self._binding.known, self.param_groups)
 
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -396,13 +291,3 @@ def _plain_modes(devices: Iterable[torch.device]) -> Iterator[None]:
         for device in devices:
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
-
-
-def _add(params: list[Tensor], updates: list[Tensor], rates: list[float | Tensor]) -> None:
-    """``params += rates * updates``, in place."""
-    same = bool(params) and all(p.dtype == u.dtype for p, u in zip(params, updates, strict=True))
-    if same and not isinstance(rates[0], Tensor) and rates.count(rates[0]) == len(rates):
-        torch._foreach_add_(params, updates, alpha=rates[0])
-        return
-    for param, update, lr in zip(params, updates, rates, strict=True):
-        param.copy_(stepped(param, update, lr))

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learned_opt.habits import warn
 from learned_opt.names import known_names, plain_name
 from learned_opt.recorder import Call
 from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
@@ -440,14 +439,6 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
     return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-
-
-def warn_of_end(step: int, total_steps: float) -> None:
-    """Warn of a step beyond the horizon."""
-    warn(
-        f"NFNOpt: step {step}, but total_steps={total_steps:g}: the schedule has ended, and weights stay "
-        "where they are. Pass the number of optimizer steps, epochs times batches."
-    )
 
 
 def checked_group(group: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

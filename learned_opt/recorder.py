@@ -30,29 +30,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from learned_opt.calls import Call, kind_of, sample
+from learned_opt.calls import Call, kind_of, sample, unwrapped
 from learned_opt.symmetry.lock import EXPORT_LOCK
 
-__all__ = ["Call", "ForwardRecorder", "modules_behind", "unwrapped"]
+__all__ = ["Call", "ForwardRecorder", "modules_behind"]
 
 # what a compiled module says about any global hook, once: about ours it is untrue, which does not fire twice
 HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 KEPT = 8  # calls whose gradients can be compared (one if they cannot); of later ones those that are unlike these
 DIFFERENTIATED = 20_000_000  # weights; of larger modules gradients are not compared
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """A module without ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` around it.
-
-    These call what they hold with the arguments that they get. Of any other wrapper that is not known.
-    """
-    while True:
-        if "_orig_mod" in module._modules:  # a ScriptModule has no dict there, and no get
-            module = module.get_submodule("_orig_mod")
-        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        else:
-            return module
 
 
 def modules_behind(params: Any) -> list[nn.Module]:

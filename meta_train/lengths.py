@@ -61,7 +61,7 @@ def scaled(rule: UpdateRule, theta: Mapping[str, Tensor], factors: Tensor) -> Th
     if not rule.parts:
         raise TypeError(f"{type(rule).__name__} does not say which parts its theta has.")
     many = factors.shape[:-1]
-    found = {n: t.detach().expand(*many, *t.shape).clone() for n, t in theta.items()}
+    found = {n: t.detach().expand((*many, *t.shape)).clone() for n, t in theta.items()}
     for factor, rows in zip(factors.unbind(-1), rule.parts.values(), strict=True):
         for name, row in rows:
             if name in found:

@@ -82,7 +82,7 @@ def test_scripted_modules_are_trained_and_passed_by(asked, said):
 def test_independent_asks_nobody(asked, said):
     model = net()
     optimizer = NFNOpt(model.parameters(), symmetry="independent", rule=Adam())
-    assert optimizer._recorder is None and optimizer.symmetry is not None and "independent axes" in repr(optimizer)
+    assert optimizer._binding.recorder is None and optimizer.symmetry is not None and "independent axes" in repr(optimizer)
     train(model, optimizer)
     assert not asked and not said(logging.INFO) and not said(logging.WARNING)
     with pytest.raises(ValueError, match="'guess'"):
@@ -186,7 +186,7 @@ def test_a_copy_knows_or_finds_out(copier, steps, asked, said):
 def test_a_given_symmetry_needs_no_forward_pass(asked):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
     optimizer = NFNOpt(model, symmetry=infer(model), rule=Adam())
-    assert optimizer._recorder is None and optimizer.symmetry == infer(model)
+    assert optimizer._binding.recorder is None and optimizer.symmetry == infer(model)
 
 
 # --------------------------------------------------------------------------------- with the real inference
@@ -279,7 +279,7 @@ def test_an_inference_is_no_forward_pass_for_an_optimizer_that_waits(said):
     model(batch()).sum().backward()
     others = [NFNOpt(how(model), rule=Adam()) for how in (WAYS["list"], WAYS["parameters"])]
     optimizer.step()
-    assert not any(o._recorder.calls for o in others) and len(torch_modules._global_forward_pre_hooks) == 2
+    assert not any(o._binding.recorder.calls for o in others) and len(torch_modules._global_forward_pre_hooks) == 2
     train(model, others[0])
     assert others[0].symmetry == optimizer.symmetry and len(optimizer.symmetry.labels) == 1
     assert not said(logging.WARNING)

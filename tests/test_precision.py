@@ -187,20 +187,22 @@ def test_grad_scaler_skips_a_step_that_overflowed():
 
 # ------------------------------------------------------------------------------------- state_dtype
 @pytest.mark.parametrize("name", ["auto_lr", "whitened_polar", "learned"])
-def test_state_dtype_narrows_what_is_as_large_as_weights_or_axes(name):
+def test_state_dtype_narrows_what_is_as_large_as_weights(name):
+    """Second moments stay wide. Steps are soon others, as directions with little momentum follow its rounding."""
     models, held = [make_model(), make_model()], []
     starts = [torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in models]
     for model, dtype in zip(models, (None, torch.bfloat16), strict=True):
         optimizer = make(name, model, state_dtype=dtype)
-        train(model, optimizer, 12)
+        train(model, optimizer, 4)
         held.append([optimizer.state[p] for p in model.parameters()])
     for wide, narrow in zip(*held, strict=True):
         assert wide.keys() == narrow.keys()
         assert all(x.isfinite().all() for x in narrow.values())
         assert {narrow["m"].dtype, narrow["last_update"].dtype} == {torch.bfloat16}
         assert narrow["step"].dtype == wide["m"].dtype == torch.float32
+        assert {x.dtype for k, x in narrow.items() if k[:-1] == "moment"} <= {torch.float32}
     ways = [torch.nn.utils.parameters_to_vector(m.parameters()) - s for m, s in zip(models, starts, strict=True)]
-    assert torch.cosine_similarity(*ways, dim=0) > 0.7
+    assert torch.cosine_similarity(*ways, dim=0) > 0.8
 
 
 def test_narrow_state_resumes_bit_for_bit_and_takes_over_wide_state():

@@ -196,7 +196,7 @@ def test_the_outermost_module_is_taken():
     for params in (model.parameters(), list(model.parameters()), model.body.parameters()):
         optimizer = NFNOpt(params, rule=Adam())
         model(torch.tensor([1, 2])).sum().backward()
-        assert [c.module for c in optimizer._recorder.release()] == [model]
+        assert [c.module for c in optimizer._binding.recorder.release()] == [model]
 
 
 def test_generators_tell_their_module():
@@ -238,12 +238,12 @@ def test_inputs_are_detached_and_let_go(asked):
     features = x * 2
     seen = weakref.ref(features)
     model(features).sum().backward()
-    assert not optimizer._recorder.calls[0].args[0].requires_grad
+    assert not optimizer._binding.recorder.calls[0].args[0].requires_grad
     optimizer.step()
     asked.clear()
     del features
     gc.collect()
-    assert seen() is None and optimizer._recorder is None
+    assert seen() is None and optimizer._binding.recorder is None
 
 
 def test_gradients_may_accumulate_first(asked):
@@ -296,7 +296,7 @@ def test_a_copy_has_no_hooks_of_ours(asked):
     model(batch()).sum().backward()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(batch(1)).sum().backward()
-    assert len(optimizer._recorder.calls) == 1
+    assert len(optimizer._binding.recorder.calls) == 1
     optimizer.step()
     assert len(asked) == 1
 

@@ -23,7 +23,10 @@ HASH_OF_HELD_OUT = "529bcb5fefa0f9e7d6ee1f90973380ee74600c25c3ab0ec4ea078697287b
 MAKERS = suites.SEEN | suites.HELD_OUT
 
 
-@pytest.fixture(scope="module", params=list(MAKERS))
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in suites.SEEN]  # what it can teach was learned
+
+
+@pytest.fixture(scope="module", params=[*SLOW, *suites.HELD_OUT])
 def task(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LEARNED_OPT_DATA", raising=False)

@@ -176,6 +176,7 @@ def matrices(task) -> set[tuple[int, ...]]:
     return {tuple(p.shape) for p in task.model.parameters() if p.ndim > 1}
 
 
+@pytest.mark.slow
 def test_no_matrix_of_valid_or_held_out_has_a_shape_that_train_samples():
     g = seeded(0)
     sampled = set().union(*(matrices(f(g)) for f in suites.TRAIN.values() for _ in range(200)))

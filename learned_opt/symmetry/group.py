@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from learned_opt.calls import unwrapped
 from learned_opt.names import known_names
-from learned_opt.recorder import unwrapped
 from learned_opt.symmetry import plot, table
 from learned_opt.symmetry.axes import Leaf, choices, lay, map_leaves
 from learned_opt.symmetry.labels import STATISTICS, AxisLabels, Label, Role, Spec, SymmetryError, base_dim

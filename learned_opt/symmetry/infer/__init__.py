@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from learned_opt.calls import Call
-from learned_opt.recorder import unwrapped
+from learned_opt.calls import Call, unwrapped
 from learned_opt.symmetry.group import Symmetry
 from learned_opt.symmetry.infer.engine import UnknownOperator
 from learned_opt.symmetry.infer.graph import Propagation

@@ -124,6 +124,7 @@ def test_a_task_is_identified_by_what_it_computes(factor, same):
     assert (task_fingerprint(task) == task_fingerprint(Regression())) == same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value", [("AFTER", 1.3), ("LONGER", 0.06), ("NOISE_LR", 0.6)])
 def test_a_rule_is_identified_by_its_later_steps_too(monkeypatch, name, value):
     from learned_opt.rules import auto_lr, make_rule

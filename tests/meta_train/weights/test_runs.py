@@ -53,7 +53,7 @@ def quiet(_):
     pass
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_finished_jobs_are_never_repeated(tmp_path, workers):
     path, log = tmp_path / "runs.jsonl", tmp_path / "log"
     work = partial(count, path=str(log))
@@ -122,7 +122,7 @@ def sleep(job):
     return {"tau": 1.0}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_workers_end_with_their_parent(tmp_path, number):
     (tmp_path / "grid.py").write_text(textwrap.dedent(SLOW))
     parent = subprocess.Popen(
