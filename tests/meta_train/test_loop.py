@@ -286,7 +286,7 @@ def test_checkpoints_hold_tensors_and_plain_data(tmp_path):
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
-    recipe = replace(RECIPE, validate_every=0, outer_steps=2)
+    recipe = replace(RECIPE, validate_every=0, outer_steps=2, lengths=None)
     run(recipe, tmp_path)
     with pytest.raises(ValueError, match="differs in lr.*another folder.*--resume never"):
         run(replace(recipe, lr=0.5), tmp_path)
@@ -354,9 +354,9 @@ def test_validation_tasks_are_made_only_to_be_used(tmp_path):
 
 
 def test_a_log_that_is_lost_is_begun_anew(tmp_path):
-    run(replace(RECIPE, validate_every=0, outer_steps=2), tmp_path)
+    run(replace(RECIPE, validate_every=0, lengths=None, outer_steps=2), tmp_path)
     (tmp_path / "log.jsonl").unlink()
-    run(replace(RECIPE, validate_every=0, outer_steps=4), tmp_path)
+    run(replace(RECIPE, validate_every=0, lengths=None, outer_steps=4), tmp_path)
     assert [x["step"] for x in log_of(tmp_path)] == [3, 4]
 
 
@@ -370,7 +370,7 @@ def test_a_validation_run_that_diverged_has_the_worst_held_out_loss():
 
 
 def test_diverging_runs_are_counted_and_theta_stays_finite(tmp_path):
-    recipe = replace(RECIPE, families={"mined": 1.0}, validate_every=0)
+    recipe = replace(RECIPE, families={"mined": 1.0}, validate_every=0, lengths=None)
     for name, estimator in {"pes": RECIPE.estimator, "tbptt": TBPTT(6, 5, outlier=3.0)}.items():
         path = run(replace(recipe, estimator=estimator), tmp_path / name)
         assert sum(x["diverged"] for x in log_of(tmp_path / name)) > 0
@@ -378,7 +378,7 @@ def test_diverging_runs_are_counted_and_theta_stays_finite(tmp_path):
 
 
 def test_families_without_a_gradient_move_nothing(tmp_path):
-    recipe = replace(RECIPE, families={"barren": 1.0}, validate_every=0, weight_decay=0.0)
+    recipe = replace(RECIPE, families={"barren": 1.0}, validate_every=0, weight_decay=0.0, lengths=None)
     theta = load_weights(run(replace(recipe, estimator=TBPTT(4, 5)), tmp_path))[1]
     torch.testing.assert_close(theta, dict(Slow().state_dict()))
     assert {x["diverged"] for x in log_of(tmp_path)} == {1.0}
