@@ -82,7 +82,8 @@ def test_scripted_modules_are_trained_and_passed_by(asked, said):
 def test_independent_asks_nobody(asked, said):
     model = net()
     optimizer = NFNOpt(model.parameters(), symmetry="independent", rule=Adam())
-    assert optimizer._binding.recorder is None and optimizer.symmetry is not None and "independent axes" in repr(optimizer)
+    assert optimizer._binding.recorder is None and optimizer.symmetry is not None
+    assert "independent axes" in repr(optimizer)
     train(model, optimizer)
     assert not asked and not said(logging.INFO) and not said(logging.WARNING)
     with pytest.raises(ValueError, match="'guess'"):
