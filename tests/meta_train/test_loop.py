@@ -131,6 +131,7 @@ def same_run(a, b):
 def test_meta_training_lowers_the_loss(kind, tmp_path):
     estimator = ESTIMATORS[kind](particles=4)
     estimator = estimator if kind == "ES" else replace(estimator, truncation=8)
+    estimator = replace(estimator, between=2, cool_down=4) if kind == "CoolDown" else estimator
     recipe = replace(
         RECIPE,
         families={"easy": 1.0},
@@ -231,7 +232,7 @@ def test_resume_is_exact_after_kill_9(tmp_path):
     assert same_run(whole, parts)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
     result = killed(tmp_path / "parts", number, "estimate")
     assert result.returncode == 128 + number, result.stderr
@@ -409,6 +410,7 @@ def test_non_finite_meta_gradients_are_skipped_and_counted():
     assert not torch.equal(state.theta["log_rate"], theta["log_rate"])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow():
     rule = Slow().requires_grad_(False)
     recipe = replace(RECIPE, resample=100)

@@ -134,6 +134,7 @@ def test_a_rule_is_identified_by_its_later_steps_too(monkeypatch, name, value):
     assert op.rule_fingerprint(make_rule("auto_lr")) != before
 
 
+@pytest.mark.slow
 def test_a_learned_optimizer_is_identified_by_what_it_does(tmp_path):
     from learned_opt import make_rule, save_weights
 
@@ -158,6 +159,7 @@ def test_learned_optimizers_are_evaluated_untuned_under_their_labels(tmp_path):
         measure(tmp_path, ["nfn:whitened_polarr"])
 
 
+@pytest.mark.slow
 def test_a_rule_is_run_at_a_multiple_of_its_rate_or_without_its_horizon():
     model = torch.nn.Linear(3, 2)
 

@@ -122,7 +122,8 @@ def sleep(job):
     return {"tau": 1.0}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, number):
     (tmp_path / "grid.py").write_text(textwrap.dedent(SLOW))
     parent = subprocess.Popen(
