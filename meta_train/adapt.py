@@ -22,8 +22,9 @@ from tasks.task import TaskFamily
 
 JUDGED = 12  # fresh tasks
 RUNS = 2  # pairs of runs of each
-SHARE = 0.7  # of the time is learning; the rest fits lengths and judges
-MOST = 400  # outer steps
+FITS = 4  # of lengths, in a run
+FORWARD = 2.0  # how many times as fast whole runs are as those with a gradient, about
+LEAST, MOST = 8, 400  # outer steps
 
 
 class Verdict(NamedTuple):
@@ -68,7 +69,7 @@ def adapt(
     Args:
         families: the user's.
         out: folder of the run.
-        minutes: about how long it takes.
+        minutes: about how long it takes; fits of lengths and the judgement alone take some (small networks: five).
         seed: of everything.
         say: is told what happens.
 
@@ -81,7 +82,7 @@ def adapt(
     plan = out / "plan.json"
     if not plan.exists():
         say("Measuring what an outer step takes.")
-        plan.write_text(json.dumps({"outer_steps": _affordable(families, 60 * minutes * SHARE, seed)}))
+        plan.write_text(json.dumps({"outer_steps": _affordable(families, 60 * minutes, seed)}))
     recipe = replace(adapted(families, json.loads(plan.read_text())["outer_steps"]), seed=seed)
     path = train(recipe, out, families=families)
     say(f"Judging on {JUDGED} tasks that were not learned from.")
@@ -115,13 +116,19 @@ def judge(
 
 
 def _affordable(families: Mapping[str, TaskFamily], seconds: float, seed: int) -> int:
-    """How many outer steps there is time for."""
+    """How many outer steps there is time for, beside the fits of lengths and the judgement."""
     recipe = replace(adapted(families, 1), seed=seed)
     rule = fresh_rule(recipe, RULES)
-    theta, spent = trained(recipe, rule), 0.0
+    theta, spent, steps, judged = trained(recipe, rule), 0.0, 0.0, 0.0
     for number, family in enumerate(families):
         worker = estimate(recipe, rule, theta, families, Worker(number, family), 0).worker
         start = time.monotonic()
-        estimate(recipe, rule, theta, families, worker, 1)
+        steps += estimate(recipe, rule, theta, families, worker, 1).metrics["particle_steps"]
         spent += time.monotonic() - start
-    return max(4, min(MOST, int(seconds / (spent / len(families) * recipe.tasks_per_step))))
+        assert worker.unroll is not None
+        judged += JUDGED / len(families) * 2 * RUNS * worker.unroll.task.steps
+    lengths = recipe.lengths
+    assert lengths is not None
+    whole = judged + FITS * lengths.tasks * 2 * lengths.particles * lengths.steps
+    left = seconds - whole * spent / steps / FORWARD
+    return max(LEAST, min(MOST, int(left / (spent / len(families) * recipe.tasks_per_step))))

@@ -292,7 +292,7 @@ def adapted(families: Iterable[str], outer_steps: int) -> Recipe:
     return replace(
         hybrid(),
         families=shares,
-        lengths=Lengths(every=max(1, outer_steps // 4)),
+        lengths=Lengths(every=max(1, outer_steps // 4)),  # four fits
         workers=max(8, 2 * len(shares)),
         tasks_per_step=2,
         outer_steps=outer_steps,
