@@ -30,6 +30,7 @@ class Binding:
     Args:
         given: a symmetry, "infer" or "independent".
         group: ranks that agree on one symmetry, see :func:`learned_opt.distributed.agreed`.
+        known: what is known already; None: what is given.
 
     Attributes:
         given: the same.
@@ -37,9 +38,11 @@ class Binding:
         recorder: what sees forward passes, while it does.
     """
 
-    def __init__(self, given: Symmetry | Mode, group: "dist.ProcessGroup | None") -> None:
+    def __init__(
+        self, given: Symmetry | Mode, group: "dist.ProcessGroup | None", known: ParamMap | Mode | None = None
+    ) -> None:
         self.given = given
-        self.known: ParamMap | Mode = "independent" if isinstance(given, Symmetry) else given
+        self.known: ParamMap | Mode = known or ("independent" if isinstance(given, Symmetry) else given)
         self._group, self._agreed = group, False  # with other ranks
         self.recorder: ForwardRecorder | None = None
         self._for: Any = None  # what tells the tensors that the next one is for from others
@@ -107,9 +110,6 @@ class Binding:
             self._names.update({e.param: e.name for e in self._map.rename(entries)})
         return self._map.rename(entries), self._map.symmetry
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"given": self.given, "known": self.known}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["given"], None)  # type: ignore[misc]
-        self.known = state["known"]
+    def __reduce__(self) -> Any:
+        """Copies see no forward passes, and agree with no ranks yet."""
+        return Binding, (self.given, None, self.known)

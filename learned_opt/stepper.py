@@ -1,6 +1,7 @@
 """Steps of tensors by a rule, and where their state lies: in buffers of each device, or with the owners of shards."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,15 +53,7 @@ class Stepper:
             spread: how the tensors are sharded; None: they are not.
         """
 
-        def run(
-            entries: list[NamedParam],
-            moving: list[NamedParam],
-            symmetry: Symmetry,
-            state: StateByTensor,
-            across: Across = HERE,
-        ) -> None:
-            self._run(rule, entries, moving, symmetry, state, groups, across)
-
+        run = partial(self._run, rule, groups)
         for device in {e.param.device: None for e in moving}:
             here = [e for e in entries if e.param.device == device and e.param.numel()]
             chosen = [e for e in moving if e.param.device == device]
@@ -72,12 +65,12 @@ class Stepper:
     def _run(
         self,
         rule: UpdateRule,
+        groups: Sequence[Mapping[str, Any]],
         entries: list[NamedParam],
         moving: list[NamedParam],
         symmetry: Symmetry,
         state: StateByTensor,
-        groups: Sequence[Mapping[str, Any]],
-        across: Across,
+        across: Across = HERE,
     ) -> None:
         """A step of whole tensors of one device."""
         grads = {e.name: to_descend(e) for e in moving}

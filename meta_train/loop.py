@@ -156,7 +156,7 @@ def train(
             if due:
                 scores = with_mean(work.scores, problems)
                 run.validated = run.step
-                run.first = run.first or scores
+                run.first = scores if run.step == 0 else run.first
                 if not run.best or scores["loss"] < run.best["loss"]:
                     theta = {n: t.clone() for n, t in run.average.items()}
                     run.best = {"loss": scores["loss"], "step": run.step, "theta": theta}
@@ -228,6 +228,11 @@ def make_unroll(recipe: Recipe, rule: UpdateRule, task: Task) -> Unroll:
     )
 
 
+def draw_task(recipe: Recipe, family: TaskFamily, generator: torch.Generator) -> Task:
+    """A task of a family, reparametrised as the recipe says."""
+    return augmented(family(generator), recipe.augmentation, recipe.augmentation_scale, generator)
+
+
 def estimate(
     recipe: Recipe,
     rule: UpdateRule,
@@ -243,8 +248,7 @@ def estimate(
         after.generation, after.uses, after.unroll = after.generation + 1, 0, None
     if after.unroll is None:
         generator = generator_of(recipe.seed, "task", (after.number, after.generation))
-        task = families[after.family](generator)
-        task = augmented(task, recipe.augmentation, recipe.augmentation_scale, generator)
+        task = draw_task(recipe, families[after.family], generator)
         after.unroll = make_unroll(recipe, rule, task)
     unroll = replace(after.unroll, horizon=horizon_at(recipe, step))
     generator = generator_of(recipe.seed, "step", (step, after.number))
@@ -267,7 +271,7 @@ class Run:
     workers: list[Worker]
     step: int = 0
     validated: int = -1  # the last outer step at which theta was validated
-    first: dict[str, float] = field(default_factory=dict)  # the scores of the first validation, of the start
+    first: dict[str, float] = field(default_factory=dict)  # the scores of the start; empty where it was not validated
     fitted: int = 0  # the last outer step at which the lengths of theta were fitted
     best: dict[str, Any] = field(default_factory=dict)  # loss, step, theta
     norms: dict[str, float] = field(default_factory=dict)  # running mean square per family
@@ -362,7 +366,7 @@ def pairs_of(
     order = families_of_workers(recipe)
     family = order[(step // recipe.lengths.every * recipe.lengths.tasks + number) % len(order)]
     steps = recipe.lengths.steps
-    unroll = replace(make_unroll(recipe, rule, families[family](generator)), horizon=(steps, steps))
+    unroll = replace(make_unroll(recipe, rule, draw_task(recipe, families[family], generator)), horizon=(steps, steps))
     return compare(unroll, theta, recipe.lengths, generator)
 
 

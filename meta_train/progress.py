@@ -167,7 +167,7 @@ class Reporter(contextlib.AbstractContextManager["Reporter"]):
         self.say(f"step {step}/{self.total}  lengths {text}: change {factors['change']:+.3f}")
 
     def validated(self, step: int, scores: dict[str, float], first: dict[str, float], best: bool) -> None:
-        """Log a validation, and how it differs from the first one (of the start), with the error of the mean."""
+        """Log a validation, and how it differs from that of the start (``first``), if there is one."""
         if not self.write:
             return
         tasks_ = {n: v for n, v in scores.items() if n != "loss"}
@@ -179,10 +179,8 @@ class Reporter(contextlib.AbstractContextManager["Reporter"]):
         )
         for name, value in (scores | {"change": change, "change_error": error}).items():
             self.board.add_scalar(f"validation/{name}", value, step)
-        self.say(
-            f"step {step}/{self.total}  validation {scores['loss']:.4f}, change from the start {change:+.4f} "
-            f"+- {error:.4f}{' (best)' if best else ''}"
-        )
+        since = f", change from the start {change:+.4f} +- {error:.4f}" if first else ""
+        self.say(f"step {step}/{self.total}  validation {scores['loss']:.4f}{since}{' (best)' if best else ''}")
 
     def _write(self, line: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}

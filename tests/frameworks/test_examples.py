@@ -3,7 +3,6 @@
 Left out of ``make test``: they need the extra ``frameworks``. ``make test-frameworks`` runs them.
 """
 
-import importlib.util
 import os
 import re
 import socket
@@ -19,12 +18,8 @@ from tests.processes import Ranks
 
 PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
 PROGRAMS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.S | re.M))
-NEEDED = ("lightning", "accelerate", "peft", "timm", "transformers")
 pytestmark = [
     pytest.mark.frameworks,
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in NEEDED), reason="needs the extra 'frameworks'"
-    ),
     pytest.mark.filterwarnings("ignore"),  # of the frameworks
 ]
 

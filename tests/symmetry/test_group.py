@@ -463,4 +463,4 @@ def test_independent_gives_every_axis_its_own_permutation() -> None:
 
 def test_a_role_that_is_none_is_refused_with_those_there_are() -> None:
     with pytest.raises(SymmetryError, match="'embedding' are unknown; a role is one of out, in, kernel, lookup, gain"):
-        Spec((Leaf(3), Leaf(4)), ("embedding", "out"))  # type: ignore[arg-type]
+        Spec((Leaf(3), Leaf(4)), ("embedding", "out"))
