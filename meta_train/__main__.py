@@ -98,7 +98,10 @@ def adapt(file: str, /, minutes: float = 20.0, out: Path | None = None, seed: in
     _folder(out)
     from meta_train.adapt import adapt
 
-    adapt(families, out, minutes, seed)
+    try:
+        adapt(families, out, minutes, seed)
+    except KeyboardInterrupt:
+        _fail(f"interrupted. The same command goes on with what is in {out}.")
 
 
 def evaluate(

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from scipy import stats
 
-from learned_opt.checkpoint import load_weights
+from learned_opt.checkpoint import load_weights, write_atomically
 from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
 from meta_train.errors import UsageError
 from meta_train.lengths import Theta, paired_ends, scaled
 from meta_train.loop import Worker, estimate, make_unroll, train
+from meta_train.processes import under_torchrun
 from meta_train.recipes import Recipe, adapted, fresh_rule, trained
 from tasks.seeds import generator_of
 from tasks.task import TaskFamily
@@ -35,14 +36,17 @@ class Verdict(NamedTuple):
         low: of its 95 % interval (Student's t over tasks).
         high: the same.
         held_out: mean change of the held-out loss.
-        better: whether the interval is below zero.
     """
 
     change: float
     low: float
     high: float
     held_out: float
-    better: bool
+
+    @property
+    def better(self) -> bool:
+        """Whether the interval is below zero."""
+        return self.high < 0
 
     def __str__(self) -> str:
         found = (
@@ -74,21 +78,30 @@ def adapt(
         say: is told what happens.
 
     Raises:
-        UsageError: no families, or no time.
+        UsageError: no families, no time, other minutes or another seed than the run in ``out``, or under ``torchrun``.
     """
     if not families or minutes <= 0:
         raise UsageError("adapt needs task families (a dict named families in the file) and a positive time.")
+    if under_torchrun():
+        raise UsageError("adapt runs in one process. Start it without torchrun, or use the command train.")
     out.mkdir(parents=True, exist_ok=True)
     plan = out / "plan.json"
     if not plan.exists():
         say("Measuring what an outer step takes.")
-        plan.write_text(json.dumps({"outer_steps": _affordable(families, 60 * minutes, seed)}))
-    recipe = replace(adapted(families, json.loads(plan.read_text())["outer_steps"]), seed=seed)
+        begun = {"minutes": minutes, "seed": seed, "outer_steps": _affordable(families, 60 * minutes, seed)}
+        write_atomically(plan, json.dumps(begun).encode())
+    begun = json.loads(plan.read_text())
+    if (begun["minutes"], begun["seed"]) != (minutes, seed):
+        raise UsageError(
+            f"{out} was begun with minutes={begun['minutes']:g} and seed={begun['seed']}. Use these, or another folder."
+        )
+    recipe = replace(adapted(families, begun["outer_steps"]), seed=seed)
     path = train(recipe, out, families=families)
     say(f"Judging on {JUDGED} tasks that were not learned from.")
     rule = fresh_rule(recipe, RULES)
     verdict = judge(recipe, rule, load_weights(path)[1], families)
-    (out / "verdict.json").write_text(json.dumps(verdict._asdict(), indent=1))
+    found = json.dumps(verdict._asdict() | {"better": verdict.better}, indent=1)
+    write_atomically(out / "verdict.json", found.encode())
     say(str(verdict))
     if verdict.better:
         say(f"Use it: NFNOpt(model.parameters(), rule={str(path)!r}, total_steps=...)")
@@ -112,7 +125,7 @@ def judge(
         helds.append(float((ends.held_out[0] - ends.held_out[1]).mean()))
     mean = sum(trains) / tasks
     low, high = stats.t.interval(0.95, tasks - 1, mean, stats.sem(trains)) if any(trains) else (mean, mean)
-    return Verdict(mean, float(low), float(high), sum(helds) / tasks, bool(high < 0))
+    return Verdict(mean, float(low), float(high), sum(helds) / tasks)
 
 
 def _affordable(families: Mapping[str, TaskFamily], seconds: float, seed: int) -> int:

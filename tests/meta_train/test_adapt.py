@@ -58,8 +58,8 @@ def test_steps_that_are_much_too_short_are_not_better():
 
 
 def test_only_an_interval_below_zero_is_called_better():
-    assert "Better than the default" in str(Verdict(-0.1, -0.2, -0.01, -0.1, True))
-    assert "NOT shown" in str(Verdict(-0.1, -0.25, 0.05, -0.1, False))
+    assert "Better than the default" in str(Verdict(-0.1, -0.2, -0.01, -0.1))
+    assert "NOT shown" in str(Verdict(-0.1, -0.25, 0.05, -0.1))
 
 
 def test_nothing_to_learn_from_is_refused(tmp_path):
@@ -69,6 +69,13 @@ def test_nothing_to_learn_from_is_refused(tmp_path):
     empty.write_text("x = 1\n")
     with pytest.raises(SystemExit, match="defines no families"):
         main(["adapt", str(empty), "--out", str(tmp_path / "out")])
+
+
+def test_a_run_is_not_gone_on_with_by_another_plan(tmp_path):
+    (tmp_path / "plan.json").write_text('{"minutes": 20.0, "seed": 0, "outer_steps": 9}')
+    for minutes, seed in ((5.0, 0), (20.0, 1)):
+        with pytest.raises(UsageError, match="begun with minutes=20 and seed=0"):
+            adapt(FAMILIES, tmp_path, minutes, seed)
 
 
 @pytest.mark.slow
