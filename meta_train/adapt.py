@@ -15,9 +15,10 @@ from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
 from meta_train.errors import UsageError
 from meta_train.lengths import Theta, paired_ends, scaled
-from meta_train.loop import Worker, estimate, make_unroll, train
+from meta_train.loop import Worker, estimate, train
 from meta_train.processes import under_torchrun
 from meta_train.recipes import Recipe, adapted, fresh_rule, trained
+from meta_train.validation import make_unroll
 from tasks.seeds import generator_of
 from tasks.task import TaskFamily
 

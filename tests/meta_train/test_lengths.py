@@ -1,14 +1,21 @@
 """Factors of the parts of theta, fitted on whole runs."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from learned_opt.rules import make_rule
+from meta_train import checkpoint
 from meta_train.lengths import Lengths, Pairs, best_factors, compare, scaled
+from meta_train.loop import train
+from meta_train.recipes import RecipeError
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
 from tasks import suites
+from tests.meta_train.test_loop import RECIPE, TABLES, Slow, log_of, run
 
 
 def seeded(seed):
@@ -78,3 +85,25 @@ def test_pairs_share_weights_and_batches():
     assert found.factors.shape == (2, len(rule.parts)) and found.changes.abs().max() < 1e-3  # but for rounding
     found = compare(unroll, random_theta(rule), Lengths(particles=2, steps=12), seeded(1))
     assert found.changes.abs().max() > 1e-2
+
+
+def test_lengths_are_fitted_and_logged(tmp_path):
+    """Theta is multiplied by what the log says; validations say how theta has changed what runs end at."""
+    run(replace(RECIPE, lr=0.0, ema=0.0), tmp_path)
+    lines = log_of(tmp_path)
+    fits = [x for x in lines if "factors" in x]
+    assert [x["step"] for x in fits] == [2, 4, 6]
+    factor = math.prod(x["factors"]["momentum"] for x in fits)
+    theta = checkpoint.load(checkpoint.list_all(tmp_path)[-1])["run"]["theta"]
+    assert float(theta["momentum"]) == pytest.approx(0.5 * factor, rel=1e-5) and factor < 1
+    checks = [x for x in lines if "validation" in x]
+    assert checks[0]["change"] == 0.0
+    assert checks[-1]["change"] == pytest.approx(checks[-1]["validation"] - checks[0]["validation"])
+
+
+def test_a_rule_without_parts_has_no_lengths(tmp_path):
+    class Whole(Slow):
+        parts = {}
+
+    with pytest.raises(RecipeError, match="parts"):
+        train(RECIPE, tmp_path, **TABLES | {"rules": {"slow": Whole}})

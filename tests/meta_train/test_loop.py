@@ -20,11 +20,12 @@ from meta_train import checkpoint
 from meta_train.__main__ import main
 from meta_train.estimators import ES, ESTIMATORS, PES, TBPTT
 from meta_train.lengths import Lengths
-from meta_train.loop import Run, _fingerprints, estimate, outer_step, score, train
+from meta_train.loop import Run, _fingerprints, estimate, outer_step, train
 from meta_train.processes import Processes
 from meta_train.progress import GracefulShutdown
 from meta_train.recipes import RECIPES, Recipe, RecipeError
 from meta_train.throughput import throughput
+from meta_train.validation import score
 from tasks.task import TaskError
 from tests.meta_train.test_unroll import LearnedSGD, Regression
 
@@ -433,28 +434,6 @@ def test_the_learned_rule_on_the_real_tasks(tmp_path):
     assert theta.keys() == start.keys()
     assert any(not torch.equal(theta[n], start[n]) for n in theta)
     assert provenance["outer_steps"] == 4 and provenance["skipped_gradients"] == 0
-
-
-def test_lengths_are_fitted_and_logged(tmp_path):
-    """Theta is multiplied by what the log says; validations say how theta has changed what runs end at."""
-    run(replace(RECIPE, lr=0.0, ema=0.0), tmp_path)
-    lines = log_of(tmp_path)
-    fits = [x for x in lines if "factors" in x]
-    assert [x["step"] for x in fits] == [2, 4, 6]
-    factor = math.prod(x["factors"]["momentum"] for x in fits)
-    theta = checkpoint.load(checkpoint.list_all(tmp_path)[-1])["run"]["theta"]
-    assert float(theta["momentum"]) == pytest.approx(0.5 * factor, rel=1e-5) and factor < 1
-    checks = [x for x in lines if "validation" in x]
-    assert checks[0]["change"] == 0.0
-    assert checks[-1]["change"] == pytest.approx(checks[-1]["validation"] - checks[0]["validation"])
-
-
-def test_a_rule_without_parts_has_no_lengths(tmp_path):
-    class Whole(Slow):
-        parts = {}
-
-    with pytest.raises(RecipeError, match="parts"):
-        train(RECIPE, tmp_path, **TABLES | {"rules": {"slow": Whole}})
 
 
 def test_time_limit_ends_with_a_result(tmp_path):
