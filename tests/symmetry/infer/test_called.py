@@ -320,6 +320,14 @@ class Prepared(Net):
         self.forward = forward
 
 
+class Cancelling(Net):
+    """What is left of large numbers: a tenth of it is rounding in mixed precision."""
+
+    def forward(self, x: Tensor, act: str = "relu") -> Tensor:
+        y = super().forward(x + 30.0, act)
+        return y - y.mean(0)
+
+
 @dataclass(frozen=True)
 class Case:
     """``found``: "all" of the labels; "signs": no positive scale; "fixed": nothing moves; "none": independent axes."""
@@ -369,6 +377,7 @@ CASES: dict[str, Case] = {
     "mixed precision": Case(mixed, "all"),
     "mixed precision and a penalty": Case(lambda m, x: mixed(m, x) + 10 * l1(m.a.weight), "signs"),
     "mixed precision of a function in whose place another ran": Case(nearly_another, "none"),
+    "mixed precision of a difference": Case(mixed, "all", Cancelling),
     "mixed precision within": Case(lambda m, x: squared(m(x)), "all", Prepared),
     "straight through": Case(lambda m, x: squared(m(x)), "none", StraightThrough),
     "a hook on the output": Case(hooked("post"), "all"),
