@@ -31,6 +31,7 @@ from learned_opt.params import (
     refuse_unsupported,
 )
 from learned_opt.recorder import modules_behind
+from learned_opt.report import Report, report_of
 from learned_opt.rules import make_rule
 from learned_opt.rules.base import UpdateRule
 from learned_opt.sharded import create_shards
@@ -172,6 +173,15 @@ class NFNOpt(torch.optim.Optimizer):
     def symmetry(self) -> Symmetry | None:
         """How the axes of the parameters move together; None until it is inferred, at the first step."""
         return None if self._binding.known == "infer" else self._bind()[1]
+
+    def report(self) -> Report:
+        """What the last step told each tensor to do, and why (its strongest features); ``print`` it for a table.
+
+        Raises:
+            RuntimeError: before the first step; of parameters of ``fully_shard``; of rules without such a state.
+        """
+        buffers = () if self._stepper.sharded else self._stepper.buffers.values()
+        return report_of(self.rule, buffers, self.param_groups[0]["total_steps"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, also in mid-training. A symmetry that was given must describe them too.

@@ -104,6 +104,11 @@ class Stepper:
             self._shards = Shards(spread, entries, symmetry, state, rule, self.dtype)
         return self._shards
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the state lies with the owners of shards."""
+        return self._shards is not None
+
     def numbers(self) -> Numbers:
         """Of the whole network, by device."""
         return {**self.loaded, **{d: b.state["network"] for d, b in self.buffers.items() if "network" in b.state}}

@@ -3,7 +3,8 @@
 Truncated backpropagation finds directions of theta that whole runs gain from, and goes too far along some of them: it
 does not see what comes later. So each part of theta (what one control is read off) is multiplied by a factor between 0
 and 1, drawn for every run; the change of the logarithm of the final loss is fitted by a quadratic function of the
-factors, and theta is multiplied by those at which that is lowest. At the factor 0 a control does nothing.
+factors, and theta is multiplied by those at which that is lowest (:mod:`meta_train.surface`). At the factor 0 a
+control does nothing.
 """
 
 from collections.abc import Mapping
@@ -14,14 +15,13 @@ import torch
 from torch import Tensor
 
 from learned_opt.rules.base import UpdateRule
+from meta_train.surface import Surface
 from meta_train.unroll import Unroll
 
 Theta = dict[str, Tensor]
 
 LEFT_OUT = 0.3  # probability that a factor is 0
 RIDGE = 0.3
-LARGEST = 0.5  # changes beyond count as this: a run that fails must not decide
-CANDIDATES = 20_000
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,12 @@ def paired_ends(unroll: Unroll, one: Theta, other: Theta, steps: int, generator:
 
 
 def best_factors(pairs: list[Pairs]) -> tuple[Tensor, float]:
-    """Factors ``[parts]`` at which a quadratic fit of the changes, zero at zero, is lowest; and its value there."""
-    factors = torch.cat([p.factors for p in pairs]).double()
-    changes = torch.cat([p.changes for p in pairs]).double().clamp(-LARGEST, LARGEST)
-    at = torch.triu_indices(factors.shape[1], factors.shape[1])
+    """Factors ``[parts]`` at which runs end lowest, as far as that is sure; and the change that they are good for.
 
-    def terms(c: Tensor) -> Tensor:
-        return torch.cat([c, c[:, at[0]] * c[:, at[1]]], 1)
-
-    x = terms(factors)
-    weights = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype), x.T @ changes)
-    candidates = torch.rand(
-        CANDIDATES, factors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    candidates = torch.cat([torch.zeros_like(candidates[:1]), candidates])
-    found = terms(candidates) @ weights
-    best = int(found.argmin())
-    return candidates[best].float(), float(found[best])
+    Args:
+        pairs: of several tasks.
+    """
+    task = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(p.changes) for p in pairs]))
+    factors = torch.cat([p.factors for p in pairs])
+    surface = Surface(factors, torch.cat([p.changes for p in pairs]), task, RIDGE)
+    return surface.lowest(lambda c: c.clamp(0, 1), factors.shape[1])

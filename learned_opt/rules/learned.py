@@ -5,13 +5,19 @@ answers hold until the next time:
 
     gain_T  = exp(tanh .)        of every tensor: the size of its step
     fresh_T = exp(2 tanh .)      of every matrix: n = beta1 m + (1 - beta1) fresh_T g
+    decay_T = exp(2 tanh .)      of every matrix: its built-in decay
+    bias_T  = exp(tanh .)        of every matrix with a bias: the size of the bias' step
+    beta1   = 1 - (1 - measured beta1) exp(tanh .)           of the network
     b_u, c_u = exp(tanh .)       of every hidden unit: rows that write it and columns that read it, in a direction
 
-The last maps start at zero, where all of these are 1: the hand-made rule. Tensors see even features of their entries,
-units the means of such features, so the controls do not depend on signs and positive scales of units and move with
-their permutations: the update is as equivariant as the hand-made one, whatever the learned weights are.
+A tensor's controls are read off what is known of it by name (``FEATURES``: its role, its shape, what was measured) and
+off the NFN's embedding of it, by one linear map; so :meth:`Learned.reasons` can say what each of the former did. The
+last maps start at zero, where all of these are 1: the hand-made rule. Tensors see even features of their entries, units
+the means of such features, so the controls do not depend on signs and positive scales of units and move with their
+permutations: the update is as equivariant as the hand-made one, whatever the learned weights are.
 """
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -31,11 +37,18 @@ from learned_opt.rules.slots import Slots, framed
 from learned_opt.rules.whitened_polar import Control, WhitenedPolar
 from learned_opt.symmetry import Symmetry
 
-KINDS = ("matrix", "embedding", "vector", "gain")
-N_SHAPE = 3 + len(KINDS) + 2
+STACK_KINDS = ("matrix", "embedding", "vector", "gain")  # of what the NFN embeds
+N_SHAPE = 3 + len(STACK_KINDS) + 2
 N_TENSOR = 2
-N_NETWORK = 9
-LAST = ("tensor_controls", "unit_controls")  # maps that start at zero
+CONTROLS = {"gain": 1.0, "fresh": 2.0, "decay": 2.0, "bias": 1.0}  # of a tensor: the largest size of their logarithms
+OF_NETWORK = ("horizon known", "length of the horizon", "done", "slope", "rate", "correlation of gradients")
+FEATURES = (
+    *("matrix", "thin matrix", "embedding", "vector", "reads the input", "writes the output"),
+    *("log rows", "log columns", "small weights", "share of gradients"),
+    *OF_NETWORK,
+)
+USUAL = 64  # rows and columns of which the logs are zero
+LAST = ("tensor_controls", "unit_controls", "network_controls")  # maps that start at zero
 
 
 class Learned(WhitenedPolar):
@@ -46,10 +59,9 @@ class Learned(WhitenedPolar):
         pool: False leaves out units and network: a tensor's controls depend on that tensor and on the rate alone.
     """
 
-    parts = {
-        "gain": (("tensor_controls.weight", 0), ("tensor_controls.bias", 0)),
-        "fresh": (("tensor_controls.weight", 1), ("tensor_controls.bias", 1)),
+    parts = {control: (("tensor_controls.weight", i),) for i, control in enumerate(CONTROLS)} | {
         "units": (("unit_controls.weight", slice(None)), ("unit_controls.bias", slice(None))),
+        "momentum": (("network_controls.weight", 0), ("network_controls.bias", 0)),
     }
 
     spreads = False  # the NFN reads the whole network
@@ -57,10 +69,12 @@ class Learned(WhitenedPolar):
     def __init__(self, width: int = 8, pool: bool = True) -> None:
         super().__init__()
         self.width, self.pool = width, pool
-        self.embedding = Embedding(features.N_EVEN, features.N_STATISTICS + N_SHAPE + N_TENSOR, N_NETWORK, width, pool)
+        layer = features.N_STATISTICS + N_SHAPE + N_TENSOR
+        self.embedding = Embedding(features.N_EVEN, layer, 1 + len(OF_NETWORK), width, pool)
         self.hidden = nn.Linear(2 * width, width)  # of a unit: its own embedding, and the mean of the matrices'
-        self.tensor_controls = nn.Linear(width, 2)
+        self.tensor_controls = nn.Linear(len(FEATURES) + width, len(CONTROLS), bias=False)  # roles are its constants
         self.unit_controls = nn.Linear(width, 2)
+        self.network_controls = nn.Linear(len(OF_NETWORK), 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -71,15 +85,31 @@ class Learned(WhitenedPolar):
                 if isinstance(module, nn.Linear):
                     bound = 0.0 if name in LAST else module.in_features**-0.5
                     module.weight.uniform_(-bound, bound, generator=generator)
-                    module.bias.zero_()
+                    if module.bias is not None:
+                        module.bias.zero_()
 
     def init(self, params: Weights, symmetry: Symmetry) -> State:
         state = super().init(params, symmetry)
         zeros = torch.zeros_like(state["tensor"]["step"])
-        state["tensor"] |= {"log_gain": zeros, "log_fresh": zeros.clone()}
+        state["tensor"] |= {f"log_{control}": zeros.clone() for control in CONTROLS}
         _, n_units = unit_tables(symmetry, "label")
         state["network"]["log_unit_gain"] = zeros.new_zeros(n_units + 1, 2)
+        state["network"]["log_momentum"] = zeros.new_zeros(())
         return state
+
+    def reasons(self, layout: BatchLayout, state: State, total_steps: Number | None) -> dict[str, Tensor]:
+        """What each of ``FEATURES``, and in the last column the embedding, adds to a control before the tanh.
+
+        Returns:
+            For every control ``[T, len(FEATURES) + 1]``. Tensors are ordered as ``layout.members``.
+        """
+        known = self._known(layout, state, total_steps)
+        found = {}
+        for control, weight in zip(CONTROLS, self.tensor_controls.weight, strict=True):
+            each = known * weight[: len(FEATURES)]
+            told = torch.atanh((state["tensor"][f"log_{control}"] / CONTROLS[control]).clamp(-1 + 1e-6, 1 - 1e-6))
+            found[control] = torch.cat([each, (told - each.sum(-1))[:, None]], -1)
+        return found
 
     def controls(
         self,
@@ -92,16 +122,22 @@ class Learned(WhitenedPolar):
     ) -> dict[str, Control]:
         network, tensor = new["network"], new["tensor"]
         if clock.frame is not False:
-            answer = self._answer(layout, params, g, new, total_steps)
-            held = tensor["log_gain"], tensor["log_fresh"], network["log_unit_gain"]
-            found = (when(clock.frame, x, old) for x, old in zip(answer, held, strict=True))
-            tensor["log_gain"], tensor["log_fresh"], network["log_unit_gain"] = found
+            told, units, momentum = self._answer(layout, params, g, new, total_steps)
+            for k, x in told.items():
+                tensor[f"log_{k}"] = when(clock.frame, x, tensor[f"log_{k}"])
+            network["log_unit_gain"] = when(clock.frame, units, network["log_unit_gain"])
+            network["log_momentum"] = when(clock.frame, momentum, network["log_momentum"])
+            for k, control in (("size", "gain"), ("decay", "decay")):  # sizes and decays are of this moment too
+                tensor[k] = when(clock.frame, tensor[k] * told[control].exp(), tensor[k])
         scalings, (written, read) = _unit_scalings(layout), network["log_unit_gain"].unbind(-1)
-        each = zip(layout.all, *(tensor[k].exp().split(layout.counts) for k in ("log_gain", "log_fresh")), strict=True)
+        each = zip(layout.all, *(tensor[f"log_{k}"].exp().split(layout.counts) for k in ("fresh", "bias")), strict=True)
         return {
-            b.key: Control(gain, fresh, scalings[b.key](written, read) if b.key in scalings else {})
-            for b, gain, fresh in each
+            b.key: Control(fresh, bias, scalings[b.key](written, read) if b.key in scalings else {})
+            for b, fresh, bias in each
         }
+
+    def momentum(self, measured: Tensor, network: Slots) -> Tensor:
+        return 1 - (1 - measured) * network["log_momentum"].exp()
 
     def _answer(
         self,
@@ -110,8 +146,8 @@ class Learned(WhitenedPolar):
         g: Mapping[str, Tensor],
         new: State,
         total_steps: Number | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logs of gains and of fresh shares ``[T]`` each, and of units' gains ``[n_units + 1, 2]``."""
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Logs of every tensor's controls ``[T]``, of units' gains ``[n_units + 1, 2]``, and of the momentum (0-d)."""
         tensors: list[Weights] = [{}, {}, {}]
         for b in batches.all:
             own = new[b.key]
@@ -123,9 +159,9 @@ class Learned(WhitenedPolar):
         gradients, momenta = features.without_noise(gradients), features.without_noise(momenta)
         owner = _owners(batches, layout)
         age = new["tensor"]["step"].index_select(0, owner)
-        of_tensor = _tensor_features(new["tensor"], self.pool).index_select(0, owner)
+        of_tensor = _tensor_features(new["tensor"], self.pool)
         even, layers = [], []
-        own_parts = (x.split(layout.counts) for x in (age, of_tensor))
+        own_parts = (x.split(layout.counts) for x in (age, of_tensor.index_select(0, owner)))
         parts = zip(layout.stacks, gradients, momenta, weights, *own_parts, strict=True)
         for stack, gradient, m, w, step, own_features in parts:
             x = features.odd_features(gradient, m, w)
@@ -134,32 +170,40 @@ class Learned(WhitenedPolar):
             measured = features.statistics(x, gradient, corrected, w)
             layers.append(torch.cat([measured, _shape_features(stack, w), own_features], -1))
         network = network_features(new["network"], total_steps)
-        units, embedded = self.embedding(layout, even, layers, network)
+        aged = torch.cat([torch.log10(new["network"]["clock"])[None] / 4, network])
+        units, embedded = self.embedding(layout, even, layers, aged)
         every = torch.cat(embedded)
-        whole = _means(every, owner, len(batches.members))
-        gain, fresh = torch.tanh(self.tensor_controls(whole)).unbind(-1)
+        known = torch.cat([_roles(batches, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
+        whole = torch.cat([known, _means(every, owner, len(batches.members))], -1)
+        told = {
+            k: CONTROLS[k] * torch.tanh(x)
+            for k, x in zip(CONTROLS, self.tensor_controls(whole).unbind(-1), strict=True)
+        }
+        momentum = torch.tanh(self.network_controls(network)).squeeze(-1)
         if not self.pool:
-            return gain, 2 * fresh, units.new_zeros(len(units), 2)
+            return told, units.new_zeros(len(units), 2), momentum
         shared = every.mean(0).expand(len(units), -1)
         of_units = torch.tanh(self.unit_controls(torch.tanh(self.hidden(torch.cat([units, shared], -1)))))
-        return gain, 2 * fresh, torch.cat([of_units[:-1], torch.zeros_like(of_units[:1])])
+        return told, torch.cat([of_units[:-1], torch.zeros_like(of_units[:1])]), momentum
+
+    def _known(self, layout: BatchLayout, state: State, total_steps: Number | None) -> Tensor:
+        """``FEATURES`` of every tensor, of a state that has answered: ``[T, len(FEATURES)]``."""
+        tensor = state["tensor"] | {"size": state["tensor"]["size"] * (-state["tensor"]["log_gain"]).exp()}
+        of_tensor, network = _tensor_features(tensor, self.pool), network_features(state["network"], total_steps)
+        return torch.cat([_roles(layout, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
 
 
 def network_features(network: Slots, total_steps: Number | None) -> Tensor:
-    """``[N_NETWORK]``: age; length of the horizon, fractions of it done and left, or zeros without one; what the rule
-    has measured; a constant.
-    """
+    """``OF_NETWORK``: what is known of a horizon, or zeros; what the rule has measured."""
     t = network["clock"]
     if total_steps is None:
-        horizon = list(t.new_zeros(4).unbind())
+        horizon = list(t.new_zeros(3).unbind())
     else:
         total = torch.as_tensor(total_steps, dtype=t.dtype, device=t.device)
         done = ((t - 1) / total).clamp(max=1.0)
-        horizon = [torch.log10(total) / 4, done, 1 - done, torch.ones_like(t)]
-    correlation = network["correlation"]
-    measured = [network["slope"] / auto_lr.OSCILLATION, network["log_lr"], correlation / (1 + correlation)]
-    momentum = (network["beta1"] - auto_lr.BETA1) / auto_lr.LONGER
-    return torch.stack([torch.log10(t) / 4, *horizon, *measured, momentum])
+        horizon = [torch.ones_like(t), torch.log10(total / auto_lr.HORIZON), 2 * done - 1]
+    correlation = network["correlation"] / (1 + network["correlation"])
+    return torch.stack([*horizon, network["slope"] / auto_lr.OSCILLATION, network["log_lr"], correlation])
 
 
 def _tensor_features(tensor: Slots, pool: bool) -> Tensor:
@@ -169,11 +213,25 @@ def _tensor_features(tensor: Slots, pool: bool) -> Tensor:
     return torch.stack([torch.log(tensor["size"]), share], -1)
 
 
+@lru_cache(maxsize=256)
+def _roles(layout: BatchLayout, dtype: torch.dtype) -> Tensor:
+    """The first eight of ``FEATURES``: ``[T, 8]``."""
+    rows = []
+    for b in layout.all:
+        if isinstance(b, FlatBatch):
+            rows += [[0.0, 0, 0, 1, 0, 0, 0, 0]] * len(b.names)
+            continue
+        kind = [float(b.is_matrix), float(b.thin), float(b.factored), 0.0]
+        ends = [float(b.is_matrix and b.order[i] not in b.hidden) for i in (-1, 0)]
+        rows += [[*kind, *ends, math.log2(b.R / USUAL) / 4, math.log2(b.C / USUAL) / 4]] * len(b.names)
+    return torch.tensor(rows, dtype=dtype, device=layout.device)
+
+
 def _shape_features(stack: MatrixBatch, like: Tensor) -> Tensor:
     """``[N, N_SHAPE]``: logs of the shape, the kind, whether it reads the input or writes the output."""
     _, r, c = stack.shape
     logs = torch.log2(torch.tensor([r, c], dtype=like.dtype, device=like.device)) / 8
-    kind = [float(stack.kind == k) for k in KINDS]
+    kind = [float(stack.kind == k) for k in STACK_KINDS]
     row = torch.cat([logs, (logs[0] - logs[1])[None], like.new_tensor(kind)])
     return torch.cat([row.expand(stack.shape[0], -1), stack.fixed.to(like.dtype)], -1)
 

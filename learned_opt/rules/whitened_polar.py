@@ -69,16 +69,16 @@ CLIP_FACTOR = 4.0  # times the RMS of those before it: what a gradient counts at
 
 
 class Control(NamedTuple):
-    """What a learned rule changes of the steps of a batch of N tensors.
+    """What a learned rule changes of the steps of a batch of N matrices.
 
     Attributes:
-        gain: multiplies the size ``[N]``.
-        fresh: of matrices, multiplies the gradient where it joins the momentum ``[N]``.
-        units: of matrices, factors of rows and columns of directions, as from a ``Scaling``.
+        fresh: multiplies the gradient where it joins the momentum ``[N]``.
+        bias: multiplies the steps of biases ``[N]``.
+        units: factors of rows and columns of directions, as from a ``Scaling``.
     """
 
-    gain: Tensor
     fresh: Tensor
+    bias: Tensor
     units: Slots
 
 
@@ -173,8 +173,7 @@ class WhitenedPolar(UpdateRule):
         loudest = across.most(new["tensor"]["mean_square"].amax())
         sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
         for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
-            own, control = new[b.key], controls[b.key] if controls else None
-            size = size * control.gain if control else size  # noqa: PLW2901
+            own = new[b.key]
             if isinstance(b, FlatBatch):
                 d = flat_direction(b, own, size, square, loudest, age)
             elif b.factored:
@@ -182,7 +181,7 @@ class WhitenedPolar(UpdateRule):
             elif b.thin:
                 d = thin_direction(b, g.pop(b.key), own, beta1, size, square, age, warmup)
             else:
-                d = matrix_direction(b, g.pop(b.key), own, beta1, size, control, in_place)
+                d = matrix_direction(b, g.pop(b.key), own, beta1, size, controls.get(b.key), in_place)
             if clock.before_slope is not False:
                 own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
@@ -201,9 +200,13 @@ class WhitenedPolar(UpdateRule):
         new: State,
         clock: Clock,
         total_steps: Number | None,
-    ) -> dict[str, Control] | None:
-        """What a learned rule changes of this step, by batch; None: nothing. It may change what ``new`` holds."""
-        return None
+    ) -> dict[str, Control]:
+        """What a learned rule changes of the steps of matrices, by batch. It may change what ``new`` holds."""
+        return {}
+
+    def momentum(self, measured: Tensor, network: Slots) -> Tensor:
+        """Decay rate of the momentum (0-d), from what the slope says."""
+        return measured
 
     def _clipped(
         self, layout: BatchLayout, g: dict[str, Tensor], new: State, clock: Clock
@@ -240,7 +243,8 @@ class WhitenedPolar(UpdateRule):
         network["slope"] = when(clock.slope, slope, old.slope)
         if clock.between(0, auto_lr.LONGEST) is not False:
             network["log_lr"] = auto_lr.log_lr(old, slope, clock.t, total_steps)
-        network["beta1"] = when(clock.slope, auto_lr.beta1(clock.t, slope), network["beta1"])
+        beta1 = self.momentum(auto_lr.beta1(clock.t, slope), network)
+        network["beta1"] = when(clock.slope, beta1, network["beta1"])
 
     def _correlate(
         self, layout: BatchLayout, new: State, clock: Clock, total_steps: Number | None, across: Across
@@ -341,5 +345,5 @@ def matrix_direction(
         parts.append(torch.mul(part, scale, out=part if in_place else None))
     d = b.join(parts)
     if b.biases:
-        d[..., -1].mul_(own["bias_scale"])
+        d[..., -1].mul_(own["bias_scale"] * control.bias[:, None] if control else own["bias_scale"])
     return d

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from learned_opt.rules import RULES
+from learned_opt.rules.learned import CONTROLS, FEATURES
 from meta_train.__main__ import main
 from meta_train.adapt import Verdict, adapt, judge
 from meta_train.errors import UsageError
@@ -38,6 +39,8 @@ def squares(generator):
 
 
 FAMILIES = {"squares": squares}
+TOO_SHORT = torch.zeros(len(CONTROLS), len(FEATURES) + 8)  # steps
+TOO_SHORT[0, :4] = -9.0
 
 
 def verdict_of(theta, tasks=3):
@@ -52,7 +55,7 @@ def test_the_hand_made_rule_is_no_better_than_itself():
 
 
 def test_steps_that_are_much_too_short_are_not_better():
-    verdict = verdict_of({"tensor_controls.bias": torch.tensor([-9.0, 0.0])})  # sizes over e
+    verdict = verdict_of({"tensor_controls.weight": TOO_SHORT})
     assert verdict.change > 0.1 and verdict.low < verdict.change < verdict.high
     assert not verdict.better
 

@@ -12,7 +12,7 @@ from learned_opt.blocks import unit_tables
 from learned_opt.functional import functional
 from learned_opt.rules import RULES
 from learned_opt.rules.clock import EVERY_FRAME
-from learned_opt.rules.learned import Learned
+from learned_opt.rules.learned import CONTROLS, LAST, Learned
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer
@@ -94,7 +94,7 @@ def test_with_last_maps_at_zero_it_is_the_hand_made_rule_bit_for_bit(kind, dtype
     rule, generator = Learned(), torch.Generator().manual_seed(1)
     with torch.no_grad():  # whatever the hidden maps are
         for n, p in rule.named_parameters():
-            if n.split(".")[0] not in ("tensor_controls", "unit_controls"):
+            if n.split(".")[0] not in LAST:
                 p.add_(torch.randn(p.shape, generator=generator))
     ends = []
     for r in (rule, RULES["auto_lr"]()):
@@ -143,8 +143,8 @@ def test_a_moved_network_follows_and_so_do_its_units_controls(kind, pool, total_
     for n, x in symmetry.act(symmetry.invert(g), there).items():
         assert torch.linalg.vector_norm(x - here[n]) <= 1e-7 * torch.linalg.vector_norm(here[n])
     assert_same(
-        {k: moved["tensor"][k] for k in ("log_gain", "log_fresh")},
-        {k: state["tensor"][k] for k in ("log_gain", "log_fresh")},
+        {k: moved["tensor"][f"log_{k}"] for k in CONTROLS},
+        {k: state["tensor"][f"log_{k}"] for k in CONTROLS},
     )
     own, other = (s["network"]["log_unit_gain"] for s in (state, moved))
     if not pool:
