@@ -79,7 +79,7 @@ def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "neve
     _train(recipe, recipe_named(recipe), out, resume)
 
 
-def adapt(file: str, /, minutes: float = 20.0, out: Path | None = None, seed: int = 0) -> None:
+def adapt(file: str, /, minutes: float = 20.0, workers: int = 1, out: Path | None = None, seed: int = 0) -> None:
     """Learn on your own tasks, and say whether it paid on tasks that were not learned from.
 
     Begins at NFNOpt's default. Writes theta.safetensors, for NFNOpt(..., rule=PATH), and verdict.json. Ctrl-C at any
@@ -88,6 +88,7 @@ def adapt(file: str, /, minutes: float = 20.0, out: Path | None = None, seed: in
     Args:
         file: path of a .py file that defines families, a dict of functions that draw tasks (docs/meta_training.md).
         minutes: about how long it may take.
+        workers: processes, of one thread each.
         out: folder of the run; runs/adapt-FILE if not given.
         seed: of everything.
     """
@@ -99,7 +100,7 @@ def adapt(file: str, /, minutes: float = 20.0, out: Path | None = None, seed: in
     from meta_train.adapt import adapt
 
     try:
-        adapt(families, out, minutes, seed)
+        adapt(Path(file), out, minutes, seed, workers)
     except KeyboardInterrupt:
         _fail(f"interrupted. The same command goes on with what is in {out}.")
 

@@ -25,6 +25,8 @@ class UpdateRule(nn.Module, ABC):
     parts: Mapping[str, tuple[tuple[str, int | slice], ...]] = {}
     """The controls of a learned rule: which rows of which parameters each is read off. Where these are zero, it does
     nothing."""
+    constants: Mapping[str, tuple[str, tuple[int, ...]]] = {}
+    """Single numbers of theta that say something by themselves, zero without effect: the parameter and the place."""
     spreads = False  # whether it takes ``across``: each process may hold some of a network's tensors
 
     @abstractmethod

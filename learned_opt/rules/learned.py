@@ -64,6 +64,11 @@ class Learned(WhitenedPolar):
         "momentum": (("network_controls.weight", 0), ("network_controls.bias", 0)),
     }
 
+    constants = {
+        **{f"gain: {f}": ("tensor_controls.weight", (0, FEATURES.index(f))) for f in (*FEATURES[:6], "done")},
+        **{k: ("tensor_controls.weight", (i, 0)) for i, k in enumerate(CONTROLS) if k != "gain"},  # of matrices
+        "momentum": ("network_controls.bias", (0,)),
+    }
     spreads = False  # the NFN reads the whole network
 
     def __init__(self, width: int = 8, pool: bool = True) -> None:
