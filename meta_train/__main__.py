@@ -98,9 +98,10 @@ def adapt(file: str, /, minutes: float = 20.0, workers: int = 1, out: Path | Non
     out = Path("runs") / f"adapt-{Path(file).stem}" if out is None else out
     _folder(out)
     from meta_train.adapt import adapt
+    from meta_train.search import Search
 
     try:
-        adapt(Path(file), out, minutes, seed, workers)
+        adapt(Path(file), out, minutes, Search(seed=seed), workers)
     except KeyboardInterrupt:
         _fail(f"interrupted. The same command goes on with what is in {out}.")
 

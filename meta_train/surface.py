@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LARGEST = 0.5  # changes beyond count as this: a run that fails must not decide
 GROUPS = 20  # that the tasks are dealt to, of which one at a time is left out
 ROUNDS, CANDIDATES = 12, 2000  # of the search for the lowest point
+NEGLIGIBLE = 1e-4
 
 
 def terms(x: Tensor) -> Tensor:
@@ -24,14 +24,15 @@ class Surface:
 
     Args:
         points: zero is where nothing changes.
-        changes: those beyond ``LARGEST``, or not finite, count as that.
+        changes: of the runs.
         task: number of the task of each point.
         ridge: in units of points.
+        largest: changes beyond, or that are not finite, count as this: a run that fails must not decide.
     """
 
-    def __init__(self, points: Tensor, changes: Tensor, task: Tensor, ridge: float) -> None:
+    def __init__(self, points: Tensor, changes: Tensor, task: Tensor, ridge: float, largest: float) -> None:
         x = terms(points.double())
-        y = changes.double().nan_to_num(nan=LARGEST).clamp(-LARGEST, LARGEST)
+        y = changes.double().nan_to_num(nan=largest).clamp(-largest, largest)
         groups = task.unique(return_inverse=True)[1] % GROUPS
         eye = ridge * torch.eye(x.shape[1], dtype=x.dtype)
         each = [groups == k for k in groups.unique()]
@@ -69,4 +70,9 @@ class Surface:
             lowest = int((change + error).argmin())
             if float((change + error)[lowest]) < value:
                 best, value = candidates[lowest], float((change + error)[lowest])
+        for i in best.nonzero()[:, 0].tolist():  # what does not help stays out
+            without = bounded((best * (torch.arange(dimensions) != i))[None])
+            change, error = self(without)
+            if float(change + error) <= value + NEGLIGIBLE:
+                best, value = without[0], float(change + error)
         return best.float(), value

@@ -26,7 +26,9 @@ class UpdateRule(nn.Module, ABC):
     """The controls of a learned rule: which rows of which parameters each is read off. Where these are zero, it does
     nothing."""
     constants: Mapping[str, tuple[str, tuple[int, ...]]] = {}
-    """Single numbers of theta that say something by themselves, zero without effect: the parameter and the place."""
+    """Numbers of theta that say something by themselves, and have no effect at zero: the parameter and the place."""
+    slopes: Mapping[str, tuple[str, tuple[int, ...]]] = {}
+    """The same, of how controls depend on what the rule knows and measures."""
     spreads = False  # whether it takes ``across``: each process may hold some of a network's tensors
 
     @abstractmethod

@@ -33,20 +33,26 @@ from learned_opt.rules.base import State, Weights
 from learned_opt.rules.clock import Clock, when
 from learned_opt.rules.directions import BETA2
 from learned_opt.rules.embedding import Embedding
-from learned_opt.rules.slots import Slots, framed
+from learned_opt.rules.slots import Slots, framed, norms, numel_of
 from learned_opt.rules.whitened_polar import Control, WhitenedPolar
 from learned_opt.symmetry import Symmetry
 
 STACK_KINDS = ("matrix", "embedding", "vector", "gain")  # of what the NFN embeds
 N_SHAPE = 3 + len(STACK_KINDS) + 2
-N_TENSOR = 2
+N_TENSOR = 3
 CONTROLS = {"gain": 1.0, "fresh": 2.0, "decay": 2.0, "bias": 1.0}  # of a tensor: the largest size of their logarithms
 OF_NETWORK = ("horizon known", "length of the horizon", "done", "slope", "rate", "correlation of gradients")
 FEATURES = (
     *("matrix", "thin matrix", "embedding", "vector", "reads the input", "writes the output"),
-    *("log rows", "log columns", "small weights", "share of gradients"),
+    *("log rows", "log columns", "small weights", "share of gradients", "agreement of gradients"),
     *OF_NETWORK,
 )
+MEASURED = ("agreement of gradients", "slope", "rate", "correlation of gradients")
+SLOPES = {  # what a search over many kinds of tasks may read controls off, beside the constants
+    "gain": ("log rows", "log columns", "length of the horizon", *MEASURED),
+    "fresh": MEASURED,
+    "decay": MEASURED[:1],
+}
 USUAL = 64  # rows and columns of which the logs are zero
 LAST = ("tensor_controls", "unit_controls", "network_controls")  # maps that start at zero
 
@@ -69,6 +75,11 @@ class Learned(WhitenedPolar):
         **{k: ("tensor_controls.weight", (i, 0)) for i, k in enumerate(CONTROLS) if k != "gain"},  # of matrices
         "momentum": ("network_controls.bias", (0,)),
     }
+    slopes = {
+        f"{control}: {f}": ("tensor_controls.weight", (list(CONTROLS).index(control), FEATURES.index(f)))
+        for control, known in SLOPES.items()
+        for f in known
+    } | {f"momentum: {f}": ("network_controls.weight", (0, OF_NETWORK.index(f))) for f in OF_NETWORK[3:]}
     spreads = False  # the NFN reads the whole network
 
     def __init__(self, width: int = 8, pool: bool = True) -> None:
@@ -164,7 +175,7 @@ class Learned(WhitenedPolar):
         gradients, momenta = features.without_noise(gradients), features.without_noise(momenta)
         owner = _owners(batches, layout)
         age = new["tensor"]["step"].index_select(0, owner)
-        of_tensor = _tensor_features(new["tensor"], self.pool)
+        of_tensor = _tensor_features(batches, new, self.pool)
         even, layers = [], []
         own_parts = (x.split(layout.counts) for x in (age, of_tensor.index_select(0, owner)))
         parts = zip(layout.stacks, gradients, momenta, weights, *own_parts, strict=True)
@@ -194,7 +205,8 @@ class Learned(WhitenedPolar):
     def _known(self, layout: BatchLayout, state: State, total_steps: Number | None) -> Tensor:
         """``FEATURES`` of every tensor, of a state that has answered: ``[T, len(FEATURES)]``."""
         tensor = state["tensor"] | {"size": state["tensor"]["size"] * (-state["tensor"]["log_gain"]).exp()}
-        of_tensor, network = _tensor_features(tensor, self.pool), network_features(state["network"], total_steps)
+        of_tensor = _tensor_features(layout, state | {"tensor": tensor}, self.pool)
+        network = network_features(state["network"], total_steps)
         return torch.cat([_roles(layout, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
 
 
@@ -211,11 +223,17 @@ def network_features(network: Slots, total_steps: Number | None) -> Tensor:
     return torch.stack([*horizon, network["slope"] / auto_lr.OSCILLATION, network["log_lr"], correlation])
 
 
-def _tensor_features(tensor: Slots, pool: bool) -> Tensor:
-    """``[T, N_TENSOR]``: how small the weights are, and the share of the network's mean square gradients."""
-    square = tensor["mean_square"] / (1 - BETA2 ** tensor["step"].clamp(min=1))
+def _tensor_features(layout: BatchLayout, state: State, pool: bool) -> Tensor:
+    """``[T, N_TENSOR]``: how small the weights are, the share of the network's mean square gradients, and how much the
+    gradients of the last steps agree: about -1 where they are independent, 1 where they are the same."""
+    tensor = state["tensor"]
+    step = tensor["step"].clamp(min=1)
+    square = tensor["mean_square"] / (1 - BETA2**step)
     share = features.log_ratio(square, square.mean()) if pool else torch.zeros_like(square)
-    return torch.stack([torch.log(tensor["size"]), share], -1)
+    momentum = torch.cat([norms(b, state[b.key]["m"].to(square.dtype)) for b in layout.all])
+    momentum = (momentum / (1 - auto_lr.BETA1**step)).square() / numel_of(layout, square.dtype)
+    agreement = 1 + 8 / 1.5 * features.log_ratio(momentum, square)
+    return torch.stack([torch.log(tensor["size"]), share, agreement.clamp(-2, 2)], -1)
 
 
 @lru_cache(maxsize=256)

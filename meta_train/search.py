@@ -1,0 +1,262 @@
+"""A search for single numbers of theta by whole runs: no gradients of theta, runs of their full length.
+
+A learned rule names numbers of theta that say something by themselves (``UpdateRule.constants``: sizes of steps by
+role, the share of fresh gradients, momentum, decay; ``UpdateRule.slopes``: how these depend on what the rule measures).
+In rounds, fresh tasks are trained with these numbers at random about the best ones so far, beside the same runs of the
+hand-made rule. A quadratic function fitted to the changes of the logarithm of the final loss says where they are best,
+as far as that is sure (:mod:`meta_train.surface`).
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from learned_opt.rules import RULES
+from learned_opt.rules.base import UpdateRule
+from meta_train.bench.jobs import Execute, JobProgress, Store, do_missing
+from meta_train.surface import Surface
+from meta_train.symmetries import symmetry_of
+from meta_train.unroll import Unroll
+from tasks.seeds import generator_of
+from tasks.task import Task, TaskFamily
+
+RULE = "learned"
+JUDGED_RUNS = 2  # pairs of runs of a task
+RIDGE = 1.0
+FLOOR = 1e-5  # losses below it, relative to a task's ceiling, count as it
+
+Families = Callable[[], Mapping[str, TaskFamily]]
+Theta = dict[str, Tensor]
+Places = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How numbers are searched.
+
+    Attributes:
+        tasks: of a round.
+        copies: runs of a task from the same weights, with the same batches: the first is the hand-made rule's, the
+            second has the best numbers so far, the others have random ones about these.
+        runs: weights and batches of a task.
+        spread: standard deviation of a number in the first round.
+        narrowest: that in late rounds, relative to ``spread``.
+        reach: times the spread, the largest change of a number between two rounds.
+        farthest: a number from zero.
+        slopes: whether ``UpdateRule.slopes`` are searched too.
+        horizon: lowest and highest number of steps, drawn log-uniformly; None: the task's own.
+        seed: of everything.
+    """
+
+    tasks: int = 8
+    copies: int = 12
+    runs: int = 2
+    spread: float = 0.4
+    narrowest: float = 0.5
+    reach: float = 2.0
+    farthest: float = 1.5
+    slopes: bool = False
+    horizon: tuple[int, int] | None = None
+    seed: int = 0
+
+    def places(self, rule: UpdateRule) -> Places:
+        """The numbers: by name, the parameter and the place in it."""
+        return {**rule.constants, **(rule.slopes if self.slopes else {})}
+
+    def spread_in(self, round_: int) -> float:
+        """The standard deviation of a number in a round."""
+        return self.spread * max(self.narrowest, 0.9**round_)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one task with several values of the numbers, beside runs of the hand-made rule.
+
+    Attributes:
+        stage: "search" or "judge".
+        round: of the search.
+        number: of the task.
+        at: the best numbers so far.
+        spread: of those that are drawn about them; 0: none are.
+    """
+
+    stage: str
+    round: int
+    number: int
+    at: tuple[float, ...]
+    spread: float
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What tells jobs apart."""
+        return self.stage, self.round, self.number
+
+
+class Result(NamedTuple):
+    """Points ``[copies x runs][numbers]``, the changes that they made to the logs of losses, and what it took."""
+
+    name: str
+    steps: int
+    points: list[list[float]]
+    train: list[float]
+    held_out: list[float]
+    seconds: float
+
+
+class Results(Store[Runs, Result]):
+    """The file of finished runs."""
+
+    holds = "a file of runs of a search"
+
+    def take(self, record: dict[str, Any]) -> None:
+        stage, number, task = record["key"]
+        self.runs[stage, number, task] = Result(*(record[k] for k in Result._fields))
+
+    def record(self, job: Runs, result: Result) -> dict[str, Any]:
+        found = result._asdict() | {k: [round(x, 5) for x in getattr(result, k)] for k in ("train", "held_out")}
+        points = [[round(x, 5) for x in p] for p in result.points]
+        return {"key": list(job.key), **found, "points": points}
+
+    def describe(self, job: Runs, result: Result) -> str:
+        return f"{result.name}, {result.steps} steps: {result.seconds:.0f} s"
+
+
+def searched(
+    search: Search,
+    rounds_for: Callable[[float], int],
+    store: Results,
+    families: Families,
+    execute: Execute,
+    progress: JobProgress,
+    board: SummaryWriter,
+) -> tuple[float, ...]:
+    """The best numbers.
+
+    Args:
+        search: how.
+        rounds_for: how many rounds there are, of the processor seconds that the first took.
+        store: of finished runs; what is there is not made again.
+        families: where tasks come from.
+        execute: where runs are made.
+        progress: is told.
+        board: the same.
+    """
+    work = partial(made, search, families)
+    at, rounds, k = (0.0,) * len(search.places(RULES[RULE]())), 1, 0
+    done: list[tuple[Runs, Result]] = []
+    while k < rounds:
+        jobs = [Runs("search", k, i, at, search.spread_in(k)) for i in range(search.tasks)]
+        do_missing(f"round {k + 1}" + (f" of {rounds}" if k else ""), jobs, work, store, execute, progress)
+        here = [store.runs[j.key] for j in jobs]
+        if k == 0:
+            rounds = max(1, rounds_for(sum(r.seconds for r in here)))
+        k += 1
+        done += zip(jobs, here, strict=True)
+        mean, error = _at_the_best(search, here)
+        at, expected = _best(search, done)
+        board.add_scalar("change of the log of the final train loss", mean, k)
+        progress.say(
+            f"round {k} of {rounds}: log of the final train loss against the hand-made rule {mean:+.3f} +- {error:.3f} with "
+            f"the numbers found before; {expected:+.3f} expected with those found now"
+        )
+    return at
+
+
+def _at_the_best(search: Search, here: list[Result]) -> tuple[float, float]:
+    each = [sum(r.train[search.runs : 2 * search.runs]) / search.runs for r in here]  # of the second copy
+    return sum(each) / len(each), float(stats.sem(each)) if len(each) > 1 else math.nan
+
+
+def _best(search: Search, done: list[tuple[Runs, Result]]) -> tuple[tuple[float, ...], float]:
+    """The best numbers no farther from those of the last round than its runs were, and the change to expect."""
+    unit = search.spread
+    points = torch.tensor([p for _, r in done for p in r.points]) / unit
+    changes = torch.tensor([x for _, r in done for x in r.train])
+    task = torch.tensor([search.tasks * j.round + j.number for j, r in done for _ in r.points])
+    last = done[-1][0]
+    center = torch.tensor(last.at).double() / unit
+    reach, limit = search.reach * last.spread / unit, search.farthest / unit
+
+    def bounded(x: Tensor) -> Tensor:
+        return center + (x.clamp(-limit, limit) - center).clamp(-reach, reach)
+
+    point, value = Surface(points, changes, task, RIDGE, largest=1.0).lowest(bounded, points.shape[1])
+    return tuple((unit * point).tolist()), value
+
+
+# ------------------------------------------------------------------------------------------- runs of a task
+def made(search: Search, families: Families, job: Runs) -> Result:
+    """The runs of a job."""
+    start = time.process_time()
+    generator = generator_of(search.seed, f"search {job.stage}", (job.round, job.number))
+    known = families()
+    names = sorted(known)
+    task = known[names[(job.round * search.tasks + job.number) % len(names)]](generator)
+    steps = task.steps
+    if search.horizon is not None:
+        low, high = search.horizon
+        steps = int(low * (high / low) ** float(torch.rand((), generator=generator)))
+    rule = RULES[RULE]()
+    points = drawn(search, job, generator)
+    train, held_out = changes(rule, search.places(rule), task, steps, points, generator)
+    flat = points.transpose(0, 1).flatten(0, 1).tolist()
+    seconds = time.process_time() - start
+    return Result(task.name, steps, flat, train.flatten().tolist(), held_out.flatten().tolist(), seconds)
+
+
+def drawn(search: Search, job: Runs, generator: torch.Generator) -> Tensor:
+    """``[runs, copies, numbers]``: zero, the best so far, and others about these."""
+    at = torch.tensor(job.at)
+    runs, copies = (search.runs, search.copies) if job.spread else (JUDGED_RUNS, 2)
+    noise = job.spread * torch.randn(runs, copies, len(at), generator=generator)
+    noise *= torch.rand(noise.shape, generator=generator) < 0.5
+    points = (at + noise).clamp(-search.farthest, search.farthest)
+    points[:, 0], points[:, 1] = 0, at
+    return points
+
+
+@torch.no_grad()
+def changes(
+    rule: UpdateRule, places: Places, task: Task, steps: int, points: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What numbers make of the logs of final losses, against the first copy's.
+
+    Args:
+        rule: whose numbers.
+        places: of the numbers.
+        task: to train.
+        steps: of every run.
+        points: the numbers ``[runs, copies, numbers]``. The copies of a run have the same weights and batches.
+        generator: of these.
+
+    Returns:
+        Train (mean over the last tenth of the steps) and held-out, ``[copies, runs]`` each.
+    """
+    runs, copies = points.shape[:2]
+    rule.requires_grad_(False)
+    unroll = Unroll(task, rule, symmetry_of(task), (steps, steps), transform="log", floor=FLOOR)
+    theta = with_numbers(rule, places, points.transpose(0, 1).flatten(0, 1))
+    particles = unroll.init(runs * copies, generator, copies=copies, common=True)
+    after, trace = unroll(theta, particles, steps, generator, copies=copies, batched=True, resets=False)
+    batch = tuple(b.expand(runs * copies, *b.shape) for b in task.held_out())
+    ends = torch.stack([trace.loss[-max(1, steps // 10) :].mean(0), unroll.losses(after["params"], batch)])
+    ends = ends.view(2, copies, runs)
+    train, held_out = (ends - ends[:, :1]).unbind()
+    return train, held_out
+
+
+def with_numbers(rule: UpdateRule, places: Places, at: Tensor | tuple[float, ...]) -> Theta:
+    """The rule's theta with numbers at these values ``[numbers]``, or one for each row: ``[P, numbers]``."""
+    values = torch.as_tensor(at, dtype=torch.float32)
+    theta = {n: p.detach().expand(*values.shape[:-1], *p.shape).clone() for n, p in rule.named_parameters()}
+    for (name, index), value in zip(places.values(), values.unbind(-1), strict=True):
+        theta[name][(..., *index)] = value
+    return theta
