@@ -263,6 +263,8 @@ def hybrid() -> Recipe:
             "stream-regression": 1.0,
             "stream-cnn": 0.5,
             "stream-transformer": 0.5,
+            "stream-graph": 1.0,
+            "experts": 1.0,
         },
         estimator=CoolDown(),
         lengths=Lengths(every=30),
@@ -283,21 +285,6 @@ def hybrid() -> Recipe:
         validate_every=30,
         validation=("mlp-digits-relu", "mlp-photos-tanh", "autoencoder-photos", "cnn-digits-relu", "vit-digits"),
         validation_steps=300,
-    )
-
-
-def adapted(families: Iterable[str], outer_steps: int) -> Recipe:
-    """:func:`hybrid` on tasks of a user's families, all equally often."""
-    shares = dict.fromkeys(families, 1.0)
-    return replace(
-        hybrid(),
-        families=shares,
-        lengths=Lengths(every=max(1, outer_steps // 4)),  # four fits
-        workers=max(8, 2 * len(shares)),
-        tasks_per_step=2,
-        outer_steps=outer_steps,
-        validate_every=0,
-        validation=(),
     )
 
 

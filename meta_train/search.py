@@ -164,8 +164,8 @@ def searched(
         at, expected = _best(search, done)
         board.add_scalar("change of the log of the final train loss", mean, k)
         progress.say(
-            f"round {k} of {rounds}: log of the final train loss against the hand-made rule {mean:+.3f} +- {error:.3f} with "
-            f"the numbers found before; {expected:+.3f} expected with those found now"
+            f"round {k} of {rounds}: log of the final train loss against the hand-made rule {mean:+.3f} +- {error:.3f} "
+            f"with the numbers found before; {expected:+.3f} expected with those found now"
         )
     return at
 
@@ -258,5 +258,6 @@ def with_numbers(rule: UpdateRule, places: Places, at: Tensor | tuple[float, ...
     values = torch.as_tensor(at, dtype=torch.float32)
     theta = {n: p.detach().expand(*values.shape[:-1], *p.shape).clone() for n, p in rule.named_parameters()}
     for (name, index), value in zip(places.values(), values.unbind(-1), strict=True):
-        theta[name][(..., *index)] = value
+        place: tuple[Any, ...] = (..., *index)
+        theta[name][place] = value
     return theta

@@ -7,7 +7,8 @@ from torch import Tensor
 
 GROUPS = 20  # that the tasks are dealt to, of which one at a time is left out
 ROUNDS, CANDIDATES = 12, 2000  # of the search for the lowest point
-NEGLIGIBLE = 1e-4
+CAUTION = 2.0  # standard errors that are added to a change
+NEGLIGIBLE = 2e-3  # of a change
 
 
 def terms(x: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ class Surface:
     """Of changes ``[n]`` at points ``[n, d]``, by ridge regression.
 
     The lowest point of a fit to noisy runs is too low by as much as the noise allows. So the fit is made anew without
-    each group of tasks, and its standard error (jackknife) is added where a lowest point is looked for.
+    each group of tasks, and two of its standard errors (jackknife) are added where a lowest point is looked for.
 
     Args:
         points: zero is where nothing changes.
@@ -51,7 +52,7 @@ class Surface:
         return x @ self._whole, (spread * (n - 1) / n).sqrt()
 
     def lowest(self, bounded: Callable[[Tensor], Tensor], dimensions: int) -> tuple[Tensor, float]:
-        """The point ``[d]`` at which the change and its standard error together are lowest, zero if nowhere below zero.
+        """The point ``[d]`` at which the change and two standard errors are lowest in sum; zero if nowhere below zero.
 
         Args:
             bounded: puts points into the space that is searched.
@@ -66,13 +67,17 @@ class Surface:
             noise = torch.randn(CANDIDATES, dimensions, generator=generator, dtype=torch.float64)
             noise *= torch.rand(noise.shape, generator=generator) < 0.5 if k else 1
             candidates = bounded(best + noise * 0.6**k)
-            change, error = self(candidates)
-            lowest = int((change + error).argmin())
-            if float((change + error)[lowest]) < value:
-                best, value = candidates[lowest], float((change + error)[lowest])
+            sure = self._sure(candidates)
+            lowest = int(sure.argmin())
+            if float(sure[lowest]) < value:
+                best, value = candidates[lowest], float(sure[lowest])
         for i in best.nonzero()[:, 0].tolist():  # what does not help stays out
             without = bounded((best * (torch.arange(dimensions) != i))[None])
-            change, error = self(without)
-            if float(change + error) <= value + NEGLIGIBLE:
-                best, value = without[0], float(change + error)
+            change = float(self._sure(without))
+            if change <= value + NEGLIGIBLE:
+                best, value = without[0], change
         return best.float(), value
+
+    def _sure(self, points: Tensor) -> Tensor:
+        change, error = self(points)
+        return change + CAUTION * error

@@ -63,7 +63,8 @@ class Controlled(WhitenedPolar):
         tilt = torch.exp(self.of["tilt"] * (1 - 2 * clock.t / total_steps))
         for b, size in zip(layout.all, new["tensor"]["size"].split(layout.counts), strict=True):
             gain = torch.exp(self.of[role_of(b)]) * tilt
-            found[b.key] = Control(gain * torch.ones_like(size), torch.exp(self.of["fresh"]) * torch.ones_like(size), {})
+            ones = torch.ones_like(size)
+            found[b.key] = Control(gain * ones, torch.exp(self.of["fresh"]) * ones, {})
         return found
 
     def direction(self, b, g, own, beta1, size, control=None, in_place=False):
@@ -82,6 +83,7 @@ class Controlled(WhitenedPolar):
 
 
 def role_of(b):
+    """What a batch of tensors is to the network."""
     if not hasattr(b, "order") or b.factored or b.thin:
         return "rest"
     return "input" if b.order[-1] not in b.hidden else "output" if b.order[0] not in b.hidden else "hidden"
@@ -99,7 +101,7 @@ def drawn(generator, copies):
 
 @torch.no_grad()
 def measured(task, steps, generator, copies=COPIES, runs=RUNS, given=None):
-    """Controls ``[runs x copies, CONTROLS]``, and changes of the logs of train and held-out loss ``[runs x copies]``."""
+    """Controls ``[runs x copies, CONTROLS]``, and changes of the logs of train and held-out losses ``[2, ...]``."""
     rule = Controlled().requires_grad_(False)
     if given:
         copies = 1 + len(given)
@@ -118,6 +120,7 @@ def measured(task, steps, generator, copies=COPIES, runs=RUNS, given=None):
 
 
 def main():
+    """Make the runs that are missing."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--suite", choices=["TRAIN", "VALID"], default="TRAIN")
     parser.add_argument("--steps", type=int, default=300, help="at most; VALID's tasks say theirs")
@@ -154,6 +157,7 @@ def main():
 
 
 def layout_of(task):
+    """The batches of a task's network."""
     from learned_opt.batch_layout import batches_of
 
     return batches_of(symmetry_of(task), tuple(n for n, _ in task.model.named_parameters()), torch.device("cpu"))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from learned_opt.rules import RULES
-from learned_opt.rules.learned import CONTROLS, FEATURES
+from learned_opt import NFNOpt
+from learned_opt.checkpoint import load_weights
 from meta_train.__main__ import main
-from meta_train.adapt import Verdict, adapt, judge
+from meta_train.adapt import Verdict, adapt, verdict_of
 from meta_train.errors import UsageError
-from meta_train.recipes import adapted, fresh_rule
+from meta_train.search import Result, Search
 from tasks.task import Problem, mean_squared_error
 
 FILE = """
@@ -39,25 +39,7 @@ def squares(generator):
 
 
 FAMILIES = {"squares": squares}
-TOO_SHORT = torch.zeros(len(CONTROLS), len(FEATURES) + 8)  # steps
-TOO_SHORT[0, :4] = -9.0
-
-
-def verdict_of(theta, tasks=3):
-    recipe = adapted(FAMILIES, 4)
-    rule = fresh_rule(recipe, RULES)
-    return judge(recipe, rule, dict(rule.named_parameters()) | theta, FAMILIES, tasks)
-
-
-def test_the_hand_made_rule_is_no_better_than_itself():
-    verdict = verdict_of({})
-    assert (verdict.change, verdict.held_out) == pytest.approx((0.0, 0.0), abs=1e-3)  # but for rounding
-
-
-def test_steps_that_are_much_too_short_are_not_better():
-    verdict = verdict_of({"tensor_controls.weight": TOO_SHORT})
-    assert verdict.change > 0.1 and verdict.low < verdict.change < verdict.high
-    assert not verdict.better
+TINY = Search(tasks=3, copies=4, runs=2)
 
 
 def test_only_an_interval_below_zero_is_called_better():
@@ -65,9 +47,26 @@ def test_only_an_interval_below_zero_is_called_better():
     assert "NOT shown" in str(Verdict(-0.1, -0.25, 0.05, -0.1))
 
 
-def test_nothing_to_learn_from_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="families"):
-        adapt({}, tmp_path, 1.0)
+def test_a_verdict_is_of_pairs_of_runs():
+    each = ([0.0, 0.0, -0.1 + k, -0.3 + k] for k in (0.0, 0.02, -0.02))
+    results = [Result("a", 10, [], train, [0.0, 0.0, 0.1, 0.1], 1.0) for train in each]
+    verdict = verdict_of(results)
+    assert (verdict.change, verdict.held_out) == pytest.approx((-0.2, 0.1))
+    assert verdict.low < -0.2 < verdict.high and verdict.better
+
+
+def test_what_changes_nothing_is_not_called_better():
+    assert not verdict_of([Result("a", 10, [], [0.0] * 4, [0.0] * 4, 1.0)] * 3).better
+
+
+def test_what_cannot_be_learned_from_is_refused(tmp_path):
+    for families, minutes, workers, match in (
+        ({}, 1.0, 1, "families"),
+        (FAMILIES, 0.0, 1, "positive time"),
+        (FAMILIES, 1.0, 2, "from a file"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            adapt(families, tmp_path, minutes, workers=workers)
     empty = tmp_path / "empty.py"
     empty.write_text("x = 1\n")
     with pytest.raises(SystemExit, match="defines no families"):
@@ -75,20 +74,43 @@ def test_nothing_to_learn_from_is_refused(tmp_path):
 
 
 def test_a_run_is_not_gone_on_with_by_another_plan(tmp_path):
-    (tmp_path / "plan.json").write_text('{"minutes": 20.0, "seed": 0, "outer_steps": 9}')
-    for minutes, seed in ((5.0, 0), (20.0, 1)):
-        with pytest.raises(UsageError, match="begun with minutes=20 and seed=0"):
-            adapt(FAMILIES, tmp_path, minutes, seed)
+    (tmp_path / "plan.json").write_text(json.dumps({"minutes": 20.0, "workers": 1, "search": repr(Search())}))
+    for minutes, search in ((5.0, Search()), (20.0, Search(seed=1))):
+        with pytest.raises(UsageError, match="begun with minutes=20"):
+            adapt(FAMILIES, tmp_path, minutes, search)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    adapt(FAMILIES, tmp_path / "whole", 1e-6, TINY, say=lambda text: None)
+
+    def interrupt(text):
+        if "round 2 of 3" in text and "2/3]" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapt(FAMILIES, tmp_path / "parts", 1e-6, TINY, say=interrupt)
+    assert not (tmp_path / "parts" / "theta.safetensors").exists()
+    said = []
+    adapt(FAMILIES, tmp_path / "parts", 1e-6, TINY, say=said.append)
+    assert "round 2 of 3: 2 of 3 are already there" in said
+    whole, parts = (load_weights(tmp_path / k / "theta.safetensors")[1] for k in ("whole", "parts"))
+    assert whole["tensor_controls.weight"].any() and all(torch.equal(whole[n], parts[n]) for n in whole)
+    assert (tmp_path / "whole" / "verdict.json").read_text() == (tmp_path / "parts" / "verdict.json").read_text()
+
+
+def test_what_was_learned_is_a_rule_of_the_optimizer(tmp_path):
+    adapt(FAMILIES, tmp_path, 1e-6, TINY, say=lambda text: None)
+    optimizer = NFNOpt(MODEL, rule=tmp_path / "theta.safetensors", total_steps=20)
+    assert optimizer.rule.tensor_controls.weight.any()
 
 
 @pytest.mark.slow
-def test_the_command_learns_judges_and_goes_on(tmp_path, capsys):
-    file, out = tmp_path / "mine.py", tmp_path / "out"
+def test_the_command_learns_and_judges_with_any_number_of_workers(tmp_path, capsys):
+    file = tmp_path / "mine.py"
     file.write_text(FILE)
-    main(["adapt", str(file), "--minutes", "0.2", "--out", str(out)])
-    said = capsys.readouterr().out
-    assert "Better than the default" in said or "NOT shown" in said
-    first = json.loads((out / "verdict.json").read_text())
-    assert (out / "theta.safetensors").exists() and -2 < first["change"] < 2
-    main(["adapt", str(file), "--minutes", "0.2", "--out", str(out)])  # all is done: the same verdict
-    assert json.loads((out / "verdict.json").read_text()) == first
+    for workers in ("1", "2"):
+        main(["adapt", str(file), "--minutes", "1e-6", "--workers", workers, "--out", str(tmp_path / workers)])
+        said = capsys.readouterr().out
+        assert "Better than the default" in said or "NOT shown" in said
+    one, two = (load_weights(tmp_path / k / "theta.safetensors")[1] for k in ("1", "2"))
+    assert all(torch.equal(one[n], two[n]) for n in one)

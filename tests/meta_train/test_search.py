@@ -1,0 +1,101 @@
+"""Whole runs with numbers of theta changed, and the search for the best ones."""
+
+import pytest
+import torch
+from torch import nn
+
+from learned_opt.rules import RULES
+from meta_train.search import Result, Results, Runs, Search, changes, drawn, made, with_numbers
+from tasks.task import Problem
+
+RULE = RULES["learned"]().requires_grad_(False)
+ALL = Search(slopes=True).places(RULE)
+
+
+class Network(nn.Module):
+    """A matrix of every role, a thin one, and vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(8, 12), nn.Linear(12, 12), nn.LayerNorm(12)
+        self.c, self.thin = nn.Linear(12, 6), nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = self.norm(self.b(self.a(x).relu()).relu())
+        return torch.cat([self.c(x), self.thin(x)], -1)
+
+
+def sample(generator, count):
+    x = torch.rand(count, 8, generator=generator)
+    return x, x.square()
+
+
+def loss(model, x, y):
+    return (model(x) - y).square().mean()
+
+
+FAMILIES = {"squares": lambda generator: Problem("squares", Network, sample, loss, batch_size=16, steps=20)}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_every_number_has_a_place_of_its_own():
+    assert len({(name, index) for name, index in ALL.values()}) == len(ALL) > len(Search().places(RULE)) > 5
+    theta = dict(RULE.named_parameters())
+    for name, index in ALL.values():
+        assert float(theta[name][index]) == 0
+
+
+def test_numbers_go_to_their_places_alone():
+    at = torch.randn(3, len(ALL), generator=seeded())
+    theta = with_numbers(RULE, ALL, at)
+    for (name, index), column in zip(ALL.values(), at.T, strict=True):
+        assert torch.equal(theta[name][(slice(None), *index)], column)
+    none = with_numbers(RULE, ALL, torch.zeros(len(ALL)))
+    assert all(torch.equal(none[n], p.detach()) for n, p in RULE.named_parameters())
+
+
+def test_zero_is_the_hand_made_rule_and_copies_are_paired():
+    task = FAMILIES["squares"](seeded())
+    places = Search().places(RULE)
+    points = torch.zeros(2, 3, len(places))
+    points[:, 2, list(places).index("gain: matrix")] = -1.5  # steps of 0.4 of the size
+    train, held_out = changes(RULE, places, task, 40, points, seeded(1))
+    assert train.shape == held_out.shape == (3, 2)
+    assert not train[0].any() and train[1].abs().max() < 1e-3  # but for rounding
+    assert train[2].mean() > 0.1 and train[2].abs().min() > 1e-2
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if "embedding" not in n])  # the network has none
+def test_every_number_does_something(name):
+    task = FAMILIES["squares"](seeded())
+    points = torch.zeros(1, 2, len(ALL))
+    points[:, 1, list(ALL).index(name)] = 1.0
+    train, held_out = changes(RULE, ALL, task, 60, points, seeded(1))
+    assert held_out[1].abs() > 1e-4
+
+
+def test_points_are_drawn_about_the_best_so_far():
+    search, at = Search(copies=400), tuple([0.3] * 11)
+    points = drawn(search, Runs("search", 1, 0, at, 0.1), seeded())
+    assert not points[:, 0].any()
+    assert torch.equal(points[:, 1], torch.tensor([at, at]))
+    others = points[:, 2:].flatten(0, 1) - 0.3
+    assert others.mean().abs() < 0.01 and others.std() == pytest.approx(0.1 / 2**0.5, rel=0.1)
+    judged = drawn(search, Runs("judge", 0, 0, at, 0.0), seeded())
+    assert judged.shape == (2, 2, 11) and not judged[:, 0].any() and (judged[:, 1] == torch.tensor(at)).all()
+
+
+def test_a_job_is_the_same_wherever_it_is_made():
+    search, job = Search(copies=3, runs=1, horizon=(5, 9)), Runs("search", 2, 1, (0.1,) * 11, 0.2)
+    one, two = (made(search, lambda: FAMILIES, job) for _ in range(2))
+    assert one[:5] == two[:5] and 5 <= one.steps <= 9
+    assert made(search, lambda: FAMILIES, Runs("search", 3, 1, (0.1,) * 11, 0.2)).points != one.points
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    job, result = Runs("search", 0, 1, (), 0.1), Result("a", 10, [[0.5, 0.25]], [-0.5], [0.125], 2.0)
+    Results(tmp_path / "runs.jsonl").add(job, result)
+    assert Results(tmp_path / "runs.jsonl").runs == {job.key: result}
