@@ -22,9 +22,11 @@ A unit whose written weights are all zero (a zero-initialised gain and bias) kee
 its scale only together with the scales of what that writes, which the walk needs first. Such a unit is constant.
 
 A label keeps potential 1 where some of its tensors are not given: frozen ones that the optimizer does not have. The
-others would tell another scale (adapters beside frozen weights begin at zero, and grow: experiments, 50).
+others would tell another scale (adapters beside frozen weights begin at zero, and grow: experiments, 50). So does one
+that only tensors with another unknown one write (a gain with a scale on each of its axes): a warning says so.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +42,7 @@ from learned_opt.symmetry import Spec, Symmetry
 from learned_opt.symmetry.axes import leaves_of
 from learned_opt.symmetry.labels import is_statistic
 
+logger = logging.getLogger(__name__)
 SWEEPS = 3  # from the walk's start, labels that share a tensor one after the other
 
 
@@ -179,7 +182,12 @@ def _plan(key: ByIdentity, names: tuple[str, ...], own: tuple[str, ...], device:
         some = {n: use for n, use in ready.items() if use}
         reached = {n: use for n, use in some.items() if len(use) == len(writers[n])} or some
         if not reached:
-            break  # never written from known units (a cycle): stays at potential 1
+            logger.warning(
+                "The scales of %s are not seen: nothing writes one of them alone, so no weights tell it. Their units' "
+                "potentials are 1. Training goes on, but steps depend on how these units are scaled.",
+                ", ".join(waiting),
+            )
+            break
         walk.append(_visit(layout, here, label_of, reached, only_in=True))
         known |= set(reached)
         waiting = [n for n in waiting if n not in reached]

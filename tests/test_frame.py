@@ -360,6 +360,21 @@ def test_a_label_twice_in_one_tensor():
     assert potentials(alone, {"r": params["r"]}).isfinite().all()
 
 
+def test_scales_that_no_weights_tell_are_named(caplog):
+    """A gain of a norm, with a scale on each of its axes: together they are known, apart they are not."""
+    a, b = (Leaf(n, k, ((k, 1),)) for n, k in ((3, "rows"), (4, "columns")))
+    read = Leaf(3, "rows", (("rows", -1),))
+    specs = {"gain": Spec((a, b), ("out", "out")), "w": Spec((Leaf(2), read), ("out", "in"))}
+    scales = {k: Scale("positive", n, k) for n, k in ((3, "rows"), (4, "columns"))}
+    symmetry = Symmetry(specs, {"rows": Label(3), "columns": Label(4)}, scales)
+    params = {n: torch.rand(s.shape) for n, s in specs.items()}
+    assert not potentials(symmetry, params).any()
+    assert "scales of rows, columns are not seen" in caplog.text
+    caplog.clear()
+    potentials(recurrent(), {n: torch.rand(s.shape) for n, s in recurrent().specs.items()})
+    assert not caplog.text
+
+
 @every_model
 @pytest.mark.parametrize("zero", [False, True])
 def test_gradients_through_the_potentials_are_finite(kind, zero):
