@@ -15,7 +15,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from learned_opt.rules import auto_lr, whitened_polar
+from learned_opt.batch_layout import batches_of
+from learned_opt.rules import whitened_polar
+from learned_opt.rules.clock import when
 from learned_opt.rules.slots import norm_of
 from learned_opt.rules.whitened_polar import Control, WhitenedPolar, matrix_direction
 from meta_train.symmetries import symmetry_of
@@ -50,27 +52,23 @@ class Controlled(WhitenedPolar):
 
     def forward(self, *args, **kwargs):
         self.of = dict(zip(CONTROLS, self.c.unbind(), strict=True))
-        longer = torch.exp(-self.of["momentum"])
-        usual = auto_lr.beta1
-        with (
-            patch.object(auto_lr, "beta1", lambda t, slope: 1 - (1 - usual(t, slope)) * longer),
-            patch.object(whitened_polar, "matrix_direction", self.direction),
-        ):
+        with patch.object(whitened_polar, "matrix_direction", self.direction):
             return super().forward(*args, **kwargs)
 
+    def momentum(self, measured, network):
+        return 1 - (1 - measured) * torch.exp(-self.of["momentum"])
+
     def controls(self, layout, params, g, new, clock, total_steps):
-        found = {}
-        tilt = torch.exp(self.of["tilt"] * (1 - 2 * clock.t / total_steps))
-        for b, size in zip(layout.all, new["tensor"]["size"].split(layout.counts), strict=True):
-            gain = torch.exp(self.of[role_of(b)]) * tilt
-            ones = torch.ones_like(size)
-            found[b.key] = Control(gain * ones, torch.exp(self.of["fresh"]) * ones, {})
-        return found
+        tensor = new["tensor"]
+        gain = torch.exp(self.of["tilt"] * (1 - 2 * clock.t / total_steps))
+        gain = torch.cat([gain * torch.exp(self.of[role_of(b)]).expand(len(b.names)) for b in layout.all])
+        tensor["size"] = when(clock.frame, tensor["size"] * gain, tensor["size"])
+        fresh, bias = (torch.exp(self.of[k])[None] for k in ("fresh", "bias"))
+        each = zip(layout.all, layout.counts, strict=True)
+        return {b.key: Control(fresh.expand(n), bias.expand(n), {}) for b, n in each}
 
     def direction(self, b, g, own, beta1, size, control=None, in_place=False):
         d = matrix_direction(b, g, own, beta1, size, control, False)
-        if b.biases:
-            d = torch.cat([d[..., :-1], d[..., -1:] * torch.exp(self.of["bias"])], -1)
         norm = norm_of(d)
         d = d * (1 - self.of["cautious"] * (d * g > 0))
         return d * (norm / norm_of(d))
@@ -158,8 +156,6 @@ def main():
 
 def layout_of(task):
     """The batches of a task's network."""
-    from learned_opt.batch_layout import batches_of
-
     return batches_of(symmetry_of(task), tuple(n for n, _ in task.model.named_parameters()), torch.device("cpu"))
 
 
