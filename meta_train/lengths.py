@@ -21,7 +21,6 @@ from meta_train.unroll import Unroll
 Theta = dict[str, Tensor]
 
 LEFT_OUT = 0.3  # probability that a factor is 0
-RIDGE = 0.3
 LARGEST = 0.5  # changes beyond count as this: a run that fails must not decide
 
 
@@ -120,5 +119,5 @@ def best_factors(pairs: list[Pairs]) -> tuple[Tensor, float]:
     """
     task = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(p.changes) for p in pairs]))
     factors = torch.cat([p.factors for p in pairs])
-    surface = Surface(factors, torch.cat([p.changes for p in pairs]), task, RIDGE, LARGEST)
+    surface = Surface(factors, torch.cat([p.changes for p in pairs]), task, LARGEST)
     return surface.lowest(lambda c: c.clamp(0, 1), factors.shape[1])

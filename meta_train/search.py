@@ -30,7 +30,7 @@ from tasks.task import Task, TaskFamily
 
 RULE = "learned"
 JUDGED_RUNS = 2  # pairs of runs of a task
-RIDGE = 1.0
+MOVED = 0.5  # share of the numbers that differ from the best so far
 FLOOR = 1e-5  # losses below it, relative to a task's ceiling, count as it
 
 Families = Callable[[], Mapping[str, TaskFamily]]
@@ -49,7 +49,7 @@ class Search:
         runs: weights and batches of a task.
         spread: standard deviation of a number in the first round.
         narrowest: that in late rounds, relative to ``spread``.
-        reach: times the spread, the largest change of a number between two rounds.
+        reach: the largest distance between the best numbers of two rounds, relative to that of random ones.
         farthest: a number from zero.
         slopes: whether ``UpdateRule.slopes`` are searched too.
         horizon: lowest and highest number of steps, drawn log-uniformly; None: the task's own.
@@ -61,7 +61,7 @@ class Search:
     runs: int = 2
     spread: float = 0.4
     narrowest: float = 0.5
-    reach: float = 2.0
+    reach: float = 1.0
     farthest: float = 1.5
     slopes: bool = False
     horizon: tuple[int, int] | None = None
@@ -181,14 +181,17 @@ def _best(search: Search, done: list[tuple[Runs, Result]]) -> tuple[tuple[float,
     points = torch.tensor([p for _, r in done for p in r.points]) / unit
     changes = torch.tensor([x for _, r in done for x in r.train])
     task = torch.tensor([search.tasks * j.round + j.number for j, r in done for _ in r.points])
+    run = search.runs * task + torch.tensor([i % search.runs for _, r in done for i in range(len(r.points))])
     last = done[-1][0]
     center = torch.tensor(last.at).double() / unit
-    reach, limit = search.reach * last.spread / unit, search.farthest / unit
+    limit = search.farthest / unit
+    reach = search.reach * last.spread / unit * (len(center) * MOVED) ** 0.5
 
     def bounded(x: Tensor) -> Tensor:
-        return center + (x.clamp(-limit, limit) - center).clamp(-reach, reach)
+        step = x.clamp(-limit, limit) - center
+        return center + step * (reach / torch.linalg.vector_norm(step, dim=-1, keepdim=True)).clamp(max=1.0)
 
-    point, value = Surface(points, changes, task, RIDGE, largest=1.0).lowest(bounded, points.shape[1])
+    point, value = Surface(points, changes, task, largest=1.0, run=run).lowest(bounded, points.shape[1])
     return tuple((unit * point).tolist()), value
 
 
@@ -217,7 +220,7 @@ def drawn(search: Search, job: Runs, generator: torch.Generator) -> Tensor:
     at = torch.tensor(job.at)
     runs, copies = (search.runs, search.copies) if job.spread else (JUDGED_RUNS, 2)
     noise = job.spread * torch.randn(runs, copies, len(at), generator=generator)
-    noise *= torch.rand(noise.shape, generator=generator) < 0.5
+    noise *= torch.rand(noise.shape, generator=generator) < MOVED
     points = (at + noise).clamp(-search.farthest, search.farthest)
     points[:, 0], points[:, 1] = 0, at
     return points

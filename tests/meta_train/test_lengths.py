@@ -29,7 +29,8 @@ def random_theta(rule, seed=0):
 
 def pairs(change, n=400):
     c = torch.rand(n, 2, generator=seeded(1)) * (torch.rand(n, 2, generator=seeded(2)) > 0.3)
-    return [Pairs(c, change(c) + 0.02 * torch.randn(n, generator=seeded(3)))]
+    changes = change(c) + 0.02 * torch.randn(n, generator=seeded(3))
+    return [Pairs(*own) for own in zip(c.chunk(8), changes.chunk(8), strict=True)]  # of eight tasks
 
 
 @pytest.mark.parametrize(
