@@ -66,7 +66,8 @@ def main():
         rows.append(row)
         with args.out.open("a") as f:
             f.write(json.dumps(row) + "\n")
-        told = " ".join(f"{x:+.3f}/{y:+.3f}" for x, y in zip(train.mean(1).tolist(), held.mean(1).tolist(), strict=True))
+        means = zip(train.mean(1).tolist(), held.mean(1).tolist(), strict=True)
+        told = " ".join(f"{x:+.3f}/{y:+.3f}" for x, y in means)
         print(f"{name:28} {length} {told}  {row['seconds']} s", flush=True)
     for length in args.lengths:
         for i, path in enumerate(args.thetas):
