@@ -175,10 +175,11 @@ class NFNOpt(torch.optim.Optimizer):
         return None if self._binding.known == "infer" else self._bind()[1]
 
     def report(self) -> Report:
-        """What the last step told each tensor to do, and why (its strongest features); ``print`` it for a table.
+        """What each tensor is told to do, and why (its strongest features); ``print`` it for a table.
 
         Raises:
-            RuntimeError: before the first step; of parameters of ``fully_shard``; of rules without such a state.
+            RuntimeError: before the first step, or the first after loading; of parameters of ``fully_shard``; of rules
+                without such a state.
         """
         buffers = () if self._stepper.sharded else self._stepper.buffers.values()
         return report_of(self.rule, buffers, self.param_groups[0]["total_steps"])

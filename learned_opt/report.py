@@ -1,4 +1,4 @@
-"""What an optimizer told each of its tensors to do at the last step, and why: ``NFNOpt.report()``."""
+"""What an optimizer tells each of its tensors to do, and why: ``NFNOpt.report()``."""
 
 import math
 from collections.abc import Iterable
@@ -24,10 +24,11 @@ class TensorReport(NamedTuple):
         name: the symmetry's.
         shape: of the tensor.
         kind: "matrix" (polar steps), "thin matrix", "embedding" or "vector".
-        step: RMS of an entry of the last step that was kept, at ``lr=1``, in the frame.
+        step: RMS of an entry of the last step that was kept (of the last five), at ``lr=1``, in the frame.
         size: the step's size relative to that of its kind, less where weights are small; with the gain, if it has one.
         controls: of a learned rule, those that this tensor heeds, by name: factors, 1 where they change nothing.
-        reasons: by control, what each feature adds to its logarithm before it is bounded, the strongest first.
+        reasons: by control, what each feature adds to its logarithm before that is bounded, the strongest first; "rest"
+            is the NFN's share, and what has changed since the control was set, up to ten steps ago.
     """
 
     name: str
@@ -40,7 +41,7 @@ class TensorReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Of all tensors that have made a step; :func:`str` makes a table of it.
+    """Of all tensors that have moved; :func:`str` makes a table of it.
 
     Attributes:
         numbers: of the network: steps done, the rate, the momentum's decay rate, and what was measured.
@@ -78,7 +79,10 @@ def report_of(rule: UpdateRule, buffers: Iterable[Buffers], total_steps: Number 
         numbers = numbers or _numbers(state)
         tensors += _tensors(rule, own, total_steps)
     if not tensors:
-        raise RuntimeError("Nothing to report: no step was taken by this process, or its parameters are sharded.")
+        raise RuntimeError(
+            "Nothing to report: no step was taken since this optimizer was made or loaded, or its parameters are "
+            "sharded."
+        )
     return Report(numbers, tensors)
 
 
@@ -107,15 +111,16 @@ def _tensors(rule: UpdateRule, buffers: Buffers, total_steps: Number | None) -> 
         heeded = [k for k in controls if k == "gain" or (isinstance(b, TensorBatch) and b.is_matrix)]
         heeded = [k for k in heeded if k != "bias" or (isinstance(b, TensorBatch) and b.biases)]
         for k, name in enumerate(b.names):
-            yield TensorReport(
-                name,
-                b.shapes[k] if isinstance(b, FlatBatch) else b.shape,
-                _kind(b),
-                float(rms[i]),
-                float(tensor["size"][i]),
-                {c: float(controls[c][i]) for c in heeded},
-                {c: _sorted(reasons[c][i]) for c in heeded if c in reasons},
-            )
+            if tensor["step"][i] > 0:
+                yield TensorReport(
+                    name,
+                    b.shapes[k] if isinstance(b, FlatBatch) else b.shape,
+                    _kind(b),
+                    float(rms[i]),
+                    float(tensor["size"][i]),
+                    {c: float(controls[c][i]) for c in heeded},
+                    {c: _sorted(reasons[c][i]) for c in heeded if c in reasons},
+                )
             i += 1
 
 
@@ -126,7 +131,7 @@ def _kind(b: TensorBatch | FlatBatch) -> str:
 
 
 def _sorted(added: Tensor) -> dict[str, float]:
-    found = zip([*FEATURES, "NFN"], added.tolist(), strict=True)
+    found = zip([*FEATURES, "rest"], added.tolist(), strict=True)
     return dict(sorted(found, key=lambda f: -abs(f[1])))
 
 

@@ -92,9 +92,8 @@ def adapt(file: str, /, minutes: float = 20.0, workers: int = 1, out: Path | Non
         out: folder of the run; runs/adapt-FILE if not given.
         seed: of everything.
     """
-    families = _defined(file, "families")["families"]
-    if not (isinstance(families, dict) and families and all(callable(v) for v in families.values())):
-        _fail(f"families in {file} must be a dict of functions by name (see docs/meta_training.md).")
+    if not Path(file).is_file():
+        _fail(f"there is no file {file}.")
     out = Path("runs") / f"adapt-{Path(file).stem}" if out is None else out
     _folder(out)
     from meta_train.adapt import adapt

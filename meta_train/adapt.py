@@ -1,9 +1,10 @@
 """Learning on a user's own tasks, and saying whether it paid on tasks that were not learned from."""
 
 import json
+import math
 import runpy
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,13 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from learned_opt.checkpoint import save_weights, write_atomically
 from learned_opt.rules import RULES
-from meta_train.bench.jobs import do_missing, job_progress, pool
+from meta_train.bench.jobs import do_missing, job_progress, pool, short_hash
 from meta_train.errors import UsageError
 from meta_train.processes import under_torchrun
 from meta_train.search import JUDGED_RUNS, RULE, Result, Results, Runs, Search, made, searched, with_numbers
 from tasks.task import TaskFamily
 
-JUDGED = 12  # fresh tasks
+JUDGED = 12  # fresh tasks, or one of each family
 FEWEST, MOST = 3, 60  # rounds
 SHARE = 0.85  # of the time goes into the search
 
@@ -69,7 +70,7 @@ def adapt(
     """Search numbers of the learned rule on these families (:mod:`meta_train.search`), and judge on fresh tasks.
 
     ``out`` receives ``theta.safetensors``, ``runs.jsonl``, ``verdict.json`` and ``tensorboard/``. The same call goes on
-    after an interruption. The number of workers changes nothing but the time.
+    after an interruption. More workers make more rounds in the same time.
 
     Args:
         source: families by name, or the file that defines them, which several workers need.
@@ -85,22 +86,29 @@ def adapt(
     """
     search = Search() if search is None else search
     families = Loaded(source)
-    if not families() or minutes <= 0 or workers < 1:
-        raise UsageError("adapt needs task families (a dict named families in the file), a positive time and a worker.")
+    known = families()
+    if not isinstance(known, Mapping) or not known or not all(callable(v) for v in known.values()):
+        raise UsageError(
+            "adapt needs families: a dict of functions by name, in a file under that name (docs/meta_training.md)."
+        )
+    if not 0 < minutes < math.inf or workers < 1:
+        raise UsageError("adapt needs a positive time and at least one worker.")
     if under_torchrun():
         raise UsageError("adapt starts its own processes. Start it without torchrun, with --workers.")
     if workers > 1 and not isinstance(source, Path):
         raise UsageError("Several workers read the families from a file. Pass its path, or one worker.")
     out.mkdir(parents=True, exist_ok=True)
-    plan = {"minutes": minutes, "workers": workers, "search": repr(search)}
+    told = short_hash(source.read_text()) if isinstance(source, Path) else ""
+    plan = {"minutes": minutes, "workers": workers, "search": repr(search), "families": [*sorted(known), told]}
     seconds = _planned(out / "plan.json", plan) * 60 * SHARE
     rule = RULES[RULE]()
     places = search.places(rule)
     store = Results(out / "runs.jsonl")
     with (
+        _one_thread(),
         pool(workers) as execute,
         job_progress(say) as progress,
-        closing(SummaryWriter(str(out / "tensorboard"))) as board,
+        closing(SummaryWriter(str(out / "tensorboard"), purge_step=0)) as board,
     ):
         at = searched(
             search,
@@ -112,15 +120,18 @@ def adapt(
             board,
         )
         path = out / "theta.safetensors"
-        told = {k: round(v, 4) for k, v in zip(places, at, strict=True)}
-        provenance = {"families": sorted(families()), "search": repr(search), "numbers": told}
+        numbers = dict(zip(places, at, strict=True))
+        provenance = {"families": sorted(known), "search": repr(search), "numbers": numbers}
         save_weights(path, RULE, with_numbers(rule, places, at), provenance)
-        jobs = [Runs("judge", 0, k, at, 0.0) for k in range(JUDGED)]
+        if not any(at):
+            progress.say("No numbers were found that are better for sure. Keep the default.")
+        jobs = [Runs("judge", 0, k, at, 0.0) for k in range(max(JUDGED, len(known)) if any(at) else 0)]
         judged = replace(search, horizon=None)
         do_missing("judging on fresh tasks", jobs, partial(made, judged, families), store, execute, progress)
-        verdict = verdict_of([store.runs[j.key] for j in jobs])
+        verdict = verdict_of([store.runs[j.key] for j in jobs]) if jobs else Verdict(0.0, 0.0, 0.0, 0.0)
         write_atomically(out / "verdict.json", json.dumps(verdict._asdict() | {"better": verdict.better}).encode())
-        progress.say("Found (in units of tanh's argument): " + ", ".join(f"{k} {v:+.2f}" for k, v in told.items()))
+        found = ", ".join(f"{k} {v:+.2f}" for k, v in numbers.items() if v)
+        progress.say(f"Found (arguments of tanh): {found or 'nothing'}")
         progress.say(str(verdict))
         if verdict.better:
             progress.say(f"Use it: NFNOpt(model.parameters(), rule={str(path)!r}, total_steps=...)")
@@ -134,7 +145,8 @@ def verdict_of(results: list[Result]) -> Verdict:
         for xs in zip(*((r.train, r.held_out) for r in results), strict=True)
     )
     mean = sum(trains) / len(trains)
-    low, high = stats.t.interval(0.95, len(trains) - 1, mean, stats.sem(trains)) if any(trains) else (mean, mean)
+    error = float(stats.sem(trains))
+    low, high = stats.t.interval(0.95, len(trains) - 1, mean, error) if error > 0 else (mean, mean)
     return Verdict(mean, float(low), float(high), sum(helds) / len(helds))
 
 
@@ -157,14 +169,26 @@ def _planned(path: Path, plan: dict[str, object]) -> float:
     """Processor minutes that the run in this folder was begun with.
 
     Raises:
-        UsageError: it was begun with another plan. The number of workers may change.
+        UsageError: it was begun with another plan, or that cannot be read. The number of workers may change.
     """
     if not path.exists():
         write_atomically(path, json.dumps(plan).encode())
-    begun = json.loads(path.read_text())
-    if {k: v for k, v in begun.items() if k != "workers"} != {k: v for k, v in plan.items() if k != "workers"}:
-        raise UsageError(
-            f"{path.parent} was begun with minutes={begun['minutes']:g} and {begun['search']}. Use these, or another "
-            "folder."
-        )
-    return begun["minutes"] * begun["workers"]
+    try:
+        begun = json.loads(path.read_text())
+        workers = begun["workers"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is no plan of this version. Use another folder.") from None
+    other = [f"{k}: {begun.get(k)}, not {plan[k]}" for k in plan if k != "workers" and begun.get(k) != plan[k]]
+    if other:
+        raise UsageError(f"{path.parent} was begun otherwise ({'; '.join(other)}). Use another folder.")
+    return begun["minutes"] * workers
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -21,7 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
-from meta_train.bench.jobs import Execute, JobProgress, Store, do_missing
+from meta_train.bench.jobs import Execute, JobProgress, Store, do_missing, short_hash
+from meta_train.errors import UsageError
 from meta_train.surface import Surface
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
@@ -30,6 +31,7 @@ from tasks.task import Task, TaskFamily
 
 RULE = "learned"
 JUDGED_RUNS = 2  # pairs of runs of a task
+LARGEST = 1.0  # changes beyond count as this
 MOVED = 0.5  # share of the numbers that differ from the best so far
 FLOOR = 1e-5  # losses below it, relative to a task's ceiling, count as it
 
@@ -95,9 +97,9 @@ class Runs:
     spread: float
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> tuple[str, int, int, str]:
         """What tells jobs apart."""
-        return self.stage, self.round, self.number
+        return self.stage, self.round, self.number, short_hash(self.at, self.spread)
 
 
 class Result(NamedTuple):
@@ -117,13 +119,10 @@ class Results(Store[Runs, Result]):
     holds = "a file of runs of a search"
 
     def take(self, record: dict[str, Any]) -> None:
-        stage, number, task = record["key"]
-        self.runs[stage, number, task] = Result(*(record[k] for k in Result._fields))
+        self.runs[tuple(record["key"])] = Result(*(record[k] for k in Result._fields))
 
     def record(self, job: Runs, result: Result) -> dict[str, Any]:
-        found = result._asdict() | {k: [round(x, 5) for x in getattr(result, k)] for k in ("train", "held_out")}
-        points = [[round(x, 5) for x in p] for p in result.points]
-        return {"key": list(job.key), **found, "points": points}
+        return {"key": list(job.key), **result._asdict()}
 
     def describe(self, job: Runs, result: Result) -> str:
         return f"{result.name}, {result.steps} steps: {result.seconds:.0f} s"
@@ -161,7 +160,7 @@ def searched(
         k += 1
         done += zip(jobs, here, strict=True)
         mean, error = _at_the_best(search, here)
-        at, expected = _best(search, done)
+        at, expected = best_of(search, done)
         board.add_scalar("change of the log of the final train loss", mean, k)
         progress.say(
             f"round {k} of {rounds}: log of the final train loss against the hand-made rule {mean:+.3f} +- {error:.3f} "
@@ -175,8 +174,8 @@ def _at_the_best(search: Search, here: list[Result]) -> tuple[float, float]:
     return sum(each) / len(each), float(stats.sem(each)) if len(each) > 1 else math.nan
 
 
-def _best(search: Search, done: list[tuple[Runs, Result]]) -> tuple[tuple[float, ...], float]:
-    """The best numbers no farther from those of the last round than its runs were, and the change to expect."""
+def best_of(search: Search, done: list[tuple[Runs, Result]]) -> tuple[tuple[float, ...], float]:
+    """The best numbers no farther from those of the last round than its runs were, or zero; the change to expect."""
     unit = search.spread
     points = torch.tensor([p for _, r in done for p in r.points]) / unit
     changes = torch.tensor([x for _, r in done for x in r.train])
@@ -191,8 +190,8 @@ def _best(search: Search, done: list[tuple[Runs, Result]]) -> tuple[tuple[float,
         step = x.clamp(-limit, limit) - center
         return center + step * (reach / torch.linalg.vector_norm(step, dim=-1, keepdim=True)).clamp(max=1.0)
 
-    point, value = Surface(points, changes, task, largest=1.0, run=run).lowest(bounded, points.shape[1])
-    return tuple((unit * point).tolist()), value
+    point, value = Surface(points, changes, task, largest=LARGEST, run=run).lowest(bounded, points.shape[1])
+    return tuple(_rounded(unit * point)), value
 
 
 # ------------------------------------------------------------------------------------------- runs of a task
@@ -202,7 +201,10 @@ def made(search: Search, families: Families, job: Runs) -> Result:
     generator = generator_of(search.seed, f"search {job.stage}", (job.round, job.number))
     known = families()
     names = sorted(known)
-    task = known[names[(job.round * search.tasks + job.number) % len(names)]](generator)
+    family = names[(job.round * search.tasks + job.number) % len(names)]
+    task = known[family](generator)
+    if not hasattr(task, "batches"):
+        raise UsageError(f"The family {family!r} draws no task but {task!r}. See docs/meta_training.md.")
     steps = task.steps
     if search.horizon is not None:
         low, high = search.horizon
@@ -210,9 +212,14 @@ def made(search: Search, families: Families, job: Runs) -> Result:
     rule = RULES[RULE]()
     points = drawn(search, job, generator)
     train, held_out = changes(rule, search.places(rule), task, steps, points, generator)
-    flat = points.transpose(0, 1).flatten(0, 1).tolist()
+    flat = [_rounded(p) for p in points.transpose(0, 1).flatten(0, 1)]
     seconds = time.process_time() - start
-    return Result(task.name, steps, flat, train.flatten().tolist(), held_out.flatten().tolist(), seconds)
+    return Result(task.name, steps, flat, _rounded(train.flatten()), _rounded(held_out.flatten()), round(seconds, 2))
+
+
+def _rounded(x: Tensor) -> list[float]:
+    """As it is stored, so that a run that goes on sees what it saw before."""
+    return [round(v, 5) for v in x.nan_to_num(nan=LARGEST, posinf=LARGEST, neginf=-LARGEST).tolist()]
 
 
 def drawn(search: Search, job: Runs, generator: torch.Generator) -> Tensor:
@@ -221,7 +228,7 @@ def drawn(search: Search, job: Runs, generator: torch.Generator) -> Tensor:
     runs, copies = (search.runs, search.copies) if job.spread else (JUDGED_RUNS, 2)
     noise = job.spread * torch.randn(runs, copies, len(at), generator=generator)
     noise *= torch.rand(noise.shape, generator=generator) < MOVED
-    points = (at + noise).clamp(-search.farthest, search.farthest)
+    points = ((at + noise).clamp(-search.farthest, search.farthest) * 1e5).round() / 1e5  # as they are stored
     points[:, 0], points[:, 1] = 0, at
     return points
 

@@ -55,7 +55,7 @@ class Surface:
         penalty = torch.ones(x.shape[1], dtype=x.dtype)
         penalty[d : 2 * d], penalty[2 * d :] = SQUARES, PRODUCTS
         least = torch.inf
-        for ridge in (RIDGE * 4**k * torch.diag(penalty) for k in range(RIDGES)):
+        for ridge in (RIDGE * 4**k * torch.diag(penalty) for k in reversed(range(RIDGES))):
             without = torch.linalg.solve(products.sum(0) - products + ridge, (right.sum(0) - right)[..., None])[..., 0]
             errors = [(y[own] - x[own] @ fit).square().sum() for own, fit in zip(each, without, strict=True)]
             if float(sum(errors)) < least:
@@ -98,7 +98,7 @@ class Surface:
             change = float(self._sure(without))
             if change <= min(value + NEGLIGIBLE, 0.0):
                 best, value = without[0], change
-        return best.float(), value
+        return (best.float(), value) if value < -NEGLIGIBLE else (torch.zeros(dimensions), 0.0)
 
     def _sure(self, points: Tensor) -> Tensor:
         change, error = self(points)

@@ -46,6 +46,7 @@ def main():
     parser.add_argument("--suite", default="VALID")
     parser.add_argument("--lengths", type=float, nargs="*", default=[0.5, 1.0, 3.0])
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1)
@@ -60,7 +61,8 @@ def main():
             continue
         start, task = time.process_time(), SUITES[args.suite][name]()
         steps = max(10, int(length * task.steps))
-        train, held = changes(task, found, steps, args.runs, generator_of(57, name, (int(10 * length),)))
+        generator = generator_of(57, name, (int(10 * length), args.seed))
+        train, held = changes(task, found, steps, args.runs, generator)
         row = {"task": name, "length": length, "steps": steps, "train": train.tolist(), "held_out": held.tolist()}
         row["seconds"] = round(time.process_time() - start, 1)
         rows.append(row)

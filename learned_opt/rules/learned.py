@@ -7,7 +7,7 @@ answers hold until the next time:
     fresh_T = exp(2 tanh .)      of every matrix: n = beta1 m + (1 - beta1) fresh_T g
     decay_T = exp(2 tanh .)      of every matrix: its built-in decay
     bias_T  = exp(tanh .)        of every matrix with a bias: the size of the bias' step
-    beta1   = 1 - (1 - measured beta1) exp(tanh .)           of the network
+    beta1   = 1 - (1 - measured beta1) exp(tanh .)           of the network, after the warm-up of 50 steps
     b_u, c_u = exp(tanh .)       of every hidden unit: rows that write it and columns that read it, in a direction
 
 A tensor's controls are read off what is known of it by name (``FEATURES``: its role, its shape, what was measured) and
@@ -33,6 +33,7 @@ from learned_opt.rules.base import State, Weights
 from learned_opt.rules.clock import Clock, when
 from learned_opt.rules.directions import BETA2
 from learned_opt.rules.embedding import Embedding
+from learned_opt.rules.numerics import ROUNDING
 from learned_opt.rules.slots import Slots, framed, norms, numel_of
 from learned_opt.rules.whitened_polar import Control, WhitenedPolar
 from learned_opt.symmetry import Symmetry
@@ -62,7 +63,8 @@ class Learned(WhitenedPolar):
 
     Args:
         width: channels of the embeddings.
-        pool: False leaves out units and network: a tensor's controls depend on that tensor and on the rate alone.
+        pool: False leaves out units and network: a tensor's controls depend on that tensor and on what is measured of
+            the network as a whole.
     """
 
     parts = {control: (("tensor_controls.weight", i),) for i, control in enumerate(CONTROLS)} | {
@@ -114,16 +116,17 @@ class Learned(WhitenedPolar):
         return state
 
     def reasons(self, layout: BatchLayout, state: State, total_steps: Number | None) -> dict[str, Tensor]:
-        """What each of ``FEATURES``, and in the last column the embedding, adds to a control before the tanh.
+        """What each of ``FEATURES`` adds to the logarithm of a control before that is bounded; in the last column the
+        rest: the embedding, and what has changed since the control was set.
 
         Returns:
             For every control ``[T, len(FEATURES) + 1]``. Tensors are ordered as ``layout.members``.
         """
-        known = self._known(layout, state, total_steps)
+        known = self.known(layout, state, total_steps)
         found = {}
-        for control, weight in zip(CONTROLS, self.tensor_controls.weight, strict=True):
-            each = known * weight[: len(FEATURES)]
-            told = torch.atanh((state["tensor"][f"log_{control}"] / CONTROLS[control]).clamp(-1 + 1e-6, 1 - 1e-6))
+        for (control, most), weight in zip(CONTROLS.items(), self.tensor_controls.weight.to(known), strict=True):
+            each = most * known * weight[: len(FEATURES)]
+            told = most * torch.atanh((state["tensor"][f"log_{control}"] / most).clamp(-1 + 1e-6, 1 - 1e-6))
             found[control] = torch.cat([each, (told - each.sum(-1))[:, None]], -1)
         return found
 
@@ -153,7 +156,8 @@ class Learned(WhitenedPolar):
         }
 
     def momentum(self, measured: Tensor, network: Slots) -> Tensor:
-        return 1 - (1 - measured) * network["log_momentum"].exp()
+        told = network["log_momentum"] * (network["clock"] > auto_lr.LONGEST)  # before, Adam's directions count on 0.9
+        return 1 - (1 - measured) * told.exp()
 
     def _answer(
         self,
@@ -202,7 +206,7 @@ class Learned(WhitenedPolar):
         of_units = torch.tanh(self.unit_controls(torch.tanh(self.hidden(torch.cat([units, shared], -1)))))
         return told, torch.cat([of_units[:-1], torch.zeros_like(of_units[:1])]), momentum
 
-    def _known(self, layout: BatchLayout, state: State, total_steps: Number | None) -> Tensor:
+    def known(self, layout: BatchLayout, state: State, total_steps: Number | None) -> Tensor:
         """``FEATURES`` of every tensor, of a state that has answered: ``[T, len(FEATURES)]``."""
         tensor = state["tensor"] | {"size": state["tensor"]["size"] * (-state["tensor"]["log_gain"]).exp()}
         of_tensor = _tensor_features(layout, state | {"tensor": tensor}, self.pool)
@@ -225,15 +229,18 @@ def network_features(network: Slots, total_steps: Number | None) -> Tensor:
 
 def _tensor_features(layout: BatchLayout, state: State, pool: bool) -> Tensor:
     """``[T, N_TENSOR]``: how small the weights are, the share of the network's mean square gradients, and how much the
-    gradients of the last steps agree: about -1 where they are independent, 1 where they are the same."""
-    tensor = state["tensor"]
+    gradients of the last steps agree: about 0 where they are independent, 1 where they are the same."""
+    tensor, beta1 = state["tensor"], state["network"]["beta1"]
     step = tensor["step"].clamp(min=1)
     square = tensor["mean_square"] / (1 - BETA2**step)
     share = features.log_ratio(square, square.mean()) if pool else torch.zeros_like(square)
     momentum = torch.cat([norms(b, state[b.key]["m"].to(square.dtype)) for b in layout.all])
-    momentum = (momentum / (1 - auto_lr.BETA1**step)).square() / numel_of(layout, square.dtype)
-    agreement = 1 + 8 / 1.5 * features.log_ratio(momentum, square)
-    return torch.stack([torch.log(tensor["size"]), share, agreement.clamp(-2, 2)], -1)
+    weight = 1 - beta1**step  # of all gradients in the momentum
+    momentum = (momentum / weight).square() / numel_of(layout, square.dtype)
+    independent = (1 - beta1) / (1 + beta1) * (1 + beta1**step) / weight  # the share of the square that is left of them
+    heard = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * square.amax()
+    agreement = (momentum / torch.where(heard, square, 1) - independent) / (1 - independent).clamp(min=0.1)
+    return torch.stack([torch.log(tensor["size"]), share, torch.where(heard, agreement.clamp(-1, 2), 0)], -1)
 
 
 @lru_cache(maxsize=256)

@@ -61,7 +61,7 @@ class Store(ABC, Generic[J, R]):
         for record in jsonl.read(path):
             try:
                 self.take(record)
-            except (AttributeError, KeyError, TypeError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{path} is not {self.holds} ({error!r}). Name another folder.") from None
 
     def add(self, job: J, result: R) -> None:

@@ -62,22 +62,36 @@ def test_what_changes_nothing_is_not_called_better():
 def test_what_cannot_be_learned_from_is_refused(tmp_path):
     for families, minutes, workers, match in (
         ({}, 1.0, 1, "families"),
+        ({"squares": 3}, 1.0, 1, "functions by name"),
         (FAMILIES, 0.0, 1, "positive time"),
+        (FAMILIES, float("inf"), 1, "positive time"),
+        (FAMILIES, 1.0, 0, "one worker"),
         (FAMILIES, 1.0, 2, "from a file"),
     ):
         with pytest.raises(UsageError, match=match):
             adapt(families, tmp_path, minutes, workers=workers)
     empty = tmp_path / "empty.py"
     empty.write_text("x = 1\n")
-    with pytest.raises(SystemExit, match="defines no families"):
-        main(["adapt", str(empty), "--out", str(tmp_path / "out")])
+    for file, match in ((empty, "needs families"), (tmp_path / "none.py", "no file")):
+        with pytest.raises(SystemExit, match=match):
+            main(["adapt", str(file), "--out", str(tmp_path / "out")])
 
 
 def test_a_run_is_not_gone_on_with_by_another_plan(tmp_path):
-    (tmp_path / "plan.json").write_text(json.dumps({"minutes": 20.0, "workers": 1, "search": repr(Search())}))
-    for minutes, search in ((5.0, Search()), (20.0, Search(seed=1))):
-        with pytest.raises(UsageError, match="begun with minutes=20"):
-            adapt(FAMILIES, tmp_path, minutes, search)
+    plan = {"minutes": 20.0, "workers": 1, "search": repr(Search()), "families": ["squares", ""]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    other = {"cubes": squares}
+    for families, minutes, search in (
+        (FAMILIES, 5.0, Search()),
+        (FAMILIES, 20.0, Search(seed=1)),
+        (other, 20.0, Search()),
+    ):
+        with pytest.raises(UsageError, match="begun otherwise"):
+            adapt(families, tmp_path, minutes, search)
+    for broken in ("{", '{"minutes": 20.0, "seed": 0, "outer_steps": 9}'):
+        (tmp_path / "plan.json").write_text(broken)
+        with pytest.raises(UsageError, match="no plan of this version"):
+            adapt(FAMILIES, tmp_path, 20.0)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from learned_opt.rules import RULES
-from meta_train.search import Result, Results, Runs, Search, changes, drawn, made, with_numbers
+from meta_train.errors import UsageError
+from meta_train.search import Result, Results, Runs, Search, best_of, changes, drawn, made, with_numbers
 from tasks.task import Problem
 
 RULE = RULES["learned"]().requires_grad_(False)
@@ -92,6 +93,52 @@ def test_a_job_is_the_same_wherever_it_is_made():
     one, two = (made(search, lambda: FAMILIES, job) for _ in range(2))
     assert one[:5] == two[:5] and 5 <= one.steps <= 9
     assert made(search, lambda: FAMILIES, Runs("search", 3, 1, (0.1,) * 11, 0.2)).points != one.points
+
+
+def synthetic(search, best, rounds=3):
+    """Results of runs whose changes are a bowl about ``best``, with the noise of the hand-made run in common."""
+    done = []
+    for k in range(rounds):
+        for i in range(search.tasks):
+            job = Runs("search", k, i, (0.0,) * len(best), search.spread_in(k))
+            points = drawn(search, job, seeded(100 * k + i)).transpose(0, 1)  # [copies, runs, numbers]
+            change = 0.3 * ((points - best).square().sum(-1) - best.square().sum())
+            change[1:] += 0.1 * torch.randn(search.runs, generator=seeded(i))
+            done.append((job, Result("a", 9, points.flatten(0, 1).tolist(), change.flatten().tolist(), [], 1.0)))
+    return done
+
+
+def test_the_best_numbers_are_found_and_no_farther_than_runs_were():
+    search = Search()
+    best = 0.3 * torch.tensor([1.0, -1.0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0])
+    found, expected = best_of(search, synthetic(search, best))
+    assert torch.tensor(found).allclose(best, atol=0.06) and expected < 0
+    far, _ = best_of(search, synthetic(search, 10 * best))
+    reach = search.spread_in(2) * (len(best) / 2) ** 0.5
+    assert torch.tensor(far).norm() == pytest.approx(reach, rel=0.02)
+    assert torch.nn.functional.cosine_similarity(torch.tensor(far), best, 0) > 0.9
+
+
+def test_a_points_numbers_made_its_change():
+    """The order of runs and copies in what is stored."""
+    search, job = Search(copies=6, runs=3), Runs("search", 0, 0, (0.0,) * 11, 0.4)
+    result = made(search, lambda: FAMILIES, job)
+    points, changed = torch.tensor(result.points), torch.tensor(result.train).abs() > 1e-3
+    assert torch.equal(points.any(1), changed)
+    assert points.any(1).sum() == 12 and not points[:6].any()  # of copies 0 and 1, of all runs
+
+
+def test_families_take_turns_and_lengths_are_drawn():
+    two = {"b": FAMILIES["squares"], "a": lambda g: Problem("a", Network, sample, loss, batch_size=8, steps=7)}
+    search = Search(copies=2, runs=1, tasks=3)
+    jobs = [Runs("search", 1, k, (0.0,) * 11, 0.1) for k in range(3)]
+    assert [(r.name, r.steps) for r in (made(search, lambda: two, j) for j in jobs)] == [
+        ("squares", 20),
+        ("a", 7),
+        ("squares", 20),
+    ]
+    with pytest.raises(UsageError, match="'a' draws no task but 3"):
+        made(search, lambda: {"a": lambda g: 3}, jobs[0])
 
 
 def test_results_are_read_as_they_were_written(tmp_path):

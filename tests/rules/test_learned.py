@@ -1,6 +1,7 @@
 """The learned rule: where it starts, what its controls see and move with, when they are set, how they are learned."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from learned_opt import NFNOpt
+from learned_opt.batch_layout import batches_of
 from learned_opt.blocks import unit_tables
 from learned_opt.functional import functional
 from learned_opt.rules import RULES
 from learned_opt.rules.clock import EVERY_FRAME
-from learned_opt.rules.learned import CONTROLS, LAST, Learned
+from learned_opt.rules.learned import CONTROLS, FEATURES, LAST, Learned
 from tasks.conv import cnn
 from tasks.mlp import mlp
 from tasks.transformer import Transformer
@@ -230,6 +232,63 @@ def test_without_the_pool_a_gradient_speaks_to_its_own_tensor_alone():
     assert alone.sum() == 1 and pooled.all()
 
 
+def told(control, value):
+    """A rule that tells every matrix one thing."""
+    rule = Learned().double().requires_grad_(False)
+    with torch.no_grad():
+        if control == "momentum":
+            rule.network_controls.bias.fill_(value)
+        else:
+            rule.tensor_controls.weight[list(CONTROLS).index(control), 0] = value
+    return rule
+
+
+def test_controls_do_what_their_names_say():
+    model = make_model("relu")
+    params, symmetry = weights_of(model), infer(model)
+    grads = noise_like(params, 0)
+
+    def first(rule, weight_decay=0.0):
+        return rule(params, grads, rule.init(params, symmetry), symmetry, weight_decay=weight_decay)
+
+    plain, _ = first(Learned().double())
+    gain, _ = first(told("gain", 0.5))
+    torch.testing.assert_close(gain["2.weight"], math.exp(math.tanh(0.5)) * plain["2.weight"])
+    bias, _ = first(told("bias", 0.5))
+    torch.testing.assert_close(bias["2.bias"], math.exp(math.tanh(0.5)) * plain["2.bias"])
+    torch.testing.assert_close(bias["2.weight"], plain["2.weight"])
+    decayed = [
+        first(rule, None)[0]["2.weight"] - plain["2.weight"] for rule in (Learned().double(), told("decay", 0.5))
+    ]
+    torch.testing.assert_close(decayed[1], math.exp(2 * math.tanh(0.5)) * decayed[0])
+    network = {"log_momentum": torch.tensor(0.5), "clock": torch.tensor(60.0)}
+    assert float(Learned().momentum(torch.tensor(0.9), network)) == pytest.approx(1 - 0.1 * math.exp(0.5))
+    network["clock"] = torch.tensor(40.0)  # in the warm-up
+    assert float(Learned().momentum(torch.tensor(0.9), network)) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("age", [3, 20, 200])
+def test_gradients_agree_where_they_are_the_same_and_not_where_they_are_independent(age):
+    model = make_model("relu")
+    params, symmetry = weights_of(model), infer(model)
+    rule = Learned().double().requires_grad_(False)
+    layout = batches_of(symmetry, tuple(params), torch.device("cpu"))
+    column = FEATURES.index("agreement of gradients")
+    found = {}
+    for kind in ("same", "independent"):
+        each = []
+        for seed in range(8):
+            state = rule.init(params, symmetry)
+            for step in range(age):
+                g = noise_like(params, 1000 * seed + (step if kind == "independent" else 0))
+                _, state = rule(params, g, state, symmetry)
+            with torch.no_grad():
+                each.append(rule.known(layout, state, None)[:, column])
+        found[kind] = torch.stack(each).mean(0)
+    assert (found["same"] > 0.9).all()
+    assert (found["independent"].abs() < 0.35).all()
+
+
 # -------------------------------------------------------------------------------------- the slow clock
 def test_controls_hold_between_two_frames():
     model = make_model("relu")
@@ -289,7 +348,8 @@ def test_the_derivative_of_twelve_steps_is_that_of_finite_differences(kind):
         return loss(w, 99)
 
     ours = grad(unrolled)(learned)
-    assert all(d.isfinite().all() and d.any() for d in ours.values())
+    assert all(d.isfinite().all() for d in ours.values())
+    assert all(d.any() for n, d in ours.items() if not n.startswith("network_controls"))  # after the warm-up
     for names in (set(learned), {"tensor_controls.weight"}, {"unit_controls.weight"}, {"embedding.unit.weight"}):
         direction = {n: z if n in names else 0 * z for n, z in noise_like(learned, 4).items()}
         with torch.no_grad():
