@@ -136,7 +136,7 @@ def evaluate(
             another rule, by name (whitened_polar ...) or .safetensors file; with @lr=3 at three times its rate,
             with @without-total-steps without these. LABEL=NAME sets the label in tables; NAME@all chooses
             one learning rate for all tasks instead of one per task.
-        suite: VALID, STREAMING, STREAMING_LATER, SEEN, HELD_OUT, or package.module:DICT.
+        suite: VALID, STREAMING, STREAMING_LATER, SEEN, HELD_OUT, package.module:DICT or FILE.py:DICT.
         tasks: names of tasks of the suite, separated by spaces or commas; all if not given.
         seeds: runs of every optimizer on every task.
         tuning_seeds: the first so many of these choose the learning rates.

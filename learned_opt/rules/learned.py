@@ -149,6 +149,7 @@ class Learned(WhitenedPolar):
             for k, control in (("size", "gain"), ("decay", "decay")):  # sizes and decays are of this moment too
                 tensor[k] = when(clock.frame, tensor[k] * told[control].exp(), tensor[k])
         scalings, (written, read) = _unit_scalings(layout), network["log_unit_gain"].unbind(-1)
+        scalings = {} if self._is_silent() else scalings
         each = zip(layout.all, *(tensor[f"log_{k}"].exp().split(layout.counts) for k in ("fresh", "bias")), strict=True)
         return {
             b.key: Control(fresh, bias, scalings[b.key](written, read) if b.key in scalings else {})
@@ -168,6 +169,39 @@ class Learned(WhitenedPolar):
         total_steps: Number | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Logs of every tensor's controls ``[T]``, of units' gains ``[n_units + 1, 2]``, and of the momentum (0-d)."""
+        network = network_features(new["network"], total_steps)
+        of_tensor = _tensor_features(batches, new, self.pool)
+        known = torch.cat([_roles(batches, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
+        units = torch.zeros_like(new["network"]["log_unit_gain"])
+        if self._is_silent():
+            asked = known @ self.tensor_controls.weight[:, : len(FEATURES)].T
+        else:
+            whole, units = self._embedded(batches, params, g, new, of_tensor, network)
+            asked = self.tensor_controls(torch.cat([known, whole], -1))
+        told = {k: CONTROLS[k] * torch.tanh(x) for k, x in zip(CONTROLS, asked.unbind(-1), strict=True)}
+        return told, units, torch.tanh(self.network_controls(network)).squeeze(-1)
+
+    def _is_silent(self) -> bool:
+        """Whether nothing is read off the embeddings, as after a search of constants: then they need not be made."""
+        maps = [self.tensor_controls.weight[:, len(FEATURES) :], self.unit_controls.weight, self.unit_controls.bias]
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in maps)
+        if learning or maps[0].device.type != "cpu":  # elsewhere to ask would cost more
+            return False
+        try:
+            return not any(bool(x.any()) for x in maps)
+        except RuntimeError:  # one for each run of a batch
+            return False
+
+    def _embedded(
+        self,
+        batches: BatchLayout,
+        params: Weights,
+        g: Mapping[str, Tensor],
+        new: State,
+        of_tensor: Tensor,
+        network: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The NFN's embedding of every tensor ``[T, width]``, and logs of units' gains ``[n_units + 1, 2]``."""
         tensors: list[Weights] = [{}, {}, {}]
         for b in batches.all:
             own = new[b.key]
@@ -179,7 +213,6 @@ class Learned(WhitenedPolar):
         gradients, momenta = features.without_noise(gradients), features.without_noise(momenta)
         owner = _owners(batches, layout)
         age = new["tensor"]["step"].index_select(0, owner)
-        of_tensor = _tensor_features(batches, new, self.pool)
         even, layers = [], []
         own_parts = (x.split(layout.counts) for x in (age, of_tensor.index_select(0, owner)))
         parts = zip(layout.stacks, gradients, momenta, weights, *own_parts, strict=True)
@@ -189,22 +222,15 @@ class Learned(WhitenedPolar):
             corrected = m / (1 - auto_lr.BETA1**step)[:, None, None]
             measured = features.statistics(x, gradient, corrected, w)
             layers.append(torch.cat([measured, _shape_features(stack, w), own_features], -1))
-        network = network_features(new["network"], total_steps)
         aged = torch.cat([torch.log10(new["network"]["clock"])[None] / 4, network])
         units, embedded = self.embedding(layout, even, layers, aged)
         every = torch.cat(embedded)
-        known = torch.cat([_roles(batches, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
-        whole = torch.cat([known, _means(every, owner, len(batches.members))], -1)
-        told = {
-            k: CONTROLS[k] * torch.tanh(x)
-            for k, x in zip(CONTROLS, self.tensor_controls(whole).unbind(-1), strict=True)
-        }
-        momentum = torch.tanh(self.network_controls(network)).squeeze(-1)
+        whole = _means(every, owner, len(batches.members))
         if not self.pool:
-            return told, units.new_zeros(len(units), 2), momentum
+            return whole, units.new_zeros(len(units), 2)
         shared = every.mean(0).expand(len(units), -1)
         of_units = torch.tanh(self.unit_controls(torch.tanh(self.hidden(torch.cat([units, shared], -1)))))
-        return told, torch.cat([of_units[:-1], torch.zeros_like(of_units[:1])]), momentum
+        return whole, torch.cat([of_units[:-1], torch.zeros_like(of_units[:1])])
 
     def known(self, layout: BatchLayout, state: State, total_steps: Number | None) -> Tensor:
         """``FEATURES`` of every tensor, of a state that has answered: ``[T, len(FEATURES)]``."""

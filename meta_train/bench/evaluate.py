@@ -57,7 +57,7 @@ def evaluate(
         optimizers: names that ``optimizer_named`` knows, or ``LABEL=NAME``; with ``@all`` after a name one learning
             rate is chosen for all tasks. Adam is always added.
         out: folder; ``runs.jsonl`` in it is appended to.
-        suite: a name of ``tasks.suites.SUITES``, or ``package.module:DICT``.
+        suite: a name of ``tasks.suites.SUITES``, ``package.module:DICT`` or ``FILE.py:DICT``.
         tasks: names of the suite's tasks; None for all.
         seeds: runs 0 .. seeds-1 of each tuned optimizer on each task.
         tuning_seeds: how many of these choose the learning rate, by their mean final train loss.

@@ -4,6 +4,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import runpy
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,8 @@ from meta_train.errors import UnknownName, UsageError
 
 
 def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[], Any]]:
-    """A suite of ``tasks.suites`` by its name alone, or any ``package.module:DICT`` of functions that make tasks.
+    """A suite of ``tasks.suites`` by its name alone, or a dict of functions that make tasks: ``package.module:DICT`` or
+    ``path/to/file.py:DICT``.
 
     Some tasks of ``SEEN`` take their data from the folder ``data``.
 
@@ -26,8 +28,8 @@ def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[],
     module, _, attribute = name.rpartition(":")
     if module:
         try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
+            found = _of_file(module)[attribute] if module.endswith(".py") else _of_module(module, attribute)
+        except (ModuleNotFoundError, AttributeError, FileNotFoundError, KeyError) as error:
             raise UnknownName(f"no suite {name!r}: {error}. {_valid()}") from None
         if not (isinstance(found, Mapping) and all(map(_makes, found.values()))):
             raise UsageError(f"{name} is no suite: it must be a dict of functions without arguments, each of a task.")
@@ -44,12 +46,21 @@ def suite_named(name: str, data: str | None = None) -> Mapping[str, Callable[[],
         raise UsageError(str(error)) from None
 
 
+@lru_cache(maxsize=8)
+def _of_file(path: str) -> dict[str, Any]:
+    return runpy.run_path(path)
+
+
+def _of_module(module: str, attribute: str) -> Any:
+    return getattr(importlib.import_module(module), attribute)
+
+
 def _valid(name: str = "") -> str:
     from tasks import suites
 
     near = difflib.get_close_matches(name.upper(), suites.SUITES, 1)
     guess = f"Did you mean {near[0]}? " if near else ""
-    return f"{guess}Valid suites: {', '.join(suites.SUITES)}, or package.module:DICT."
+    return f"{guess}Valid suites: {', '.join(suites.SUITES)}, package.module:DICT or FILE.py:DICT."
 
 
 def _makes(value: Any) -> bool:

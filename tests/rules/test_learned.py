@@ -267,6 +267,22 @@ def test_controls_do_what_their_names_say():
     assert float(Learned().momentum(torch.tensor(0.9), network)) == pytest.approx(0.9)
 
 
+@every_model
+def test_where_nothing_is_read_off_the_network_it_is_not_asked(kind, monkeypatch):
+    model = make_model(kind)
+    params, symmetry, loss = weights_of(model), infer(model), loss_of(model, kind)
+    rule = at_random()
+    with torch.no_grad():
+        for p in (rule.tensor_controls.weight[:, len(FEATURES) :], *rule.unit_controls.parameters()):
+            p.zero_()
+        asked = copy.deepcopy(rule)
+        asked.unit_controls.bias.fill_(1e-300)
+    expected, _ = trained(asked, params, loss, symmetry, total_steps=40)
+    monkeypatch.setattr(Learned, "_embedded", None)
+    found, _ = trained(rule, params, loss, symmetry, total_steps=40)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("age", [3, 20, 200])
 def test_gradients_agree_where_they_are_the_same_and_not_where_they_are_independent(age):
     model = make_model("relu")

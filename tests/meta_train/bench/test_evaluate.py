@@ -20,6 +20,7 @@ from meta_train.bench import optimizers as op
 from meta_train.bench import report as rp
 from meta_train.bench.outcomes import HORIZON_CAP, HORIZONS
 from meta_train.bench.store import Job, Store
+from meta_train.bench.suites import suite_named
 from meta_train.errors import UnknownName, UsageError
 from tests.meta_train.bench.tiny import GRIDS, ME, Quadratic, Regression, curve, measure
 
@@ -246,7 +247,7 @@ def test_unknown_names_list_the_valid_ones(tmp_path):
         measure(tmp_path, tasks=["quadratik"])
     with pytest.raises(UnknownName, match=r"unknown suite 'held-out'\. Did you mean HELD_OUT\? Valid suites: VALID, "):
         measure(tmp_path, suite="held-out")
-    with pytest.raises(UnknownName, match="no suite 'no.such.module:SUITE'.*SEEN, HELD_OUT, or package.module:DICT"):
+    with pytest.raises(UnknownName, match="no suite 'no.such.module:SUITE'.*SEEN, HELD_OUT, package.module:DICT"):
         measure(tmp_path, suite="no.such.module:SUITE")
     for attribute in ("FAMILIES", "LIST", "measure"):
         with pytest.raises(UsageError, match="must be a dict of functions without arguments"):
@@ -254,6 +255,14 @@ def test_unknown_names_list_the_valid_ones(tmp_path):
     with pytest.raises(UnknownName, match="Valid labels: adam, sgdm"):
         measure(tmp_path, horizon=["muon"])
     assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_a_suite_is_read_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from {ME.split(':')[0]} import SUITE as mine\n")
+    assert suite_named(f"{file}:mine") is suite_named(ME)
+    with pytest.raises(UnknownName, match="No such file"):
+        suite_named(f"{tmp_path / 'other.py'}:mine")
 
 
 def test_command_line_evaluates_and_reports(tmp_path, capsys):
