@@ -1,4 +1,4 @@
-"""Images of random waves, learned from coordinates by SIRENs. Validation: photographs."""
+"""Random waves, learned from coordinates by SIRENs. Validation: other waves and widths; and photographs."""
 
 import torch
 
@@ -29,6 +29,10 @@ families = {
     )
 }
 validation = {
-    f"siren-photo-{w}": (lambda w=w, d=d, side=side: make(pixels(side), w, d, f"photo{side}"))
+    f"siren-waves-{w}x{d}": (lambda w=w, d=d: make(waves(torch.Generator().manual_seed(w)), w, d, "waves"))
+    for w, d in ((28, 2), (40, 3), (40, 2))
+}
+photographs = {
+    f"siren-photo-{w}x{d}": (lambda w=w, d=d, side=side: make(pixels(side), w, d, f"photo{side}"))
     for w, d, side in ((40, 2, 48), (40, 3, 64), (28, 2, 36))
 }
