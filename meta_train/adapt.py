@@ -3,8 +3,8 @@
 import json
 import math
 import runpy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from learned_opt.checkpoint import save_weights, write_atomically
 from learned_opt.rules import RULES
-from meta_train.bench.jobs import do_missing, job_progress, pool, short_hash
+from meta_train.bench.jobs import do_missing, job_progress, one_thread, pool, short_hash
 from meta_train.errors import UsageError
 from meta_train.processes import under_torchrun
 from meta_train.search import JUDGED_RUNS, RULE, Result, Results, Runs, Search, made, searched, with_numbers
@@ -105,7 +105,7 @@ def adapt(
     places = search.places(rule)
     store = Results(out / "runs.jsonl")
     with (
-        _one_thread(),
+        one_thread(),
         pool(workers) as execute,
         job_progress(say) as progress,
         closing(SummaryWriter(str(out / "tensorboard"), purge_step=0)) as board,
@@ -182,13 +182,3 @@ def _planned(path: Path, plan: dict[str, object]) -> float:
     if other:
         raise UsageError(f"{path.parent} was begun otherwise ({'; '.join(other)}). Use another folder.")
     return begun["minutes"] * workers
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

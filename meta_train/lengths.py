@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.rules.base import UpdateRule
+from meta_train.paired import paired_ends
 from meta_train.surface import Surface
 from meta_train.unroll import Unroll
 
@@ -75,40 +76,10 @@ def compare(unroll: Unroll, theta: Mapping[str, Tensor], lengths: Lengths, gener
     factors = torch.rand(lengths.particles, len(unroll.rule.parts), generator=generator)
     factors *= torch.rand(factors.shape, generator=generator) >= LEFT_OUT
     none = scaled(unroll.rule, theta, torch.zeros_like(factors))
-    ends = paired_ends(unroll, scaled(unroll.rule, theta, factors), none, lengths.steps, generator)
+    own = scaled(unroll.rule, theta, factors)
+    both = {n: torch.cat([t, none[n]]) for n, t in own.items()}
+    ends = paired_ends(unroll, both, 2, lengths.steps, generator)
     return Pairs(factors, ends.train[0] - ends.train[1])
-
-
-class Ends(NamedTuple):
-    """Logs of losses ``[2, P]`` at the end of runs with one theta and with another, relative to the task's ceiling.
-
-    Attributes:
-        train: mean over the last tenth of the training batches.
-        held_out: of the last weights.
-    """
-
-    train: Tensor
-    held_out: Tensor
-
-
-@torch.no_grad()
-def paired_ends(unroll: Unroll, one: Theta, other: Theta, steps: int, generator: torch.Generator) -> Ends:
-    """Runs with two thetas from the same weights and with the same batches.
-
-    Args:
-        unroll: the task and the rule. Losses count as its ``transform`` says, which should be "log".
-        one: the first theta, of every run: tensors ``[P, ...]``.
-        other: the second.
-        steps: of every run.
-        generator: of weights and batches.
-    """
-    runs = len(next(iter(one.values())))
-    both = {n: torch.cat([t, other[n]]) for n, t in one.items()}
-    particles = unroll.init(2 * runs, generator, copies=2, common=True)
-    after, trace = unroll(both, particles, steps, generator, copies=2, batched=True, resets=False)
-    held_out = tuple(b.expand(2 * runs, *b.shape) for b in unroll.task.held_out())
-    ends = trace.loss[-max(1, steps // 10) :].mean(0), unroll.losses(after["params"], held_out)
-    return Ends(*(x.view(2, runs) for x in ends))
 
 
 def best_factors(pairs: list[Pairs]) -> tuple[Tensor, float]:

@@ -23,6 +23,7 @@ from learned_opt.rules import RULES
 from learned_opt.rules.base import UpdateRule
 from meta_train.bench.jobs import Execute, JobProgress, Store, do_missing, short_hash
 from meta_train.errors import UsageError
+from meta_train.paired import paired_ends
 from meta_train.surface import Surface
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
@@ -103,7 +104,16 @@ class Runs:
 
 
 class Result(NamedTuple):
-    """Points ``[copies x runs][numbers]``, the changes that they made to the logs of losses, and what it took."""
+    """Of the runs of a task.
+
+    Attributes:
+        name: of the task.
+        steps: of every run.
+        points: the numbers, ``[copies * runs][numbers]``, the first copy of all runs first.
+        train: change of the log of the final train loss that each made, against the first copy of its run.
+        held_out: the same of the held-out loss.
+        seconds: of the processor, for all of them.
+    """
 
     name: str
     steps: int
@@ -233,7 +243,6 @@ def drawn(search: Search, job: Runs, generator: torch.Generator) -> Tensor:
     return points
 
 
-@torch.no_grad()
 def changes(
     rule: UpdateRule, places: Places, task: Task, steps: int, points: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -250,17 +259,11 @@ def changes(
     Returns:
         Train (mean over the last tenth of the steps) and held-out, ``[copies, runs]`` each.
     """
-    runs, copies = points.shape[:2]
     rule.requires_grad_(False)
     unroll = Unroll(task, rule, symmetry_of(task), (steps, steps), transform="log", floor=FLOOR)
     theta = with_numbers(rule, places, points.transpose(0, 1).flatten(0, 1))
-    particles = unroll.init(runs * copies, generator, copies=copies, common=True)
-    after, trace = unroll(theta, particles, steps, generator, copies=copies, batched=True, resets=False)
-    batch = tuple(b.expand(runs * copies, *b.shape) for b in task.held_out())
-    ends = torch.stack([trace.loss[-max(1, steps // 10) :].mean(0), unroll.losses(after["params"], batch)])
-    ends = ends.view(2, copies, runs)
-    train, held_out = (ends - ends[:, :1]).unbind()
-    return train, held_out
+    train, held_out = paired_ends(unroll, theta, points.shape[1], steps, generator)
+    return train - train[:1], held_out - held_out[:1]
 
 
 def with_numbers(rule: UpdateRule, places: Places, at: Tensor | tuple[float, ...]) -> Theta:

@@ -69,6 +69,7 @@ INFO = common.OptimizerInfo(
     not_og_supported_flags=("maximize", "weight_decay", "total_steps"),
     supports_complex=False,
 )
+GPUS = torch.cuda.device_count()
 every_input = pytest.mark.parametrize("options", INFO.optim_inputs_func("cpu"), ids=lambda x: x.desc)
 
 
@@ -184,11 +185,18 @@ def test_a_module_goes_the_right_direction(options):
     assert_moved_well(options, before, problem.backward().item())
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
-def test_tensors_of_two_devices_train_together():
-    weight, bias = nn.Parameter(torch.randn(10, 5, device=0)), nn.Parameter(torch.randn(10, device=1))
-    x = torch.randn(5, device=0)
-    problem = Problem([weight, bias], [weight, bias], lambda: (weight.mv(x).to(1) + bias).square().sum())
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cpu", "cpu"),  # that what follows is right where there is no GPU
+        pytest.param("cuda:0", "cpu", marks=pytest.mark.skipif(GPUS < 1, reason="takes a GPU")),
+        pytest.param("cuda:0", "cuda:1", marks=pytest.mark.skipif(GPUS < 2, reason="takes two GPUs")),
+    ],
+)
+def test_tensors_of_two_devices_train_together(one, other):
+    weight, bias = nn.Parameter(torch.randn(10, 5, device=one)), nn.Parameter(torch.randn(10, device=other))
+    x = torch.randn(5, device=one)
+    problem = Problem([weight, bias], [weight, bias], lambda: (weight.mv(x).to(other) + bias).square().sum())
     optimizer, before = NFNOpt(problem.given), problem.backward().item()
     problem.train(optimizer, 20)
     assert problem.backward().item() < before
@@ -379,20 +387,22 @@ def test_steps_that_are_plain_numbers_load(options):
     assert_equal(*runs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(GPUS < 1, reason="takes a GPU"))]
+)
 @every_input
-def test_a_state_dict_of_the_cpu_loads_beside_parameters_on_the_gpu(options):
+def test_a_state_dict_of_the_cpu_loads_beside_parameters_of_any_device(options, device):
     problem, optimizer = trained(of_tensors, options, steps=3)
-    moved = [nn.Parameter(p.detach().cuda()) for p in problem.tensors]
+    moved = [nn.Parameter(p.detach().clone().to(device)) for p in problem.tensors]
     other, state = NFNOpt(moved, **options.kwargs), copy.deepcopy(optimizer.state_dict())
     other.load_state_dict(state)
     assert_same(state, optimizer.state_dict())
     for _ in range(5):
         for p, q in zip(problem.tensors, moved, strict=True):
-            q.grad = p.grad.cuda()
+            q.grad = p.grad.to(device, copy=True)
         optimizer.step()
         other.step()
-        torch.testing.assert_close([p.detach().cuda() for p in problem.tensors], [q.detach() for q in moved])
+        torch.testing.assert_close([p.detach().to(device) for p in problem.tensors], [q.detach() for q in moved])
 
 
 @every_input

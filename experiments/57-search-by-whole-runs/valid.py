@@ -16,6 +16,7 @@ from scipy import stats
 
 from learned_opt.checkpoint import load_weights
 from learned_opt.rules import RULES
+from meta_train.paired import paired_ends
 from meta_train.search import FLOOR
 from meta_train.symmetries import symmetry_of
 from meta_train.unroll import Unroll
@@ -23,19 +24,13 @@ from tasks.seeds import generator_of
 from tasks.suites import SUITES
 
 
-@torch.no_grad()
 def changes(task, thetas, steps, runs, generator):
     """``[2, thetas, runs]``: train and held-out."""
     rule = RULES["learned"]().requires_grad_(False)
     every = [dict(rule.named_parameters()), *thetas]
-    copies = len(every)
     theta = {n: torch.stack([t[n] for t in every]).repeat_interleave(runs, 0) for n in every[0]}
     unroll = Unroll(task, rule, symmetry_of(task), (steps, steps), transform="log", floor=FLOOR)
-    particles = unroll.init(runs * copies, generator, copies=copies, common=True)
-    after, trace = unroll(theta, particles, steps, generator, copies=copies, batched=True, resets=False)
-    batch = tuple(b.expand(runs * copies, *b.shape) for b in task.held_out())
-    ends = torch.stack([trace.loss[-max(1, steps // 10) :].mean(0), unroll.losses(after["params"], batch)])
-    ends = ends.view(2, copies, runs)
+    ends = torch.stack(paired_ends(unroll, theta, len(every), steps, generator))
     return ends[:, 1:] - ends[:, :1]
 
 

@@ -171,7 +171,7 @@ class Learned(WhitenedPolar):
         """Logs of every tensor's controls ``[T]``, of units' gains ``[n_units + 1, 2]``, and of the momentum (0-d)."""
         network = network_features(new["network"], total_steps)
         of_tensor = _tensor_features(batches, new, self.pool)
-        known = torch.cat([_roles(batches, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
+        known = _named(batches, of_tensor, network)
         units = torch.zeros_like(new["network"]["log_unit_gain"])
         if self._is_silent():
             asked = known @ self.tensor_controls.weight[:, : len(FEATURES)].T
@@ -237,7 +237,12 @@ class Learned(WhitenedPolar):
         tensor = state["tensor"] | {"size": state["tensor"]["size"] * (-state["tensor"]["log_gain"]).exp()}
         of_tensor = _tensor_features(layout, state | {"tensor": tensor}, self.pool)
         network = network_features(state["network"], total_steps)
-        return torch.cat([_roles(layout, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
+        return _named(layout, of_tensor, network)
+
+
+def _named(layout: BatchLayout, of_tensor: Tensor, network: Tensor) -> Tensor:
+    """``FEATURES`` of every tensor: ``[T, len(FEATURES)]``."""
+    return torch.cat([_roles(layout, network.dtype), of_tensor, network.expand(len(of_tensor), -1)], -1)
 
 
 def network_features(network: Slots, total_steps: Number | None) -> Tensor:

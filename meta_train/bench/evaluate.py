@@ -9,17 +9,14 @@ an interrupted evaluation goes on where it stopped and a second one pays only fo
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from learned_opt.symmetry import Symmetry
 from meta_train.bench.curves import CAP, Curve, run
-from meta_train.bench.jobs import do_missing, job_progress, pool
+from meta_train.bench.jobs import do_missing, job_progress, one_thread, pool
 from meta_train.bench.optimizers import OPTIMIZERS, MakeOptimizer, optimizer_named
 from meta_train.bench.outcomes import REFERENCE, Outcome, job, outcomes, search_horizon, timing_job, tuned_rate
 from meta_train.bench.store import Job, Plan, PlannedOptimizer, PlannedTask, Runs, Store
@@ -224,14 +221,3 @@ def _maker(contender: Contender, symmetry: Callable[[], Symmetry]) -> tuple[Make
         )
     known = {"symmetry": symmetry()} if entry.grid is None else {}
     return partial(entry.factory, lr=contender.lr, **known), bool(known)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch computes on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -124,6 +124,17 @@ def begin_worker() -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _end_with_the_parent() -> None:
     """Else the workers of a parent that was killed would wait for ever."""
     parent = multiprocessing.parent_process()

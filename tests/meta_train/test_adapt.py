@@ -8,10 +8,11 @@ from torch import nn
 
 from learned_opt import NFNOpt
 from learned_opt.checkpoint import load_weights
+from learned_opt.rules import RULES
 from meta_train.__main__ import main
 from meta_train.adapt import Verdict, adapt, verdict_of
 from meta_train.errors import UsageError
-from meta_train.search import Result, Search
+from meta_train.search import RULE, Result, Search
 from tasks.task import Problem, mean_squared_error
 
 FILE = """
@@ -110,6 +111,30 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
     whole, parts = (load_weights(tmp_path / k / "theta.safetensors")[1] for k in ("whole", "parts"))
     assert whole["tensor_controls.weight"].any() and all(torch.equal(whole[n], parts[n]) for n in whole)
     assert (tmp_path / "whole" / "verdict.json").read_text() == (tmp_path / "parts" / "verdict.json").read_text()
+
+
+def test_there_are_as_many_rounds_as_there_is_time_for(tmp_path, monkeypatch):
+    asked = []
+
+    def searched(search, rounds_for, *rest):
+        asked.append([rounds_for(took) for took in (1.0, 5.0, 1e3)])
+        return (0.0,) * len(search.places(RULES[RULE]()))
+
+    monkeypatch.setattr("meta_train.adapt.searched", searched)
+    for minutes in (0.2, 1.0):
+        verdict = adapt(FAMILIES, tmp_path / str(minutes), minutes, TINY, say=lambda text: None)
+    (few, fewer, least), (many, more, least_too) = asked
+    assert many > few > least == least_too and more > fewer
+    assert not verdict.better and not (tmp_path / "1.0" / "runs.jsonl").exists()  # nothing found: nothing to judge
+
+
+def test_tasks_are_judged_at_their_own_length_and_of_every_family(tmp_path, monkeypatch):
+    monkeypatch.setattr("meta_train.adapt.searched", lambda search, *rest: (0.1,) * 11)
+    drawn = []
+    families = {f"{k:02}": lambda g, k=k: drawn.append(k) or squares(g) for k in range(14)}
+    adapt(families, tmp_path, 1.0, Search(horizon=(5, 9)), say=lambda text: None)
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert sorted(drawn) == list(range(14)) and {r["steps"] for r in runs} == {20}
 
 
 def test_what_was_learned_is_a_rule_of_the_optimizer(tmp_path):

@@ -75,6 +75,35 @@ def test_runs_of_one_task_do_not_pass_for_many():
     assert together > 2 * apart
 
 
+def test_the_ridge_is_the_one_that_predicts_other_tasks():
+    """With as many coefficients as runs, the least ridge would follow the noise."""
+    x = torch.randn(90, 8, generator=seeded(0))
+    y = -0.3 * x[:, 0] + 0.3 * torch.randn(90, generator=seeded(1))
+    other = torch.randn(500, 8, generator=seeded(2))
+    found = Surface(x, y, torch.arange(90) % 30, largest=2.0)(other)[0]
+    error = (found - -0.3 * other[:, 0]).square().mean().sqrt()
+    assert error < 0.25  # 0.277 at the least ridge, 0.284 without any slope
+
+
+def test_noisy_tasks_count_less():
+    x = torch.randn(600, 2, generator=seeded(0))
+    task = torch.arange(600) % 30
+    noise = torch.where(task < 10, 0.6, 0.01)
+    y = torch.where(task < 10, 0.3, -0.1) * x[:, 0] + noise * torch.randn(600, generator=seeded(1))
+    slope = float(Surface(x, y, task, largest=5.0)(torch.tensor([[1.0, 0.0]]))[0])
+    assert slope < -0.05  # 0.001 if all counted alike
+
+
+def test_the_noise_that_runs_have_in_common_is_no_curvature():
+    x = torch.randn(600, 2, generator=seeded(0))
+    x[::10] = 0
+    run = torch.arange(600) // 10
+    y = -0.2 * x[:, 0] + torch.where(x.any(1), 0.3 * torch.randn(60, generator=seeded(1))[run] + 0.6, 0.0)
+    at = torch.tensor([[1.5, 0.0], [-1.5, 0.0]])
+    found = Surface(x, y, run, largest=5.0, run=run)(at)[0]
+    assert found.tolist() == pytest.approx([-0.3, 0.3], abs=0.08)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e9])
 def test_a_run_that_fails_does_not_decide(wrong):
     x = torch.randn(400, 2, generator=seeded(0))
