@@ -7,6 +7,7 @@ from torch import nn
 from learned_opt.rules import RULES
 from meta_train.errors import UsageError
 from meta_train.search import Result, Results, Runs, Search, best_of, changes, drawn, made, with_numbers
+from meta_train.surface import Surface
 from tasks.task import Problem
 
 RULE = RULES["learned"]().requires_grad_(False)
@@ -117,6 +118,21 @@ def test_the_best_numbers_are_found_and_no_farther_than_runs_were():
     reach = search.spread_in(2) * (len(best) / 2) ** 0.5
     assert torch.tensor(far).norm() == pytest.approx(reach, rel=0.02)
     assert torch.nn.functional.cosine_similarity(torch.tensor(far), best, 0) > 0.9
+
+
+def test_the_fit_is_told_which_points_share_a_hand_made_run(monkeypatch):
+    search, told = Search(tasks=3, runs=2), {}
+
+    class Spy(Surface):
+        def __init__(self, points, changes, task, **options):
+            told.update(task=task, run=options["run"])
+            super().__init__(points, changes, task, **options)
+
+    monkeypatch.setattr("meta_train.search.Surface", Spy)
+    best_of(search, synthetic(search, torch.zeros(11), rounds=2))
+    run, task = told["run"].view(6, search.copies, 2), told["task"].view(6, search.copies, 2)
+    assert (run == run[:, :1]).all() and run[:, 0].unique().numel() == 12  # of each round and task two
+    assert (task == task[:, :1, :1]).all() and task[:, 0, 0].unique().numel() == 6
 
 
 def test_a_points_numbers_made_its_change():
