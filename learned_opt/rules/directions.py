@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from learned_opt.batches import BFLOAT16_ABOVE, FlatBatch, TensorBatch
 from learned_opt.rules import auto_lr, whitening
@@ -73,28 +74,30 @@ def snr_scale(own: Slots, square: Tensor, age: Number) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------- matrices
-def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Tensor]) -> Tensor:
+def preconditioned(b: TensorBatch, n: Tensor, own: Slots, roots: Mapping[int, Tensor], in_place: bool) -> Tensor:
     """``n / v^(1/4)`` along axes that are not whitened; a bias is the weight of an input of size ``BIAS``."""
     for i in b.axes:
         if i not in roots:
-            n = along(b, n, i, own[f"scale{i}"])
+            n = along(b, n, i, own[f"scale{i}"], in_place)
     if b.biases:
         n[..., -1].mul_(BIAS)
     return n
 
 
-def along(b: TensorBatch, x: Tensor, axis: int, vector: Tensor) -> Tensor:
+def along(b: TensorBatch, x: Tensor, axis: int, vector: Tensor, in_place: bool = False) -> Tensor:
     """``[N, R, K]`` times ``[N, d]`` along an axis of the tensors; biases have the rows of their matrices."""
-    if b.is_plain and b.is_row(axis):
-        return x * vector[:, :, None]
-    if b.is_plain:
-        vector = vector.repeat(1, b.kernel)
-        if b.biases:
-            vector = torch.cat([vector, torch.ones_like(vector[:, :1])], -1)
-        return x * vector[:, None, :]
-    shape = [len(x)] + [1] * len(b.shape)
-    shape[axis + 1] = -1
-    return b.matrices(b.tensors(x) * vector.view(shape))
+    if not b.is_plain:
+        shape = [len(x)] + [1] * len(b.shape)
+        shape[axis + 1] = -1
+        tensors = b.tensors(x)
+        product = torch.mul(tensors, vector.view(shape), out=tensors if in_place else None)
+        return x if in_place else b.matrices(product)
+    if b.is_row(axis):
+        factor = vector[:, :, None]
+    else:
+        factor = vector.repeat(1, b.kernel)[:, None, :]
+        factor = functional.pad(factor, (0, 1), value=1.0) if b.biases else factor
+    return torch.mul(x, factor, out=x if in_place else None)
 
 
 def step_scale(rows: int, columns: int, has_bias: bool) -> float:

@@ -33,7 +33,7 @@ from learned_opt.rules.base import State, Weights
 from learned_opt.rules.clock import Clock, when
 from learned_opt.rules.directions import BETA2
 from learned_opt.rules.embedding import Embedding
-from learned_opt.rules.numerics import ROUNDING
+from learned_opt.rules.numerics import ROUNDING, is_known_zero
 from learned_opt.rules.slots import Slots, framed, norms, numel_of
 from learned_opt.rules.whitened_polar import Control, WhitenedPolar
 from learned_opt.symmetry import Symmetry
@@ -185,12 +185,7 @@ class Learned(WhitenedPolar):
         """Whether nothing is read off the embeddings, as after a search of constants: then they need not be made."""
         maps = [self.tensor_controls.weight[:, len(FEATURES) :], self.unit_controls.weight, self.unit_controls.bias]
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in maps)
-        if learning or maps[0].device.type != "cpu":  # elsewhere to ask would cost more
-            return False
-        try:
-            return not any(bool(x.any()) for x in maps)
-        except RuntimeError:  # one for each run of a batch
-            return False
+        return not learning and is_known_zero(*maps)
 
     def _embedded(
         self,

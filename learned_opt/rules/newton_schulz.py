@@ -23,8 +23,8 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     Returns:
         ``[N, R, C]``.
     """
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = x / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5).to(x.dtype)  # below, squares underflow
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)  # below, squares underflow
     rows, columns = x.shape[-2:]
     tall = rows > columns
     if max(rows, columns) >= LONG * min(rows, columns) and x.dtype != torch.bfloat16:

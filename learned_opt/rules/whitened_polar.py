@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from learned_opt.across import HERE, Across
 from learned_opt.batch_layout import batches_of
@@ -41,7 +40,7 @@ from learned_opt.rules.directions import (
     thin_direction,
 )
 from learned_opt.rules.newton_schulz import newton_schulz
-from learned_opt.rules.numerics import TINY
+from learned_opt.rules.numerics import TINY, is_known_zero
 from learned_opt.rules.refresh import derived, refresh_frame, update_moments
 from learned_opt.rules.slots import (
     NUMBERS,
@@ -217,9 +216,9 @@ class WhitenedPolar(UpdateRule):
         factor = clip_factor(norm, tensor["mean_square"], clock.age - 1, numel)
         norm = norm * factor
         tensor["mean_square"] = torch.lerp(tensor["mean_square"], norm.square() / numel, 1 - BETA2)
-        return {
-            b.key: times(b, g[b.key], f) for b, f in zip(layout.all, factor.split(layout.counts), strict=True)
-        }, norm
+        if not is_known_zero(factor - 1):
+            g = {b.key: times(b, g[b.key], f) for b, f in zip(layout.all, factor.split(layout.counts), strict=True)}
+        return g, norm
 
     def _measure(
         self,
@@ -331,8 +330,12 @@ def matrix_direction(
     n = torch.lerp(g, own["m"].to(g.dtype), beta1, out=g if in_place else None)
     dtype, fast = n.dtype, product_dtype(b, n)
     roots = {i: own[f"root{i}"].to(fast) for i in whitened_axes(b)}
-    x = preconditioned(b, n, own, roots).to(fast)
-    x = functional.pad(x, (0, b.padded - b.K)) if b.padded > b.K else x
+    n = preconditioned(b, n, own, roots, in_place)
+    if b.padded > b.K:
+        x = n.new_zeros(len(n), b.R, b.padded, dtype=fast)
+        x[..., : b.K] = n
+    else:
+        x = n.to(fast)
     del g, n  # of a large matrix every copy counts
     x = whitening.multiplied(b, x, roots)
     polar = [newton_schulz(part, ITERATIONS) for part in b.split(x)]
