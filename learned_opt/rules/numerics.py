@@ -1,6 +1,5 @@
 """Roots with a finite derivative at zero, and what is too small to be more than rounding noise."""
 
-import torch
 from torch import Tensor
 
 TINY = 1e-30
