@@ -10,6 +10,8 @@ call of a module that has all the parameters.
 * The global hook is gone before the forward pass runs. Dynamo traces hooks and guards on them: one that stayed until
   the first step would make every compiled model compile twice (measured on torch 2.15: 2 frames instead of 1, for
   global and for per-module hooks; 1 frame this way).
+* Until then every outermost call of a module that has some of the parameters counts: where no module has all of them
+  (an encoder and a decoder that a training step calls one by one), their calls are what is known.
 * A module of which nothing is compiled keeps hooks of its own until the first step: what it is called for may differ
   from call to call (modes, arguments, inputs), and the symmetry must be one of all of them. The gradients that reach
   the outputs and the parameters tell whether there were other uses of the parameters.
@@ -38,6 +40,7 @@ __all__ = ["Call", "ForwardRecorder", "modules_behind"]
 # what a compiled module says about any global hook, once: about ours it is untrue, which does not fire twice
 HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 KEPT = 8  # calls whose gradients can be compared (one if they cannot); of later ones those that are unlike these
+PARTS = 16  # modules that are called one by one; what others hold stands beside these
 DIFFERENTIATED = 20_000_000  # weights; of larger modules gradients are not compared
 
 
@@ -72,13 +75,13 @@ def _look_behind(params: Any, found: list[nn.Module]) -> None:
 class ForwardRecorder:
     """Records the forward passes of the modules that an optimizer trains; see the module's docstring.
 
-    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of those among
-    ``roots`` that were called. Only calls that record gradients count: they are what is trained. Nothing here keeps the
+    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of the outermost
+    modules with some of them. Only calls that record gradients count: they are what is trained. Nothing here keeps the
     optimizer alive, and its end ends the recording.
 
     Args:
         optimizer: any optimizer with parameters.
-        roots: modules known to hold some of them.
+        roots: modules known to hold some of them: when all were called, no others are waited for.
     """
 
     _waiting: "weakref.WeakSet[ForwardRecorder]" = weakref.WeakSet()
@@ -89,7 +92,7 @@ class ForwardRecorder:
         self._gradients: dict[int, Tensor] = {}
         self._missing: list[nn.Module] = []
         self._in_place: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[nn.Module, list[RemovableHandle]] = {}  # by the module that was called
         self._optimizer = weakref.ref(optimizer, lambda _: self.release())
         self._global = register_module_forward_pre_hook(self._before)
         self._waiting.add(self)
@@ -112,9 +115,14 @@ class ForwardRecorder:
         return calls
 
     def _let_go(self) -> None:
-        for handle in self._handles:
+        for module in list(self._handles):
+            self._forget(module)
+        self._running = []
+
+    def _forget(self, module: nn.Module) -> None:
+        """See no more calls of a module."""
+        for handle in self._handles.pop(module):
             handle.remove()
-        self._handles, self._running = [], []
 
     def _stop_waiting(self) -> None:
         self._global.remove()
@@ -137,14 +145,16 @@ class ForwardRecorder:
             return
         if not (torch.is_grad_enabled() and self._wanted(module)):
             return
-        compiled = _is_compiled(module)
-        self._running.append(Call.begin(unwrapped(module), args, compiled))
+        compiled, inner = _is_compiled(module), unwrapped(module)
+        self._running.append(Call.begin(inner, args, compiled))
         if compiled:
-            self._handles.append(module.register_forward_hook(_Hook(self._only), with_kwargs=True))
+            self._handles[inner] = [module.register_forward_hook(_Hook(self._only), with_kwargs=True)]
         else:
-            self._handles.append(module.register_forward_pre_hook(_Hook(self._again), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_Hook(self._after), with_kwargs=True))
-            self._follow_gradients(module)
+            self._handles[inner] = [
+                module.register_forward_pre_hook(_Hook(self._again), with_kwargs=True),
+                module.register_forward_hook(_Hook(self._after), with_kwargs=True),
+                *self._follow_gradients(module),
+            ]
 
     def _wanted(self, module: nn.Module) -> bool:
         """Whether to take this call; nothing more is waited for where it is the last that is needed."""
@@ -156,12 +166,24 @@ class ForwardRecorder:
             self._let_go()
             self._stop_waiting()
             return True
-        if not any(inner is root for root in self._missing):
+        if any(inner is root for root in self._missing):
+            self._missing = [root for root in self._missing if root is not inner]
+            if not self._missing:
+                self._stop_waiting()
+        elif not self._is_outermost(inner, trained):
             return False
-        self._missing = [root for root in self._missing if root is not inner]
-        if not self._missing:
-            self._stop_waiting()
+        parts = {m for m in inner.modules() if m in self._handles}
+        self.calls = [c for c in self.calls if c.module not in parts]
+        for part in parts:  # called alone before
+            self._forget(part)
         return True
+
+    def _is_outermost(self, module: nn.Module, trained: list[Tensor]) -> bool:
+        """Whether a module has some of the parameters, and is in none whose calls are seen."""
+        mine = {id(p) for p in module.parameters()}
+        if len(self._handles) >= PARTS or not any(id(p) in mine for p in trained):
+            return False
+        return not any(module is m for other in self._handles for m in other.modules())
 
     def _trained(self) -> list[Tensor]:
         optimizer = self._optimizer()
@@ -170,9 +192,8 @@ class ForwardRecorder:
 
     def _only(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the one call of a compiled module that is recorded."""
-        for handle in self._handles:
-            if handle.id in module._forward_hooks:
-                handle.remove()
+        for handle in self._handles.get(unwrapped(module), ()):
+            handle.remove()
         self._keep(kwargs, output)
 
     def _again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,15 +228,13 @@ class ForwardRecorder:
         alone = alone or torch.distributed.get_world_size() == 1
         return alone and sum(p.numel() for p in self._trained()) <= DIFFERENTIATED
 
-    def _follow_gradients(self, module: nn.Module) -> None:
+    def _follow_gradients(self, module: nn.Module) -> list[RemovableHandle]:
         """Take a sample of each gradient as a backward pass leaves it, before anything (clipping) changes it.
 
         Those of all parameters of the module: some may be another optimizer's, which shares what is inferred here.
         """
-        if self._comparable():
-            for p in module.parameters():
-                if p.requires_grad and p.is_leaf:
-                    self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self._accumulated)))
+        followed = [p for p in module.parameters() if p.requires_grad and p.is_leaf] if self._comparable() else []
+        return [p.register_post_accumulate_grad_hook(_Hook(self._accumulated)) for p in followed]
 
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is None or p.grad.layout != torch.strided or p._backward_hooks or torch.is_grad_enabled():

@@ -381,12 +381,52 @@ def test_what_is_added_before_the_first_step_is_looked_for_too(asked):
     assert asked[0][0] is model and len(names(optimizer)) == len(optimizer.symmetry.specs) == 4
 
 
-def test_modules_without_a_common_parent_are_inferred_one_by_one(asked, said):
-    encoder, head = nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, 3)
-    optimizer = NFNOpt([{"params": encoder.parameters()}, {"params": head.parameters()}], rule=Adam())
-    train(lambda x: head(encoder(x)), optimizer, steps=2)
-    assert [c[0] for c in asked] == [encoder, head] and not said(logging.WARNING)
-    assert names(optimizer) == ["0/0.weight", "0/0.bias", "1/weight", "1/bias"]
+class Steps(nn.Module):
+    """A module whose parts are called by a method that is no ``forward``."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6))
+        self.head = nn.Linear(6, 3)
+
+    def training_step(self, x):
+        return self.head(self.encoder(x))
+
+
+PASSED_IN_PARTS = {
+    "the parent's": lambda m: m.parameters(),
+    "a list": lambda m: list(m.parameters()),
+    "groups": lambda m: [{"params": m.encoder.parameters()}, {"params": m.head.parameters()}],
+    "named": lambda m: m.named_parameters(),
+}
+
+
+@pytest.mark.parametrize("way", PASSED_IN_PARTS)
+def test_modules_that_are_called_one_by_one_are_inferred_one_by_one(way, said):
+    """Their own hidden units move together; what may be units between them, each tensor's by itself."""
+    m = Steps()
+    optimizer = NFNOpt(PASSED_IN_PARTS[way](m), rule=Adam())
+    for _ in range(2):
+        train(m.training_step, optimizer)
+    assert not said(logging.WARNING)
+    first, last, head = (optimizer.symmetry.specs[n] for n in ("0/0.weight", "0/2.weight", "1/weight"))
+    assert first.axes[0].label == last.axes[1].label is not None
+    assert len({first.axes[1].label, last.axes[0].label, head.axes[0].label, head.axes[1].label} - {None}) == 4
+
+
+def test_a_module_that_is_called_alone_first_counts_as_a_part_of_the_whole(asked):
+    m = net()
+    optimizer = NFNOpt(m.parameters(), rule=Adam())
+    m.body(batch())
+    train(m, optimizer)
+    assert [c[0] for c in asked] == [m]
+
+
+def test_modules_without_hidden_units_of_their_own_say_nothing(asked, said):
+    a, b = nn.Linear(5, 6), nn.Linear(6, 3)
+    optimizer = NFNOpt([*a.parameters(), *b.parameters()], rule=Adam())
+    train(lambda x: b(a(x).tanh()), optimizer)
+    assert "one by one" in said(logging.WARNING)[0] and optimizer.symmetry.specs["0"].axes[0].label is not None
 
 
 def call_of(module):
