@@ -355,7 +355,7 @@ def infer_or_say(calls: list[Call], params: list[NamedParam]) -> tuple[ParamMap 
     start = time.perf_counter()
     if not calls:
         return None, (
-            "no forward pass of a module that has its parameters was seen before the first step (the call was compiled, "
+            "no forward pass of a module with its parameters was seen before the first step (the call was compiled, "
             "or the tensors are used without a module)"
         )
     modules = ", ".join(type(m).__name__ for m in dict.fromkeys(c.module for c in calls))

@@ -75,7 +75,7 @@ def _look_behind(params: Any, found: list[nn.Module]) -> None:
 class ForwardRecorder:
     """Records the forward passes of the modules that an optimizer trains; see the module's docstring.
 
-    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of the outermost
+    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of outermost
     modules with some of them. Only calls that record gradients count: they are what is trained. Nothing here keeps the
     optimizer alive, and its end ends the recording.
 
