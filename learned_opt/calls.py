@@ -133,8 +133,10 @@ class Call:
         gradients: of every trained parameter by its id, a sample of its gradient after the last backward pass. Shared
             by all calls of one recording.
         complete: whether ``gradients`` is of the calls that were kept, and of no others.
-        reads: what tells this forward pass from others: the memory of arguments and how often it was written to, and
-            the same of parameters.
+        part: the module has some of the optimizer's parameters, was not named, and is used beside others: what is claimed
+            of it must be shown by the gradients.
+        reads: what tells this forward pass from others: the memory of arguments and parameters, and how often each was
+            written to.
     """
 
     module: nn.Module
@@ -153,10 +155,11 @@ class Call:
     explains: bool = False
     gradients: MutableMapping[int, Tensor] = field(default_factory=dict)
     complete: bool = True
-    reads: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+    part: bool = False
+    reads: tuple[Any, ...] = ()
 
     @classmethod
-    def begin(cls, module: nn.Module, args: tuple[Any, ...], compiled: bool) -> "Call":
+    def begin(cls, module: nn.Module, args: tuple[Any, ...], compiled: bool, part: bool = False) -> "Call":
         """What must be taken down before the call."""
         buffers, left = {}, COPIED
         for name, b in sorted(module.named_buffers(), key=lambda item: item[1].numel()):
@@ -176,7 +179,8 @@ class Call:
             buffers,
             compiled,
             {k: torch.get_autocast_dtype(k) for k in kinds if k != "meta" and torch.is_autocast_enabled(k)},
-            reads=(_memory(args), _memory(list(module.parameters()))),
+            part=part,
+            reads=_memory((args, list(module.parameters()))),
         )
 
     def end(self, kwargs: dict[str, Any], output: Any, differentiate: bool) -> None:
@@ -201,10 +205,6 @@ class Call:
         elif self.explains:
             before = self.output_grads.get(leaf)
             self.output_grads[leaf] = grad.detach().clone() if before is None else before + grad
-
-    def weights_moved(self) -> bool:
-        """Whether parameters are in other memory than at the call, or were written to since."""
-        return _memory(list(self.module.parameters())) != self.reads[1]
 
     def kind(self, *, shapes: bool = True) -> Any:
         """Calls of one kind ran the same code, as far as can be told without looking at what tensors hold."""

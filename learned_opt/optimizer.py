@@ -56,7 +56,8 @@ class NFNOpt(torch.optim.Optimizer):
         symmetry: how the axes of the parameters move together. "infer": found out before the first step. The forward
             pass of the module with all these parameters is seen, and :func:`learned_opt.infer_symmetry` is asked about
             it; parameters that the module lacks, or that are added later, have every axis by itself. Where no such
-            module is called, or the inference fails, all have, and a warning says why; training goes on. "independent":
+            module is called, its parts that are called count; where none is, or the inference fails, all have every
+            axis by itself, and a warning says why; training goes on. "independent":
             every axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it may describe
             more tensors than are optimised. Named parameters are matched with it by name, others by position.
         lr: multiplies the rate that the rule sets itself (also per group); a number or a 1-element tensor. 1 is right;

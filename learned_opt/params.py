@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from learned_opt.names import known_names, plain_name
 from learned_opt.recorder import Call
-from learned_opt.symmetry import Label, Spec, Symmetry, SymmetryError, independent
-from learned_opt.symmetry.axes import Axis, Leaf, leaves_of, map_leaves
+from learned_opt.symmetry import Spec, Symmetry, SymmetryError, independent
+from learned_opt.symmetry.axes import Leaf, leaves_of, map_leaves
 from learned_opt.symmetry.labels import UNKNOWN, is_statistic
 from learned_opt.symmetry.table import one_line
 from learned_opt.text import listed
@@ -264,51 +264,35 @@ def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
     """The symmetry of the modules that were called; tensors that they do not have stand beside it.
 
     Parameters are matched by identity, so that neither their names nor wrappers matter. Several modules
-    get prefixes ``0/``, ``1/``, ...; axes that lead from one to another move by themselves.
+    get prefixes ``0/``, ``1/``, .... A part of a network that
+    has no hidden units of its own is left out.
 
     Raises:
-        SymmetryError: two of the modules share a parameter (each symmetry is then one of one use of it), or none of
-            several modules has hidden units of its own.
+        SymmetryError: two of the modules share a parameter (each symmetry is then one of one use of it), or nothing is
+            left.
         Exception: what the inference raises.
     """
     calls, params = on_twins(calls, params)
     symmetry, names = Symmetry({}), dict[int, str]()
     modules = list(dict.fromkeys(c.module for c in calls))
+    held = Counter(p for m in modules for p in {id(p) for p in m.parameters()})
     for i, module in enumerate(modules):
-        found = _symmetry_of([c for c in calls if c.module is module])
+        if any(held[id(p)] > 1 for p in module.parameters()):
+            raise SymmetryError(f"{type(module).__name__} shares a parameter with another module of the optimizer")
+        mine = [c for c in calls if c.module is module]
+        found = _symmetry_of(mine)
+        if mine[0].part and all(g.fixed for g in found.labels.values()):
+            continue
         prefix = f"{i}/" if len(modules) > 1 else ""
         known: dict[int, str] = {}
         for name, p in module.named_parameters(remove_duplicate=False):
             known.setdefault(id(p), name)
         here = {p.position: prefix + known[id(p.param)] for p in params if known.get(id(p.param)) in found.specs}
-        if here.keys() & names.keys():
-            raise SymmetryError(f"{type(module).__name__} shares a parameter with another module of the optimizer")
         symmetry, names = _joined(symmetry, _prefixed(found, prefix, prefix)), {**names, **here}
-    if len(modules) > 1:
-        if not any(not g.fixed for g in symmetry.labels.values()):
-            raise SymmetryError("the modules were called one by one, and none of them has hidden units of its own")
-        symmetry = _with_loose_ends(symmetry)
+    if modules and not names:
+        raise SymmetryError("modules were called one by one, and none of them has hidden units of its own")
     param_map = ParamMap(symmetry, names)
     return param_map.validate([p for p in params if p.position in names])
-
-
-def _with_loose_ends(symmetry: Symmetry) -> Symmetry:
-    """Axes without a label, which may be hidden units between modules, each with a label of its own, as in
-    :func:`independent`: a larger group."""
-    labels = dict(symmetry.labels)
-
-    def loosened(name: str, i: int, axis: Axis, role: str) -> Axis:
-        if not isinstance(axis, Leaf) or axis.label is not None or axis.scale or role not in ("out", "in"):
-            return axis
-        label = f"{name}.{i}"
-        labels[label] = Label(axis.size)
-        return Leaf(axis.size, label)
-
-    specs = {
-        n: replace(s, axes=tuple(loosened(n, i, a, r) for i, (a, r) in enumerate(zip(s.axes, s.roles, strict=True))))
-        for n, s in symmetry.specs.items()
-    }
-    return replace(symmetry, specs=specs, labels=labels)
 
 
 _latest: WeakKeyDictionary[nn.Module, tuple[Any, Symmetry | Exception]] = WeakKeyDictionary()

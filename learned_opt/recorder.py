@@ -2,7 +2,7 @@
 
 ``NFNOpt(model.parameters())`` gets tensors, not the model. Its forward passes tell the rest. One mechanism serves every
 way to pass the parameters, and ``torch.compile`` before or after: a global forward *pre*-hook that ends with the first
-call of a module that has all the parameters.
+call of a module that has all the parameters, or with the first step.
 
 * The first call to come by is the outermost, and it is the one to take: the function of the outermost module is what
   is trained. A module inside of it may hold all the parameters too and not show every use of them (the body of a
@@ -10,8 +10,9 @@ call of a module that has all the parameters.
 * The global hook is gone before the forward pass runs. Dynamo traces hooks and guards on them: one that stayed until
   the first step would make every compiled model compile twice (measured on torch 2.15: 2 frames instead of 1, for
   global and for per-module hooks; 1 frame this way).
-* Until then every outermost call of a module that has some of the parameters counts: where no module has all of them
-  (an encoder and a decoder that a training step calls one by one), their calls are what is known.
+* Until then every outermost call of a module that has some of the parameters counts: where no module with all of them is
+  called (a training step calls an encoder and a decoder), these *parts* are what is known, if their gradients can be
+  compared: only that tells that they have no other uses.
 * A module of which nothing is compiled keeps hooks of its own until the first step: what it is called for may differ
   from call to call (modes, arguments, inputs), and the symmetry must be one of all of them. The gradients that reach
   the outputs and the parameters tell whether there were other uses of the parameters.
@@ -40,7 +41,7 @@ __all__ = ["Call", "ForwardRecorder", "modules_behind"]
 # what a compiled module says about any global hook, once: about ours it is untrue, which does not fire twice
 HOOK_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
 KEPT = 8  # calls whose gradients can be compared (one if they cannot); of later ones those that are unlike these
-PARTS = 16  # modules that are called one by one; what others hold stands beside these
+PARTS = 64  # modules that are called one by one; what others hold stands beside these
 DIFFERENTIATED = 20_000_000  # weights; of larger modules gradients are not compared
 
 
@@ -75,8 +76,8 @@ def _look_behind(params: Any, found: list[nn.Module]) -> None:
 class ForwardRecorder:
     """Records the forward passes of the modules that an optimizer trains; see the module's docstring.
 
-    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of outermost
-    modules with some of them. Only calls that record gradients count: they are what is trained. Nothing here keeps the
+    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of ``roots`` and of
+    other outermost modules with some of them. Only calls that record gradients count: they are what is trained. Nothing here keeps the
     optimizer alive, and its end ends the recording.
 
     Args:
@@ -91,6 +92,7 @@ class ForwardRecorder:
         self._running: list[Call] = []
         self._gradients: dict[int, Tensor] = {}
         self._missing: list[nn.Module] = []
+        self._parts: set[nn.Module] = set()
         self._in_place: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}  # by the module that was called
         self._optimizer = weakref.ref(optimizer, lambda _: self.release())
@@ -121,6 +123,7 @@ class ForwardRecorder:
 
     def _forget(self, module: nn.Module) -> None:
         """See no more calls of a module."""
+        self._parts.discard(module)
         for handle in self._handles.pop(module):
             handle.remove()
 
@@ -146,7 +149,7 @@ class ForwardRecorder:
         if not (torch.is_grad_enabled() and self._wanted(module)):
             return
         compiled, inner = _is_compiled(module), unwrapped(module)
-        self._running.append(Call.begin(inner, args, compiled))
+        self._running.append(Call.begin(inner, args, compiled, inner in self._parts))
         if compiled:
             self._handles[inner] = [module.register_forward_hook(_Hook(self._only), with_kwargs=True)]
         else:
@@ -170,12 +173,14 @@ class ForwardRecorder:
             self._missing = [root for root in self._missing if root is not inner]
             if not self._missing:
                 self._stop_waiting()
-        elif not self._is_outermost(inner, trained):
+        elif self._is_outermost(inner, trained):
+            self._parts.add(inner)
+        else:
             return False
-        parts = {m for m in inner.modules() if m in self._handles}
-        self.calls = [c for c in self.calls if c.module not in parts]
-        for part in parts:  # called alone before
-            self._forget(part)
+        within = {m for m in inner.modules() if m in self._handles}
+        self.calls = [c for c in self.calls if c.module not in within]
+        for module in within:  # called alone before
+            self._forget(module)
         return True
 
     def _is_outermost(self, module: nn.Module, trained: list[Tensor]) -> bool:
@@ -208,7 +213,7 @@ class ForwardRecorder:
             kind = kind_of(inner, args, kwargs, shapes=False)
             if len(mine) >= 2 * KEPT or any(c.kind(shapes=False) == kind for c in mine):
                 return
-        self._running.append(Call.begin(inner, args, _is_compiled(module)))
+        self._running.append(Call.begin(inner, args, _is_compiled(module), inner in self._parts))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inner = unwrapped(module)
@@ -248,6 +253,7 @@ class ForwardRecorder:
         def ours(*args: Any, **kwargs: Any) -> Any:
             if not (torch.is_grad_enabled() and self._wanted(root)):
                 return compiled(*args, **kwargs)
+            self._handles[root] = []
             self._running.append(Call.begin(root, args, True))
             output = compiled(*args, **kwargs)
             self._keep(kwargs, output)

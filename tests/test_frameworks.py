@@ -255,50 +255,6 @@ def test_a_closure_may_climb_first(rule):
     assert losses[-1] < 0.7 * losses[0] and optimizer.symmetry.specs.keys() == weights(model).keys()
 
 
-class Climbing(torch.optim.Optimizer):
-    """Sharpness-aware minimisation as it is published: the optimizer is made of its groups, and ``data`` is swapped."""
-
-    def __init__(self, params, make_optimizer):
-        super().__init__(params, {"rho": 0.05})
-        self.inner = make_optimizer(self.param_groups)
-        self.param_groups = self.inner.param_groups
-
-    @torch.no_grad()
-    def climb(self):
-        norm = torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm()
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["before"] = p.data.clone()
-                p.add_(p.grad * group["rho"] / norm)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data = self.state[p]["before"]
-        self.inner.step()
-
-
-@pytest.mark.parametrize("passes", [1, 2])
-def test_of_two_passes_the_one_at_the_weights_of_the_step_shows_the_function(passes, said):
-    """Scales are left out: the gradients are those of other weights. Without that pass nothing is known."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
-    optimizer = Climbing(model.parameters(), NFNOpt)
-    if passes == 2:
-        backward(model)
-    else:
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-    optimizer.climb()
-    backward(model)
-    optimizer.step()
-    found = optimizer.inner.symmetry
-    first, _, last, _ = found.specs.values()
-    assert (first.axes[0].label == last.axes[1].label) == (passes == 2)
-    assert not any(s.kind == "positive" for s in found.scales.values())
-    assert ("another function" in said(logging.WARNING)[0]) == (passes == 1)
-
-
 def test_a_schedule_free_wrapper_trains_and_resumes():
     schedulefree = pytest.importorskip("schedulefree")
 

@@ -403,15 +403,51 @@ PASSED_IN_PARTS = {
 
 @pytest.mark.parametrize("way", PASSED_IN_PARTS)
 def test_modules_that_are_called_one_by_one_are_inferred_one_by_one(way, said):
-    """Their own hidden units move together; what may be units between them, each tensor's by itself."""
+    """Their own hidden units move together; what may be units between them stays in place, or by itself."""
     m = Steps()
     optimizer = NFNOpt(PASSED_IN_PARTS[way](m), rule=Adam())
     for _ in range(2):
         train(m.training_step, optimizer)
     assert not said(logging.WARNING)
-    first, last, head = (optimizer.symmetry.specs[n] for n in ("0/0.weight", "0/2.weight", "1/weight"))
-    assert first.axes[0].label == last.axes[1].label is not None
-    assert len({first.axes[1].label, last.axes[0].label, head.axes[0].label, head.axes[1].label} - {None}) == 4
+    first, _, last, *_ = optimizer.symmetry.specs.values()
+    assert first.axes[0].label == last.axes[1].label is not None and last.axes[0].label is None
+    assert len(optimizer.symmetry.specs) == 6
+
+
+OTHER_USES = {
+    "a piece is called by hand": lambda m, x: m.encoder[0](x).square().mean(),
+    "a function of a weight": lambda m, x: (x @ m.encoder[0].weight.T).abs().mean(),
+    "more passes than are kept": lambda m, x: sum(m.training_step(x + i).square().mean() for i in range(10)),
+}
+
+
+@pytest.mark.parametrize("use", OTHER_USES)
+def test_of_parts_nothing_is_claimed_that_their_gradients_do_not_show(use, said):
+    m = Steps()
+    optimizer = NFNOpt(m.parameters(), rule=Adam())
+    (m.training_step(batch()).square().mean() + OTHER_USES[use](m, batch())).backward()
+    optimizer.step()
+    assert optimizer.symmetry.specs.keys() == dict.fromkeys(map(str, range(6))).keys()
+    assert "the symmetry is not known" in said(logging.WARNING)[0]
+
+
+def test_parts_that_share_a_tensor_of_nobody_are_refused(said):
+    head = nn.Linear(6, 3).requires_grad_(False)
+    a, b = (nn.Sequential(nn.Linear(5, 6), nn.Tanh(), head) for _ in range(2))
+    optimizer = NFNOpt([p for m in (a, b) for p in m[0].parameters()], rule=Adam())
+    train(lambda x: a(x) + b(x), optimizer)
+    assert "shares a parameter" in said(logging.WARNING)[0]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_part_that_is_compiled_in_place_is_recorded_once(known):
+    m = Steps()
+    m.encoder.compile(backend="eager")
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+    recorder = ForwardRecorder(optimizer, [m.encoder, m.head] if known else [])
+    for _ in range(5):
+        m.encoder(batch())
+    assert len(recorder.release()) <= 1
 
 
 def test_a_module_that_is_called_alone_first_counts_as_a_part_of_the_whole(asked):

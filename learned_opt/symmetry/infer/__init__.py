@@ -93,7 +93,8 @@ def infer_called(calls: Sequence[Call]) -> Symmetry:
 
     Raises:
         InferenceError: as :func:`infer_symmetry`; or what is exported does not return what the calls returned, or
-            they are not the only use of the parameters; or the module was called in too many ways.
+            they are not the only use of the parameters, or a part may have others; or the module was called in too
+            many ways.
     """
     model = calls[0].module
     if any(c.tossed for c in calls):
@@ -125,6 +126,11 @@ def infer_called(calls: Sequence[Call]) -> Symmetry:
         except Penalised as penalty:
             logger.warning("symmetry of %s: %s. They are not used.", type(model).__name__, penalty)
             return replace(unscaled(symmetry), notes=(*symmetry.notes, str(penalty)))
+    if not compared and any(c.part for c in calls):
+        raise InferenceError(
+            f"{type(model).__name__} is a part of what is trained, and whether it has other uses could not be told from"
+            " its gradients (it is compiled, large, in several processes, or was called often before the step)"
+        )
     symmetry = replace(symmetry, notes=(*symmetry.notes, *notes))
     return symmetry if compared else _without_broken(model, symmetry, any(c.autocast or c.compiled for c in calls))
 

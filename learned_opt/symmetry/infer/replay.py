@@ -30,10 +30,6 @@ class NotReplayed(Exception):
     """The graph calls another one (a loop, a branch) in a way that is not followed: the call is not compared."""
 
 
-class AnotherFunction(InferenceError):
-    """A call returned something else than the graph does at the present weights."""
-
-
 class _Replay:
     """Runs an exported network with its own parameters, on the inputs of one call."""
 
@@ -138,16 +134,8 @@ def compare(networks: Sequence[tuple[Network, Sequence[Call]]]) -> tuple[list[st
     """
     notes: list[str] = []
     for network, calls in networks:
-        others: list[tuple[Call, AnotherFunction]] = []
         for call in calls:
-            try:
-                notes += _compare_outputs(network, call)
-            except AnotherFunction as error:
-                others.append((call, error))
-        for call, another in others:
-            if len(others) == len(calls) or not call.weights_moved():
-                raise another
-            notes.append(f"not compared with a call of {type(call.module).__name__} whose weights were others")
+            notes += _compare_outputs(network, call)
     calls = [c for _, cs in networks for c in cs]
     if not notes and calls and all(c.explains and c.complete for c in calls) and calls[0].gradients:
         try:
@@ -178,7 +166,7 @@ def _compare_outputs(network: Network, call: Call) -> list[str]:
     tolerance = ROUNDED if call.autocast or call.compiled or _is_half(leaves) else EXACT
     for ours, theirs in zip(found, call.outputs, strict=True):
         if ours is not None and theirs is not None and not _close(ours, theirs, tolerance):
-            raise AnotherFunction(
+            raise InferenceError(
                 f"the call of {name} that was trained did not return what its export returns: another function ran"
                 " (a method was replaced for the call, it branches on what export does not see, or its inputs changed"
                 " since)"
