@@ -133,8 +133,8 @@ class Call:
         gradients: of every trained parameter by its id, a sample of its gradient after the last backward pass. Shared
             by all calls of one recording.
         complete: whether ``gradients`` is of the calls that were kept, and of no others.
-        part: the module has some of the optimizer's parameters, was not named, and is used beside others: what is claimed
-            of it must be shown by the gradients.
+        part: the module has some of the optimizer's parameters and was not named: that it has no other uses must be
+            shown by the gradients.
         reads: what tells this forward pass from others: the memory of arguments and parameters, and how often each was
             written to.
     """

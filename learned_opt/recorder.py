@@ -10,9 +10,9 @@ call of a module that has all the parameters, or with the first step.
 * The global hook is gone before the forward pass runs. Dynamo traces hooks and guards on them: one that stayed until
   the first step would make every compiled model compile twice (measured on torch 2.15: 2 frames instead of 1, for
   global and for per-module hooks; 1 frame this way).
-* Until then every outermost call of a module that has some of the parameters counts: where no module with all of them is
-  called (a training step calls an encoder and a decoder), these *parts* are what is known, if their gradients can be
-  compared: only that tells that they have no other uses.
+* Until then every outermost call of a module that has some of the parameters counts: where no module with all of them
+  is called (a training step calls an encoder and a decoder), these *parts* are what is known, if their gradients can
+  be compared: only that tells that they have no other uses.
 * A module of which nothing is compiled keeps hooks of its own until the first step: what it is called for may differ
   from call to call (modes, arguments, inputs), and the symmetry must be one of all of them. The gradients that reach
   the outputs and the parameters tell whether there were other uses of the parameters.
@@ -76,9 +76,9 @@ def _look_behind(params: Any, found: list[nn.Module]) -> None:
 class ForwardRecorder:
     """Records the forward passes of the modules that an optimizer trains; see the module's docstring.
 
-    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of ``roots`` and of
-    other outermost modules with some of them. Only calls that record gradients count: they are what is trained. Nothing here keeps the
-    optimizer alive, and its end ends the recording.
+    :attr:`calls` holds the calls of a module with all the optimizer's parameters, or, until one is seen, of ``roots``
+    and of other outermost modules with some of them. Only calls that record gradients count: they are what is trained.
+    Nothing here keeps the optimizer alive, and its end ends the recording.
 
     Args:
         optimizer: any optimizer with parameters.
