@@ -263,9 +263,8 @@ def _in_order(params: list[NamedParam], symmetry: Symmetry) -> list[str]:
 def infer_map(calls: list[Call], params: list[NamedParam]) -> ParamMap:
     """The symmetry of the modules that were called; tensors that they do not have stand beside it.
 
-    Parameters are matched by identity, so that neither their names nor wrappers matter. Several modules
-    get prefixes ``0/``, ``1/``, .... A part of a network that
-    has no hidden units of its own is left out.
+    Parameters are matched by identity, so that neither their names nor wrappers matter. Several modules get prefixes
+    ``0/``, ``1/`` and so on. A part of a network that has no hidden units of its own is left out.
 
     Raises:
         SymmetryError: two of the modules share a parameter (each symmetry is then one of one use of it), or nothing is
