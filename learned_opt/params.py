@@ -341,7 +341,7 @@ def infer_or_say(calls: list[Call], params: list[NamedParam]) -> tuple[ParamMap 
             "no forward pass of a module with its parameters was seen before the first step (the call was compiled, "
             "or the tensors are used without a module)"
         )
-    modules = ", ".join(type(m).__name__ for m in dict.fromkeys(c.module for c in calls))
+    modules = listed(type(m).__name__ for m in dict.fromkeys(c.module for c in calls))
     again = _is_known(calls)
     tensors = sum(1 for m in dict.fromkeys(c.module for c in calls) for _ in m.parameters())
     if tensors > SOME and not again:

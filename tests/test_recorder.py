@@ -414,6 +414,15 @@ def test_modules_that_are_called_one_by_one_are_inferred_one_by_one(way, said):
     assert len(optimizer.symmetry.specs) == 6
 
 
+def test_a_piece_that_is_called_alone_first_counts_as_a_part_of_its_part():
+    m = Steps()
+    optimizer = NFNOpt(m.parameters(), rule=Adam())
+    m.encoder[0](batch())
+    train(m.training_step, optimizer)
+    first, _, last, *_ = optimizer.symmetry.specs.values()
+    assert first.axes[0].label == last.axes[1].label is not None
+
+
 OTHER_USES = {
     "a piece is called by hand": lambda m, x: m.encoder[0](x).square().mean(),
     "a function of a weight": lambda m, x: (x @ m.encoder[0].weight.T).abs().mean(),
