@@ -41,7 +41,7 @@ from learned_opt.rules.directions import (
 )
 from learned_opt.rules.newton_schulz import newton_schulz
 from learned_opt.rules.numerics import TINY, is_known_zero
-from learned_opt.rules.refresh import derived, refresh_frame, update_moments
+from learned_opt.rules.refresh import derived, refresh_frame, update_moments, without_remnants
 from learned_opt.rules.slots import (
     NUMBERS,
     Slots,
@@ -158,7 +158,8 @@ class WhitenedPolar(UpdateRule):
         squares, ages_ = new["tensor"]["mean_square"].split(layout.counts), clock.ages_of(layout.counts)
         for b, square, age in zip(layout.all, squares, ages_, strict=True):
             own = new[b.key]
-            own["m"] = lerp(own["m"], g[b.key], 1 - beta1, in_place)
+            m = lerp(own["m"], g[b.key], 1 - beta1, in_place)
+            own["m"] = without_remnants(b, m, square, clock, in_place)
             update_moments(b, g[b.key], own, square, age, clock, warmup, in_place)
         if self.measure_lr:
             self._correlate(layout, new, clock, total_steps, across)

@@ -13,7 +13,7 @@ from meta_train.bench import jobs
 from meta_train.bench.optimizers import MakeOptimizer, load_weights
 
 PERIOD = 50  # steps after which rules that do part of their work now and then have done all of it as often
-STEPS = 3 * PERIOD  # of each contender that are measured
+STEPS = 10 * PERIOD  # of each contender that are measured: some parts become rarer as a run goes on
 WARM_UP = 20  # first steps, which set up state and caches: reported apart
 TURN = 5  # steps of one contender before the next one's
 
