@@ -1,10 +1,19 @@
-"""What a step works on: the tensors of a network in a few batches, each with its state in shared buffers.
+"""The tensors of a network in a few batches, so that a rule does its arithmetic once per batch, not once per tensor.
 
-Tensors of one form are one batch ``[N, R, K]``: rows are what a tensor writes, columns what it reads, kernel positions
-first, and the bias that is added to what a matrix writes is its last column. So a rule does its arithmetic once for
-all tensors of a form. Gains, other vectors and thin matrices of any shape are one flat batch.
+Words used here and in the rules:
 
-A tensor may hold several matrices (``q | k | v``, the groups of a convolution): its *parts*, one below the other.
+* *form*: shape, order of axes, cut into matrices, kind. Tensors of one form are one :class:`TensorBatch` ``[N, R, K]``.
+  Rows are what a tensor writes; columns are kernel positions times what it reads, and last its bias, if one is added
+  to what it writes.
+* *block*: a piece of a tensor that is a batch of matrices, such as q of ``q | k | v``.
+* *part*: one of the matrices that lie one below the other in a tensor.
+* *pack* (:class:`learned_opt.blocks.Pack`): cuts tensors whose matrices do not lie one below the other.
+* *thin*: a matrix of at most ``THIN`` rows or columns. Every entry has a second moment, as in Adam.
+* *factored*: an embedding. Its second moment is a product of one factor per axis, as in Adafactor.
+* *hidden axis*: an axis that a permutation label permutes. Up to ``BOUND`` units it is whitened.
+* *fibre*: an axis that each index of another axis permutes in its own way.
+
+Vectors, and thin tensors that are not matrices, are one :class:`FlatBatch` ``[Z]``.
 """
 
 import math
@@ -18,7 +27,7 @@ from torch import Tensor
 from learned_opt.blocks import Pack
 from learned_opt.symmetry import Symmetry
 
-THIN = 4  # rows or columns up to which a matrix counts as vectors
+THIN = 4  # a matrix of at most so many rows or columns takes Adam's steps, not polar ones
 BOUND = 544  # units up to which an axis has a matrix of second moments
 BFLOAT16_ABOVE = 128  # rows and columns: products of smaller matrices are as fast in float32
 ALIGNED = 16  # columns that matrices of over 256 columns are padded to a multiple of: odd rows are slow to multiply

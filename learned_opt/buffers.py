@@ -17,7 +17,7 @@ from learned_opt.functional import computing_dtype
 from learned_opt.rules.base import State, UpdateRule
 from learned_opt.symmetry import Symmetry, independent
 
-NUMBERS = "tensor"  # the key of a state's vectors with a number for every tensor
+TENSOR = "tensor"  # the key of a state's vectors with a number for every tensor
 
 StateByTensor = MutableMapping[Any, dict[str, Tensor]]  # as ``optimizer.state``
 
@@ -47,7 +47,7 @@ class Buffers:
         like = {n: p.detach() if p.dtype == wide else torch.empty_like(p, dtype=wide) for n, p in params.items()}
         self.state: State = rule.init(like, symmetry)
         self.slots: dict[str, dict[str, Tensor]] = {n: {} for n in self.names}
-        if NUMBERS not in self.state:  # a rule that goes tensor by tensor
+        if TENSOR not in self.state:  # a rule that goes tensor by tensor
             self.slots |= self.state
             return
         self.layout = batches_of(symmetry, self.names, some.device)
@@ -60,7 +60,7 @@ class Buffers:
         places = {n: i for i, n in enumerate(self.layout.members)}
         places |= {bias: places[n] for b in self.layout.batches for n, bias in zip(b.names, b.biases, strict=False)}
         for n in self.names:
-            self.slots[n] |= {k: x[places[n]] for k, x in self.state[NUMBERS].items()}
+            self.slots[n] |= {k: x[places[n]] for k, x in self.state[TENSOR].items()}
 
     def _share(self, b: TensorBatch | FlatBatch, own: dict[str, Tensor]) -> None:
         """Hand out views; where a slot holds more than the rule reads (moments read as a diagonal), make it first."""
@@ -116,7 +116,7 @@ class Buffers:
         the age of its matrix, and begins anew with it.
         """
         whole = {n: all(_fits(slots.get(n, {}).get(k), x) for k, x in own.items()) for n, own in self.slots.items()}
-        shared = self.state[NUMBERS].keys() if NUMBERS in self.state else ()
+        shared = self.state[TENSOR].keys() if TENSOR in self.state else ()
         matrix_of = {
             bias: n for b in (self.layout.batches if shared else ()) for n, bias in zip(b.names, b.biases, strict=False)
         }
@@ -130,13 +130,13 @@ class Buffers:
                 for k, x in own.items():
                     if matrix == n or k not in shared:
                         x.copy_(slots[n][k])
-        if NUMBERS in self.state:
+        if TENSOR in self.state:
             for k, x in (network or {}).items():
                 if k in self.state["network"] and self.state["network"][k].shape == x.shape:
                     self.state["network"][k] = x.to(self.state["network"][k])
             self.rule.derive(self.layout, self.state)
             self._clock = int(self.state["network"]["clock"])
-            self._steps = dict(zip(self.layout.members, map(int, self.state[NUMBERS]["step"].tolist()), strict=True))
+            self._steps = dict(zip(self.layout.members, map(int, self.state[TENSOR]["step"].tolist()), strict=True))
 
     def next_ages(self, moving: Collection[str]) -> set[int]:
         """Values of the clocks at a step of these tensors; those of others do not say what is due."""
@@ -153,7 +153,7 @@ class Buffers:
 
     def take(self, new: State, moved: Collection[str]) -> None:
         """The next state, after a step of these tensors: what was not computed in place is copied."""
-        if NUMBERS not in new:
+        if TENSOR not in new:
             for n, slots in new.items():
                 for k, x in slots.items():
                     self.slots[n][k].copy_(x)

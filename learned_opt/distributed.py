@@ -149,10 +149,11 @@ def agreed(
     steps: int,
     given: bool,
 ) -> ParamMap | None:
-    """What all ranks go on with: the symmetry of the first that has one, less what others with another one lack.
+    """The symmetry that all ranks use: that of the first rank that has one, without the labels and scales that another
+    rank's symmetry lacks.
 
-    Every rank of the group must call this, or of the mesh of sharded parameters. ``own`` where these are neither
-    replicated nor sharded.
+    Collective: every rank of the process group (replicas), or of the mesh (sharded parameters), must call it. If the
+    parameters are neither replicated nor sharded, nothing is exchanged and ``own`` is returned.
 
     Args:
         own: this rank's symmetry; None: it found none.

@@ -1,9 +1,11 @@
-"""The frame: a canonical scale for every hidden unit, in which a rule does not see how units are scaled.
+"""The frame: a canonical size for every hidden unit, in which a rule does not see how units are scaled.
 
-Each unit ``u`` of a positive or real scale label gets a potential ``c_u > 0`` that is covariant: when the unit is
-scaled by ``d_u``, ``c_u`` becomes ``|d_u| c_u``. With ``s_ij = prod c^exponent`` over the labels of an entry,
-``W / s``, ``G s``, ``m s`` and ``v s^2`` are invariant to positive scale and ``s f(W/s, G s, ...)`` transforms like
-``W`` for any ``f`` that commutes with permutations and signs (docs/theorem.md).
+Every unit ``u`` of a positive or real scale of the symmetry gets a number ``c_u > 0``, its *potential*
+(docs/theorem.md: "the scale c_u"; in the state: ``log_scale = log c``). It is covariant: when the unit is
+scaled by ``d_u``, ``c_u`` becomes ``|d_u| c_u``. In this file a *label* is a scale label (``Symmetry.scales``), never a
+permutation label. With ``s_ij = prod c^exponent`` over the labels of an entry, ``W / s``, ``G s``, ``m s`` and
+``v s^2`` are invariant to positive scale, and ``s f(W/s, G s, ...)`` transforms like ``W`` for any ``f`` that commutes
+with permutations and signs (docs/theorem.md).
 
 The potentials start covariant (a walk from the inputs: the norm of a unit's incoming weights, its inputs already in
 the frame) and are then balanced by sweeps of ``c <- c ((in^2 + mean in^2) / (out^2 + mean out^2))^(1/4)``, where ``in``
@@ -21,9 +23,9 @@ The frame is a function of the weights alone. Rules take it anew every few steps
 A unit whose written weights are all zero (a zero-initialised gain and bias) keeps potential 1: what reads it could tell
 its scale only together with the scales of what that writes, which the walk needs first. Such a unit is constant.
 
-A label keeps potential 1 where some of its tensors are not given: frozen ones that the optimizer does not have. The
-others would tell another scale (adapters beside frozen weights begin at zero, and grow: experiments, 50). So does one
-that only tensors with another unknown one write (a gain with a scale on each of its axes): a warning says so.
+A label keeps potential 1 if the optimizer lacks some of its tensors (frozen weights that were not passed): the other
+tensors alone would give another scale (adapters beside frozen weights begin at zero and grow: experiments, 50). So
+does a label whose units no tensor writes alone (a gain with a scale on each of its axes); a warning says so.
 """
 
 import logging
@@ -183,8 +185,8 @@ def _plan(key: ByIdentity, names: tuple[str, ...], own: tuple[str, ...], device:
         reached = {n: use for n, use in some.items() if len(use) == len(writers[n])} or some
         if not reached:
             logger.warning(
-                "The scales of %s are not seen: nothing writes one of them alone, so no weights tell it. Their units' "
-                "potentials are 1. Training goes on, but steps depend on how these units are scaled.",
+                "The scales of %s are not seen: each is written only together with another unknown one. The potentials "
+                "of their units are 1. Training goes on, but steps depend on how these units are scaled.",
                 ", ".join(waiting),
             )
             break

@@ -90,7 +90,8 @@ def functional(
         rule: an update rule, such as ``optimizer.rule`` of an NFNOpt.
         symmetry: of the weights; None: every axis by itself.
         lr: multiplies the update.
-        weight_decay: decoupled, per step at ``lr=1``; one number, or one per name; None: the rule's own.
+        weight_decay: decoupled. A step subtracts ``lr * rate * weight_decay * w``, where the rule sets ``rate`` (about
+            0.01, decaying). One number, or one per name. None: the rule's own decay.
         total_steps: the horizon, if it is known.
         maximize: ascend instead.
 
@@ -101,7 +102,7 @@ def functional(
         propagate: what a loop does about them depends on the data, which a pure function cannot.
 
     Raises:
-        SymmetryError: if the symmetry does not describe the weights.
+        SymmetryError: by ``init`` and ``update``, if the symmetry does not describe the weights.
     """
     known: dict[Any, Symmetry] = {}  # by names and shapes: rules cache what they derive from a symmetry
 

@@ -32,7 +32,7 @@ def usable(trained: list[NamedParam], policy: NanPolicy, skipped: Counter[str]) 
     Args:
         trained: tensors with a gradient.
         policy: what a gradient with NaN or infinity does.
-        skipped: counts the steps that each tensor sat out; this one is added.
+        skipped: counts, for each tensor, the steps at which it was not updated; this one is added.
 
     Raises:
         FloatingPointError: a non-finite gradient under "raise".
@@ -50,7 +50,7 @@ def usable(trained: list[NamedParam], policy: NanPolicy, skipped: Counter[str]) 
     for entry in bad:
         if not skipped[entry.name]:
             warnings.warn(
-                f"NFNOpt: non-finite gradient of {entry.name}: the tensor sits this step out. "
+                f"NFNOpt: non-finite gradient of {entry.name}: the tensor is not updated at this step. "
                 "optimizer.skipped_steps counts; nan_policy='raise' stops instead.",
                 stacklevel=4,
             )

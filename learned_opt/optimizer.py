@@ -53,13 +53,11 @@ class NFNOpt(torch.optim.Optimizer):
 
     Args:
         params: a module, its ``parameters()`` or ``named_parameters()``, tensors, or parameter groups of any of these.
-        symmetry: how the axes of the parameters move together. "infer": found out before the first step. The forward
-            pass of the module with all these parameters is seen, and :func:`learned_opt.infer_symmetry` is asked about
-            it; parameters that the module lacks, or that are added later, have every axis by itself. Where no such
-            module is called, its parts that are called count; where none is, or the inference fails, all have every
-            axis by itself, and a warning says why; training goes on. "independent":
-            every axis by itself, which is always right and knows least. A :class:`Symmetry`: that one; it may describe
-            more tensors than are optimised. Named parameters are matched with it by name, others by position.
+        symmetry: which axes of the parameters are permuted and rescaled together. "infer": inferred from the forward
+            passes before the first step (docs/usage.md, Symmetry); if that fails, as "independent", with a warning.
+            "independent": no axis shares anything with another, which is safe for any model. A :class:`Symmetry`: that
+            one; it may describe more tensors than are optimised. Named parameters are matched by name, others by
+            position.
         lr: multiplies the rate that the rule sets itself (also per group); a number or a 1-element tensor. 1 is right;
             one as of other optimizers, such as 1e-3, gives a warning.
         weight_decay: None: the rule's own small decay of matrices. Else decoupled as AdamW's, times the rate: ``lr``
@@ -68,13 +66,14 @@ class NFNOpt(torch.optim.Optimizer):
         rule: a name in ``RULES``, the path of a ``.safetensors`` file of learned weights, or an :class:`UpdateRule`.
             "whitened_polar" are hand-made steps, "auto_lr" the same at a rate that the first steps measure, and
             "learned" the same under controls of a neural functional network, without effect until it is meta-trained.
-        nan_policy: what a gradient with NaN or infinity does. "skip": its tensor sits this step out, weights and
-            averages unchanged (:attr:`skipped_steps` counts, a warning names it once). "raise": FloatingPointError
-            before anything moves. "propagate": nothing is checked. (Where it is checked, a gradient with entries over
-            1e15 is scaled down to that, lest squares overflow.)
+        nan_policy: what a gradient with NaN or infinity does. "skip": the tensor is not updated at this step, its
+            weights and state stay as they are (:attr:`skipped_steps` counts, a warning names it once). "raise":
+            FloatingPointError before anything moves. "propagate": nothing is checked. (Where it is checked, a gradient
+            with entries over 1e15 is scaled down to that, lest squares overflow.)
         maximize: ascend instead (also per group).
-        state_dtype: of what the rule keeps in the size of the weights, and of roots of second moments; torch.bfloat16
-            makes that half as large. None: mostly that of the arithmetic. A state that is loaded takes this one.
+        state_dtype: of momentum, last update and roots: torch.bfloat16, float32 or float64. None: for float32
+            parameters bfloat16 for the last update and roots of over 128 units, else float32. Second moments keep their
+            dtype. A state that is loaded is converted.
         process_group: of ``torch.distributed``, on whose ranks these parameters, and their gradients at every step, are
             equal. All of its ranks then agree on one symmetry at the first step, which all must take. None: the group
             of the ``DistributedDataParallel`` that holds the parameters, if one does.
@@ -82,7 +81,7 @@ class NFNOpt(torch.optim.Optimizer):
     Attributes:
         rule: the :class:`UpdateRule`, with its learned weights if it has any.
         nan_policy: as given; may be changed.
-        skipped_steps: number of steps that each tensor sat out, by name.
+        skipped_steps: for each tensor, by name, the steps at which a non-finite gradient kept it from being updated.
 
     Raises:
         SymmetryError: the symmetry does not describe the parameters.
@@ -142,7 +141,9 @@ class NFNOpt(torch.optim.Optimizer):
             What the closure returns, else None.
 
         Raises:
-            RuntimeError: a complex parameter, or a sparse gradient.
+            RuntimeError: a complex parameter, a sparse gradient or a parameter without data (meta device); at the first
+                step ranks whose parameters, states or gradients differ.
+            SymmetryError: a symmetry that was given or loaded does not describe the parameters.
             FloatingPointError: a non-finite gradient under ``nan_policy="raise"``.
         """
         loss = None

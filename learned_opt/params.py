@@ -31,7 +31,7 @@ _MADE = "Make the optimizer after the model has been given its weights (to_empty
 SOME, MANY = 60, 400  # tensors of a model whose symmetry takes about two seconds, about ten seconds to infer
 WAY_OUT = (
     "To use the symmetry, pass symmetry=learned_opt.infer_symmetry(model, example_input) to NFNOpt; "
-    'symmetry="independent" says that it is not wanted.'
+    'pass symmetry="independent" to do without it and silence this warning.'
 )
 
 

@@ -5,10 +5,10 @@ bias together, and runs the ordinary rule on these as on a network of their own.
 
     gradients and weights -> owners,    updates by apply_rule there,    new weights -> shards,
 
-each arrow one exchange of all tensors at once (``all_to_all``; large networks in bundles): a rank with P weights on n
-ranks sends and receives 3 P / n numbers, where FSDP itself moves about 3 P. Weights travel to the owner, too, rather
-than staying there as a copy: what others write into them in between (a moving average, a loaded checkpoint) counts.
-What the rule asks of the whole network, it asks all owners (:class:`learned_opt.across.Across`).
+each arrow one exchange of all tensors at once (``all_to_all``; large networks in bundles): with P weights in the model,
+each of n ranks sends and receives 3 P (n - 1) / n^2 numbers; FSDP's own passes move 3 P (n - 1) / n. Weights travel to
+the owner, too, rather than staying there as a copy: what others write into them in between (a moving average, a loaded
+checkpoint) counts. What the rule asks of the whole network, it asks all owners (:class:`learned_opt.across.Across`).
 
 The state lies with the owners, in whole tensors. ``state_dict()`` hands it out in shards, as DTensors like the
 parameters, which torch's distributed checkpointing saves and loads on any number of ranks; what was loaded lies so
@@ -37,7 +37,7 @@ from learned_opt.text import listed
 OWNER = "owner"  # in the state of a tensor on the ranks that do not own it: which one does
 ABSENT, SHARDED, WHOLE, ODD = range(4)  # forms of a tensor's state
 
-Numbers = dict[torch.device, dict[str, Tensor]]
+NetworkNumbers = dict[torch.device, dict[str, Tensor]]
 
 
 def create_shards(
@@ -214,7 +214,7 @@ class Shards(Across):
         """What a wrapper of the optimizer keeps in the state of a tensor."""
         return {k: x for k, x in slots.items() if k not in self.slots[name] and k != OWNER}
 
-    def told(self, numbers: Numbers) -> Numbers:
+    def told(self, numbers: NetworkNumbers) -> NetworkNumbers:
         """The numbers of the whole network, on all ranks: one that owns nothing has none."""
         if self.all_own:
             return numbers

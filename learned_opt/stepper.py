@@ -13,7 +13,7 @@ from learned_opt.functional import apply_rule, stepped
 from learned_opt.gradients import to_descend
 from learned_opt.params import NamedParam
 from learned_opt.rules.base import UpdateRule
-from learned_opt.sharded import Numbers, Shards
+from learned_opt.sharded import NetworkNumbers, Shards
 from learned_opt.spread import Spread
 from learned_opt.symmetry import Symmetry
 
@@ -26,7 +26,7 @@ class Stepper:
         loaded: numbers of the whole network that were loaded, for buffers that are to be made.
     """
 
-    def __init__(self, dtype: torch.dtype | None, loaded: Numbers | None = None) -> None:
+    def __init__(self, dtype: torch.dtype | None, loaded: NetworkNumbers | None = None) -> None:
         self.dtype, self.loaded = dtype, loaded or {}
         self.buffers: dict[torch.device, Buffers] = {}
         self._shards: Shards | None = None
@@ -45,8 +45,9 @@ class Stepper:
 
         Args:
             rule: by which.
-            entries: all tensors, under the symmetry's names. The others are context, and those with a state age along.
-            moving: some of them.
+            entries: all tensors, under the symmetry's names. Those not in ``moving`` are read (the frame needs them),
+                but keep their weights, state and step count.
+            moving: the entries that have a usable gradient; these are updated.
             symmetry: of these, and maybe others.
             state: of the optimizer, where these tensors have their slots.
             groups: of the optimizer.
@@ -109,7 +110,7 @@ class Stepper:
         """Whether the state lies with the owners of shards."""
         return self._shards is not None
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> NetworkNumbers:
         """Of the whole network, by device."""
         return {**self.loaded, **{d: b.state["network"] for d, b in self.buffers.items() if "network" in b.state}}
 

@@ -67,7 +67,7 @@ def _fail(message: str) -> None:
 
 
 def train(recipe: str, /, out: Path | None = None, resume: Literal["auto", "never"] = "auto") -> None:
-    """Meta-train by a recipe: demo, tiny, tbptt, hybrid, pes, es, shipped, finetune, or one of your own.
+    """Meta-train by a recipe: demo, tiny, tbptt, hybrid, pes, es, general, finetune, or one of your own.
 
     'train RECIPE --help' also lists the recipe's fields, all options.
 

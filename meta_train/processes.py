@@ -1,6 +1,6 @@
 """The processes of a run: this one alone, or those that ``torchrun`` started, on one machine or several.
 
-    torchrun --nproc-per-node 2 -m meta_train train shipped
+    torchrun --nproc-per-node 2 -m meta_train train general
 
 Every process makes the estimates it is dealt; one collective per outer step gives all of them to all, and each then
 takes the same step. Which process makes an estimate does not change it, so neither does their number change the run.

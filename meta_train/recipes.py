@@ -311,8 +311,8 @@ def es() -> Recipe:
     )
 
 
-def shipped() -> Recipe:
-    """The recipe of a theta for the package: whole runs judged by where they end, on fresh tasks."""
+def general() -> Recipe:
+    """For tasks of many kinds: whole runs judged by where they end, on fresh tasks."""
     return Recipe(
         trained=("tensor_controls", "unit_controls"),
         families={
@@ -350,7 +350,7 @@ def finetune(*families: str) -> Recipe:
         families: names of the task families; all equally often.
     """
     return replace(
-        shipped(),
+        general(),
         families=dict.fromkeys(families or ("mlp",), 1.0),
         estimator=ES(particles=64, sigma=0.15),
         workers=max(4, len(families)),
@@ -398,6 +398,6 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "hybrid": hybrid,
     "pes": pes,
     "es": es,
-    "shipped": shipped,
+    "general": general,
     "finetune": finetune,
 }

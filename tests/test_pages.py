@@ -22,3 +22,16 @@ def test_the_index_has_every_experiment_once_and_in_order():
     folders = sorted(path.parent.name for path in (ROOT / "experiments").glob("[0-9]*/README.md"))
     assert [folder for _, folder in listed] == folders
     assert [f"{int(number):02}" for number, _ in listed] == [folder[:2] for folder in folders]
+
+
+def test_the_theorem_names_code_that_is_there():
+    text = (ROOT / "docs" / "theorem.md").read_text(encoding="utf-8")
+    places = re.findall(r"`([\w/]+\.py): ([\w.]+)`((?:(?: \([^)]*\))?,\s+`[\w.]+`)*)", text)
+    assert len(places) > 20
+    missing = []
+    for path, first, others in places:
+        files = [p for top in ("learned_opt", "tests") for p in (ROOT / top).rglob("*.py")]
+        sources = [p.read_text(encoding="utf-8") for p in files if str(p).endswith("/" + path)]
+        names = [name.split(".")[-1] for name in [first, *re.findall(r"`([\w.]+)`", others)]]
+        missing += [(path, n) for n in names if not any(re.search(rf"(def|class) {n}\b|\b{n}:", s) for s in sources)]
+    assert not missing

@@ -1,4 +1,4 @@
-"""The rate that the first steps measure, and the momentum that later ones ask for.
+"""The learning rate, measured in the first steps, and the decay rate of the momentum, measured later.
 
 Where the last step still points down the gradient of the next batch, a longer step would have gained more; where it
 points up, a shorter one. The slope is unbiased, as the batch is a new one (a hypergradient: Baydin et al. 2018,
@@ -9,8 +9,8 @@ arXiv:1703.04782, of the logarithm of the rate, normalised). With ``d`` the last
 
 from ``rho = -1`` in the warm-up, an eighth of the run, 10 to 50 steps; the rate is multiplied by ``exp(rho)``.
 
-How steeply the ground rises tells the momentum: a cosine of 0 to 0.05 below zero where the gradient is mostly noise, of
-0.2 to 0.4 where it is mostly an oscillation across a valley, which a longer momentum averages out. After 50 steps
+The mean of ``-c_t`` sets the decay rate of the momentum. It is 0 to 0.05 where the gradient is mostly noise, 0.2 to 0.4
+where it is mostly an oscillation across a valley, which a longer momentum averages out. After 50 steps
 
     beta1 = 0.9 + 0.07 min(1, max(0, - mean c / 0.28)).
 
@@ -31,21 +31,21 @@ from torch import Tensor
 
 Number = float | Tensor  # a number, or a 0-d tensor
 
-RATE = 0.01  # half the size of a step of Adam's at lr = 1 before decay; times 0.2 the RMS of a matrix's
+RATE = 0.01  # at the start of HORIZON steps: entries of vectors move by 2 RATE, of matrices by an RMS of 0.2 RATE
 HORIZON = 800  # at which the rate starts at RATE
 SHORTEST, LONGEST, SHARE = 10.0, 50.0, 0.125  # the warm-up in steps, and as a share of the horizon
 ANYTIME = 100.0  # steps after which the rate without horizon starts to decay like 1 / sqrt(t)
 TO_COME = 500.0  # steps that the built-in decay expects besides those done where there is no horizon
 START = -1.0  # rho at the first step; the state holds what it has gained since
-GAIN = 0.3  # of a step's evidence in rho
+GAIN = 0.3  # share of the way to the new evidence that rho moves in a step
 FADE = 50.0  # steps after which the gain is half
 EVIDENCE = 0.03  # size of a cosine that counts
 AVERAGE = 0.8  # decay of the average of the cosines
-OSCILLATION = 0.28  # a slope that rises so much asks for the longest momentum
+OSCILLATION = 0.28  # mean of -c_t at which the momentum is longest
 BETA1, LONGER = 0.9, 0.07  # the momentum's decay rate, and what is added at most
 AFTER = 1.2  # multiple of the measured rate that the rest of the run takes
 NOISE_LR = 0.5  # times the rate where gradients are independent
-SAME, OTHER = 0.2, 0.4  # distances of the correlation from 1 within which they are, and beyond which they are not
+SAME, OTHER = 0.2, 0.4  # |correlation - 1| up to which gradients count as independent, and from which on as dependent
 
 
 class Measured(NamedTuple):

@@ -61,7 +61,8 @@ class UpdateRule(nn.Module, ABC):
             state: as returned by :meth:`init` or by the previous call.
             symmetry: how the axes of ``params`` move together.
             total_steps: the horizon if it is known (sets the schedule), else None.
-            weight_decay: decoupled, per step at unit rate; one number, or one per name. None: the rule's own.
+            weight_decay: decoupled. An update holds ``- rate * weight_decay * w``, where the rule sets ``rate`` (about
+                0.01, decaying). One number, or one per name. None: the rule's own decay.
             names: the tensors that the state is of; None: all of ``params``.
             ages: the values of the state's clocks at this step, if they are known (those of all runs of a batch): then
                 nothing is computed that is not due.

@@ -1,4 +1,4 @@
-"""When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so."""
+"""The schedule of the expensive parts of a step: step counts are known numbers, or under ``vmap`` one per run."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -17,7 +17,7 @@ Due = bool | Tensor
 
 
 class Clock:
-    """When what is slow is due: at steps that are known beforehand, or (in a batch of runs) where a mask says so.
+    """Which expensive parts of a step to compute now: each property is True, False, or a bool tensor, one per run.
 
     Args:
         t: the network's step, counted from 1 (0-d).

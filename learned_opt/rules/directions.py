@@ -1,4 +1,11 @@
-"""The directions of tensors that take no polar steps, and the sizes of steps."""
+"""Directions of tensors that take no polar steps, and the sizes of steps. Arguments that the functions share:
+
+* ``own``: slots of the batch.
+* ``size`` [N]: minus the rate, times the tensor's factor; directions are multiplied by it.
+* ``square`` [N]: running mean square of the gradients of each tensor, in the frame.
+* ``age``: steps that the tensors have taken; one number, or [N].
+* ``warmup``: 1 in the warm-up, then falling linearly to 0.
+"""
 
 import math
 from collections.abc import Mapping
@@ -21,10 +28,15 @@ USUAL, SMALLEST = 0.5, 0.1  # RMS times root fan-in of usual weights; relative t
 FAN_IN = 512  # at which a matrix takes steps of RMS 0.2
 
 
-def flat_direction(b: FlatBatch, own: Slots, size: Tensor, square: Tensor, loudest: Tensor, age: Number) -> Tensor:
-    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding noise beside others'."""
-    heard = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * loudest
-    factor = size * bias_correction(age) * heard
+def flat_direction(
+    b: FlatBatch, own: Slots, size: Tensor, square: Tensor, largest_square: Tensor, age: Number
+) -> Tensor:
+    """Adam's direction of every entry, ``[Z]``; zero for vectors whose gradients are rounding noise beside others'.
+
+    ``largest_square`` (0-d): the largest ``square`` of the network.
+    """
+    above_noise = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * largest_square
+    factor = size * bias_correction(age) * above_noise
     factor, epsilon = torch.stack([factor, 1e-16 * square]).index_select(1, b.segment)
     return own["m"].to(factor.dtype) * rsqrt(own["v"] + epsilon) * factor
 
@@ -63,12 +75,13 @@ def factored_direction(b: TensorBatch, own: Slots, size: Tensor, square: Tensor,
 
 
 def bias_correction(age: Number) -> Number:
-    """What ``m / sqrt(v)`` is to be multiplied by at an age."""
+    """Adam's factor ``sqrt(1 - beta2^age) / (1 - beta1^age)`` of ``m / sqrt(v)``."""
     return (1 - BETA2**age) ** 0.5 / (1 - auto_lr.BETA1**age)
 
 
 def snr_scale(own: Slots, square: Tensor, age: Number) -> Tensor:
-    """How much of their steps biases make: all, unless their gradients alternate, or are rounding noise: ``[N]``."""
+    """Factor of the biases' steps ``[N]``: ``min(1, RMS of Adam's direction / SNR)``, below 1 where gradients alternate
+    or are rounding noise."""
     v = (own["v_bias"] + 1e-16 * square[:, None]).clamp(min=TINY)
     return (root((own["m"][..., -1].square() / v).mean(-1)) * (bias_correction(age) / SNR)).clamp(max=1.0)
 

@@ -28,8 +28,8 @@ def unit_rms(x: Tensor) -> Tensor:
 def without_noise(stacks: Sequence[Tensor]) -> list[Tensor]:
     """Matrices whose entries are rounding noise beside those of the largest become zero."""
     squares = [mean_square(x) for x in stacks]
-    loudest = torch.stack([s.amax() for s in squares]).amax()
-    smallest = (ROUNDING * torch.finfo(loudest.dtype).eps) ** 2 * loudest
+    largest_square = torch.stack([s.amax() for s in squares]).amax()
+    smallest = (ROUNDING * torch.finfo(largest_square.dtype).eps) ** 2 * largest_square
     return [torch.where(s > smallest, x, 0) for x, s in zip(stacks, squares, strict=True)]
 
 

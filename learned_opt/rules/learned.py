@@ -264,9 +264,9 @@ def _tensor_features(layout: BatchLayout, state: State, pool: bool) -> Tensor:
     weight = 1 - beta1**step  # of all gradients in the momentum
     momentum = (momentum / weight).square() / numel_of(layout, square.dtype)
     independent = (1 - beta1) / (1 + beta1) * (1 + beta1**step) / weight  # the share of the square that is left of them
-    heard = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * square.amax()
-    agreement = (momentum / torch.where(heard, square, 1) - independent) / (1 - independent).clamp(min=0.1)
-    return torch.stack([torch.log(tensor["size"]), share, torch.where(heard, agreement.clamp(-1, 2), 0)], -1)
+    above_noise = square > (ROUNDING * torch.finfo(square.dtype).eps) ** 2 * square.amax()
+    agreement = (momentum / torch.where(above_noise, square, 1) - independent) / (1 - independent).clamp(min=0.1)
+    return torch.stack([torch.log(tensor["size"]), share, torch.where(above_noise, agreement.clamp(-1, 2), 0)], -1)
 
 
 @lru_cache(maxsize=256)

@@ -127,13 +127,13 @@ class Reference(UpdateRule):
 
         # steps, less the decay that is asked for, or the rule's own
         updates, asked = Weights(), options.get("weight_decay")
-        loudest = max(new[n]["mean_square"] for n in batch)
+        largest_square = max(new[n]["mean_square"] for n in batch)
         for n, b in batch.items():
             if isinstance(b, TensorBatch) and b.is_matrix:
                 d = polar_step(symmetry, b, new[n], {k: ahead[k] for k in whole[n]})
                 d |= {k: 3 * new[k].get("snr", 1.0) * d[k] for k in whole[n][1:]}
             else:
-                d = {n: adam_step(b, new[n], ahead[n], loudest, warmup)}
+                d = {n: adam_step(b, new[n], ahead[n], largest_square, warmup)}
             d = {k: rate * new[n]["size"] * x for k, x in d.items()}
             if t + 1 <= 51 or (t + 1) % 5 == 0:
                 new[n]["update_norm"] = get_total_norm(list(d.values()))
@@ -143,7 +143,7 @@ class Reference(UpdateRule):
                 if share is None:
                     share = new[n]["decay"] * seen_rows(b, new[n]) if isinstance(b, TensorBatch) and k == n else 0
                 updates[k] = -frame[k] * x - rate * share * params[k]
-        for n in names:  # what has no gradient sits this step out
+        for n in names:  # tensors without a gradient stay as they are
             new[n] = new[n] if n in grads else state[n]
         return {n: updates[n] for n in grads}, new
 
@@ -202,7 +202,7 @@ def adam(m: Tensor, v: Tensor, step: Tensor) -> Tensor:
 
 
 def adam_step(
-    b: TensorBatch | FlatBatch, own: dict[str, Tensor], ahead: Tensor, loudest: Tensor, warmup: float
+    b: TensorBatch | FlatBatch, own: dict[str, Tensor], ahead: Tensor, largest_square: Tensor, warmup: float
 ) -> Tensor:
     """Adam's direction of vectors, of embeddings (v of rank one) and of thin matrices (turned in the warm-up)."""
     square = own["mean_square"]
@@ -213,7 +213,7 @@ def adam_step(
         return adam(own["m"], v, own["step"])
     d = adam(own["m"], own["v"] + 1e-16 * square, own["step"])
     if isinstance(b, FlatBatch):  # rounding noise beside others' gradients moves nothing
-        return d * (square > (256 * torch.finfo(d.dtype).eps) ** 2 * loudest)
+        return d * (square > (256 * torch.finfo(d.dtype).eps) ** 2 * largest_square)
     full, _ = axes_of(b)
     for i in full if warmup > 0 else ():
         ahead = along(ahead, i, own[f"root{i}"])

@@ -1,4 +1,4 @@
-"""What is slow: the frame, the sizes of weights in it, second moments and their roots."""
+"""Quantities that are refreshed at some steps only: the frame, sizes of weights in it, second moments, their roots."""
 
 import math
 

@@ -16,7 +16,7 @@ from learned_opt.rules.numerics import TINY, root
 Slots = dict[str, Tensor]
 
 FRAME = ("row_scale", "col_scale", "scale")  # slots that hold a batch's part of the frame
-NUMBERS = ("step", "mean_square", "size", "decay", "update_norm")  # of every tensor
+PER_TENSOR = ("step", "mean_square", "size", "decay", "update_norm")  # of every tensor
 
 
 def whitened_axes(b: TensorBatch) -> tuple[int, ...]:
@@ -39,7 +39,8 @@ def gathered(b: TensorBatch | FlatBatch, tensors: Weights, in_place: bool) -> Te
 
 
 def framed(b: TensorBatch | FlatBatch, x: Tensor, own: Slots, in_place: bool, inverse: bool = False) -> Tensor:
-    """Where gradients enter the frame and updates leave it; with ``inverse`` where weights enter it."""
+    """Multiply by the frame's scales (gradients into the frame, updates out of it); with ``inverse`` divide (weights
+    into the frame). ``x``: ``[N, R, K]``, or ``[Z]`` of a flat batch. In place, a matrix batch is overwritten."""
     if b.scaling is None:
         return x
     shape = x.shape
@@ -51,7 +52,7 @@ def framed(b: TensorBatch | FlatBatch, x: Tensor, own: Slots, in_place: bool, in
 
 
 def norms(b: TensorBatch | FlatBatch, x: Tensor) -> Tensor:
-    """Of the tensors of a batch, with their biases."""
+    """Frobenius norm of each tensor of a batch, its bias included: ``[N]``."""
     if isinstance(b, FlatBatch):
         return root(b.sums(x.square()))
     return torch.linalg.vector_norm(x, dim=(-2, -1))
@@ -63,13 +64,13 @@ def times(b: TensorBatch | FlatBatch, x: Tensor, factor: Tensor) -> Tensor:
 
 
 def lerp(old: Tensor, new: Tensor, weight: Number, in_place: bool) -> Tensor:
-    """``old + weight (new - old)``, in the precision of the old one."""
+    """``old + weight * (new - old)``, in the dtype of ``old``; in place, into ``old``."""
     weight = weight.to(old.dtype) if isinstance(weight, Tensor) else weight
     return torch.lerp(old, new.to(old.dtype), weight, out=old if in_place else None)
 
 
 def stored(x: Tensor, slot: Tensor, in_place: bool) -> Tensor:
-    """As what a slot holds, in its precision."""
+    """``x`` in the dtype of a slot; in place, copied into the slot."""
     return slot.copy_(x) if in_place else x.to(slot.dtype)
 
 
@@ -81,7 +82,7 @@ def numel_of(layout: BatchLayout, dtype: torch.dtype) -> Tensor:
 
 
 def norm_of(x: Tensor) -> Tensor:
-    """Of every matrix ``[N, R, C]``, a little more than zero: ``[N, 1, 1]``, at least float32.
+    """Frobenius norm of every matrix ``[N, R, C]``, plus ``TINY``: ``[N, 1, 1]``, at least float32.
 
     It is rounded to the precision of ``x``: to have torch convert all entries takes four times as long.
     """
@@ -90,14 +91,14 @@ def norm_of(x: Tensor) -> Tensor:
 
 
 def repeated(x: Tensor, parts: Tensor) -> Tensor:
-    """A number of every tensor for each of its matrices: ``[N'  , 1, 1]``."""
+    """One number per tensor ``[N]`` -> one per matrix that the tensors hold: ``[N', 1, 1]``."""
     times = len(parts) // len(x)
     return (x.repeat_interleave(times) if times > 1 else x).view(-1, 1, 1)
 
 
-# ------------------------------------------------------------------------------- tensors that sit a step out
-def live_tensors(layout: BatchLayout, grads: Weights) -> dict[str, bool] | None:
-    """Which tensors have a gradient; None: all."""
+# --------------------------------------------------------------------- tensors without a gradient at this step
+def with_gradient(layout: BatchLayout, grads: Weights) -> dict[str, bool] | None:
+    """For every tensor, whether it has a gradient at this step; None if all have."""
     live = {n: n in grads for n in layout.names}
     return None if all(live.values()) else live
 
@@ -112,7 +113,7 @@ def completed(b: TensorBatch | FlatBatch, grads: Weights, params: Weights) -> We
 
 
 def kept_state(layout: BatchLayout, old: State, new: State, live: dict[str, bool]) -> State:
-    """The new state, but the old one of tensors that sit this step out; what a pair shares is the matrix's."""
+    """The new state, with the old one of tensors without a gradient; what a pair shares is the matrix's."""
 
     def mask(names: Collection[str]) -> Tensor:
         return torch.tensor([live[n] for n in names], device=layout.device)
@@ -145,7 +146,16 @@ def fresh_network(layout: BatchLayout, like: Tensor, dtype: torch.dtype) -> Slot
 
 
 def fresh_slots(b: TensorBatch | FlatBatch, like: Tensor, dtype: torch.dtype, n_scales: int) -> Slots:
-    """Zero slots of a batch, and a frame of ones."""
+    """Zero slots of a batch, and a frame of ones.
+
+    Returns:
+        Of a flat batch ``m``, ``v``, ``last_update`` and ``scale``, each ``[Z]``. Else ``m`` and ``last_update``
+        ``[N, R, K]``; of thin matrices ``v [N, R, C]``; with biases ``v_bias [N, R]`` and ``snr [N]``; for a whitened
+        axis i of d units ``moment{i} [N, d, d // 2 + 1]`` (:func:`whitening.packed`) and ``root{i} [N, d, d]``, of
+        columns with a bias ``[N, padded, padded]``; for other axes ``diag{i} [N, d]``; of the frame ``row_scale`` and
+        ``col_scale``, or ``scale``. :func:`learned_opt.rules.refresh.derived` adds ``scale{i} [N, d]`` (``v^(-1/4)``,
+        not of the frame), ``bias_scale [N, 1]`` and ``seen_scale``.
+    """
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return like.new_zeros(shape, dtype=dtype)

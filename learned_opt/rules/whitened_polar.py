@@ -1,20 +1,25 @@
-"""The hand-made rule: whitened polar steps in the frame, on two clocks.
+"""The hand-made rule: orthogonalized momentum between inverse roots of second moments ("whitened polar steps").
 
-On every matrix of fan-in C (with its bias b as one more column, of an input of size 3), in the frame of its units'
-scales, with gradient g, momentum m and roots P of second moments:
+All of this is computed in the *frame* (:mod:`learned_opt.frame`), where the scale of each hidden unit is divided out.
+For a matrix ``w`` [R, C] with gradient ``g``, whose bias is one more column, as the weight of an input of size 3:
 
     m <- beta1 m + (1 - beta1) g
-    n  = beta1 m + (1 - beta1) g                          one step ahead (Nesterov)
-    d  = P polar(P n P) P,   at the size of the polar factor
+    n  = beta1 m + (1 - beta1) g                                  (Nesterov)
+    d  = P polar(P n P) P,    rescaled to the norm of the polar factor
     w <- w - rate * 0.2 (512 / C)^(1/4) sqrt(max(R, C)) * weight_rms_ratio * d - builtin_decay * w
 
-Axes that no label permutes (the network's inputs and outputs) and those of more than ``BOUND`` units have no P; their
-matrices take ``n / v^(1/4)`` for n, v of rank one. Other vectors, gains and thin matrices move along Adam's direction
-``m / sqrt(v)``, and so do embeddings, whose v is of rank one. Gradients that are far larger than usual are clipped.
+``polar(U S V^T) = U V^T``, by Newton-Schulz iterations. ``P = A^(-1/8)`` for the second moment ``A`` of a hidden axis
+(:mod:`learned_opt.rules.whitening`). An axis that no label permutes, or of more than ``BOUND`` units, has no ``P``:
+there ``n`` is divided by ``v^(1/4)`` first, where ``v`` holds the mean square gradient of each index of the axis.
 
-Every step does this. What is slow happens on a slow clock: second moments, roots, frame and the sizes of weights. All
-of these are covariant functions of the state when they are taken, so holding them keeps the rule's equivariance exact
-(docs/theorem.md). Where every number comes from: experiments/README.md.
+Vectors, gains and thin matrices step along Adam's ``m / sqrt(v)``. Embeddings do too, with ``v`` the product of one
+factor per axis, as in Adafactor (Shazeer and Stern 2018, arXiv:1804.04235). A gradient of more than ``CLIP_FACTOR``
+times its tensor's usual RMS is clipped.
+
+Momentum and directions are computed at every step. Second moments, roots, frame and sizes of weights are refreshed at
+some steps (:mod:`learned_opt.rules.clock`) and held between. They are covariant functions of the state when they are
+refreshed, so holding them keeps the equivariance exact (docs/theorem.md). Sources of the constants:
+experiments/README.md.
 """
 
 from collections.abc import Collection, Mapping
@@ -43,7 +48,7 @@ from learned_opt.rules.newton_schulz import newton_schulz
 from learned_opt.rules.numerics import TINY, is_known_zero
 from learned_opt.rules.refresh import derived, refresh_frame, update_moments, without_remnants
 from learned_opt.rules.slots import (
-    NUMBERS,
+    PER_TENSOR,
     Slots,
     completed,
     framed,
@@ -52,7 +57,6 @@ from learned_opt.rules.slots import (
     gathered,
     kept_state,
     lerp,
-    live_tensors,
     norm_of,
     norms,
     numel_of,
@@ -60,6 +64,7 @@ from learned_opt.rules.slots import (
     stored,
     times,
     whitened_axes,
+    with_gradient,
 )
 from learned_opt.symmetry import Symmetry
 
@@ -98,7 +103,7 @@ class WhitenedPolar(UpdateRule):
         some = next(iter(params.values()))
         layout = batches_of(symmetry, tuple(params), some.device)
         wide = torch.promote_types(some.dtype, torch.float32)
-        numbers = {k: some.new_zeros(len(layout.members), dtype=wide) for k in NUMBERS}
+        numbers = {k: some.new_zeros(len(layout.members), dtype=wide) for k in PER_TENSOR}
         state = {"network": fresh_network(layout, some, wide), "tensor": numbers}
         state |= {b.key: fresh_slots(b, some, wide, layout.n_scales) for b in layout.all}
         self.derive(layout, state)
@@ -130,7 +135,7 @@ class WhitenedPolar(UpdateRule):
             return {}, state
         some = next(iter(params.values()))
         layout = batches_of(symmetry, tuple(params) if names is None else names, some.device)
-        live = live_tensors(layout, grads)
+        live = with_gradient(layout, grads)
         in_place = in_place and live is None
         network, tensor = state["network"], state["tensor"]
         t, step = network["clock"] + 1, tensor["step"] + 1
@@ -170,12 +175,12 @@ class WhitenedPolar(UpdateRule):
         # directions and steps
         updates: Weights = {}
         lengths = []
-        loudest = across.most(new["tensor"]["mean_square"].amax())
+        largest_square = across.most(new["tensor"]["mean_square"].amax())
         sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
         for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
             own = new[b.key]
             if isinstance(b, FlatBatch):
-                d = flat_direction(b, own, size, square, loudest, age)
+                d = flat_direction(b, own, size, square, largest_square, age)
             elif b.factored:
                 d = factored_direction(b, own, size, square, age)
             elif b.thin:

@@ -69,7 +69,8 @@ def mean_square(batch: TensorBatch, x: Tensor, axis: int) -> Tensor:
 def multiplied(batch: TensorBatch, x: Tensor, roots: dict[int, Tensor]) -> Tensor:
     """``[N, R, K]`` times symmetric roots along each of some axes; biases have the rows of their matrices.
 
-    Roots have the dtype of ``x``. One of columns with a bias is ``[N, K, K]`` (see :func:`extended`).
+    Roots have the dtype of ``x``. One of columns with a bias is ``[N, padded, padded]``, and ``x`` then
+    ``[N, R, padded]`` (:func:`learned_opt.rules.slots.extended`).
     """
     for axis, root in roots.items():
         if not batch.is_plain:
