@@ -93,6 +93,7 @@ class ForwardRecorder:
         self._gradients: dict[int, Tensor] = {}
         self._missing: list[nn.Module] = []
         self._parts: set[nn.Module] = set()
+        self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # called, and hold none of the parameters
         self._in_place: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}  # by the module that was called
         self._optimizer = weakref.ref(optimizer, lambda _: self.release())
@@ -102,7 +103,8 @@ class ForwardRecorder:
         self.expect(roots)
 
     def expect(self, roots: Iterable[nn.Module]) -> None:
-        """Wait for these modules too, if it is still waited."""
+        """Wait for these modules too, if it is still waited. There may be parameters that others hold by now."""
+        self._strangers.clear()
         if self in self._waiting:
             for root in roots:
                 self._missing.append(root)
@@ -144,7 +146,7 @@ class ForwardRecorder:
 
         Nor is a scripted module anything: it takes no hooks, and what it calls cannot be exported.
         """
-        if _is_traced() or isinstance(module, torch.jit.ScriptModule):
+        if _is_traced() or module in self._strangers or isinstance(module, torch.jit.ScriptModule):
             return
         if not (torch.is_grad_enabled() and self._wanted(module)):
             return
@@ -176,6 +178,8 @@ class ForwardRecorder:
         elif self._is_outermost(inner, trained):
             self._parts.add(inner)
         else:
+            if not self._has_some(inner):
+                self._strangers.add(module)
             return False
         within = {m for m in inner.modules() if m in self._handles}
         self.calls = [c for c in self.calls if c.module not in within]
@@ -190,10 +194,17 @@ class ForwardRecorder:
             return False
         return not any(module is m for other in self._handles for m in other.modules())
 
+    def _has_some(self, module: nn.Module) -> bool:
+        """Whether a module has some of the parameters, or of those that may still get data."""
+        mine = {id(p) for p in module.parameters()}
+        return any(id(p) in mine for p in self._params())
+
     def _trained(self) -> list[Tensor]:
+        return [p for p in self._params() if _counts(p)]
+
+    def _params(self) -> list[Tensor]:
         optimizer = self._optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
-        return [p for group in groups for p in group["params"] if _counts(p)]
+        return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
 
     def _only(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the one call of a compiled module that is recorded."""

@@ -381,6 +381,15 @@ def test_what_is_added_before_the_first_step_is_looked_for_too(asked):
     assert asked[0][0] is model and len(names(optimizer)) == len(optimizer.symmetry.specs) == 4
 
 
+def test_a_module_that_was_called_before_it_was_added_is_looked_for_too(asked):
+    model = net()
+    optimizer = NFNOpt([nn.Parameter(torch.ones(2))], rule=Adam())
+    model(batch())  # none of its parameters are the optimizer's yet
+    optimizer.add_param_group({"params": model.parameters()})
+    train(model, optimizer)
+    assert asked[0][0] is model and {x.split(".")[0] for x in names(optimizer)} == {"0", "body", "head"}
+
+
 class Steps(nn.Module):
     """A module whose parts are called by a method that is no ``forward``."""
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 TINY = 1e-30
+NEGLIGIBLE = 1e-12  # times the RMS of a tensor's gradients: smaller entries count as zero
 ROUNDING = 256  # times the machine epsilon: a tensor's gradient below this share of the largest is rounding noise
 
 

@@ -24,7 +24,6 @@ from learned_opt.rules.directions import (
 from learned_opt.rules.numerics import TINY, root, rsqrt
 from learned_opt.rules.slots import Slots, extended, framed, lerp, stored, whitened_axes
 
-REMNANT = 1e-15  # times the RMS of gradients: momentum below it is what is left of gradients that are zero now
 VECTOR = 2.0  # times the Adam direction of gains, embeddings and vectors that are no matrix's bias
 BUILTIN_DECAY = 0.025  # of a matrix's step goes straight toward zero weights, over 800 steps and at FAN_IN
 
@@ -60,19 +59,6 @@ def refresh_frame(
             decays.append(torch.zeros_like(norm) if b.thin else scale * fan_in_scale(b.C) * relative)
     tensor["size"] = when(clock.frame, torch.cat(sizes), tensor["size"])
     tensor["decay"] = when(clock.frame, torch.cat(decays), tensor["decay"])
-
-
-def without_remnants(b: TensorBatch | FlatBatch, m: Tensor, square: Tensor, clock: Clock, in_place: bool) -> Tensor:
-    """Momentum without what is left of gradients that have long been zero: of dead units, of tokens that are rare.
-
-    It would decay to subnormal numbers, and a processor takes many times as long to multiply matrices that have some.
-    """
-    if clock.frame is False:
-        return m
-    floor = REMNANT * root(square).to(m.dtype)
-    floor = floor.index_select(0, b.segment) if isinstance(b, FlatBatch) else floor[:, None, None]
-    left = (m.abs() <= floor) & clock.frame
-    return m.masked_fill_(left, 0.0) if in_place else m.masked_fill(left, 0.0)
 
 
 def update_moments(

@@ -1,6 +1,6 @@
 """The slots of a batch's state, and arithmetic on batches: where gradients enter the frame and updates leave it."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from learned_opt.batches import BatchLayout, FlatBatch, TensorBatch, has_matrix,
 from learned_opt.rules import auto_lr, whitening
 from learned_opt.rules.auto_lr import Measured, Number
 from learned_opt.rules.base import State, Weights
-from learned_opt.rules.numerics import TINY, root
+from learned_opt.rules.numerics import NEGLIGIBLE, TINY, root
 
 Slots = dict[str, Tensor]
 
@@ -61,6 +61,40 @@ def norms(b: TensorBatch | FlatBatch, x: Tensor) -> Tensor:
 def times(b: TensorBatch | FlatBatch, x: Tensor, factor: Tensor) -> Tensor:
     """The tensors of a batch, each times a number."""
     return x * (factor.index_select(0, b.segment) if isinstance(b, FlatBatch) else factor[:, None, None])
+
+
+def without_negligible(b: TensorBatch | FlatBatch, x: Tensor, square: Tensor, in_place: bool) -> Tensor:
+    """``x`` with zero for entries below ``NEGLIGIBLE`` times the RMS of their tensor's gradients.
+
+    Products of matrices with such entries get subnormal numbers, with which a processor is many times as slow: those of
+    units that are dead, or far from all examples, of tokens that have become rare, of inputs in unlike units.
+    ``square`` [N] is the running mean square of the gradients of each tensor. In place, ``x`` is overwritten.
+    """
+    floor = NEGLIGIBLE * root(square).to(x.dtype)
+    floor = floor.index_select(0, b.segment) if isinstance(b, FlatBatch) else floor[:, None, None]
+    small = x.abs() <= floor
+    return x.masked_fill_(small, 0.0) if in_place else x.masked_fill(small, 0.0)
+
+
+def by_shape(function: Callable[..., Tensor], *parts: list[Tensor]) -> list[Tensor]:
+    """``function(*matrices)`` of each part, called once for all parts whose matrices have one shape.
+
+    Args:
+        function: of batches of matrices ``[n, r, c]``, one matrix at a time.
+        parts: one list for each argument; the shapes of the first one's count.
+    """
+    first = parts[0]
+    if len(first) == 1:
+        return [function(*(x[0] for x in parts))]
+    places: dict[torch.Size, list[int]] = {}
+    for i, x in enumerate(first):
+        places.setdefault(x.shape[-2:], []).append(i)
+    found = list(first)
+    for same in places.values():
+        whole = function(*(torch.cat([x[i] for i in same]) for x in parts))
+        for i, x in zip(same, whole.split([len(first[i]) for i in same]), strict=True):
+            found[i] = x
+    return found
 
 
 def lerp(old: Tensor, new: Tensor, weight: Number, in_place: bool) -> Tensor:

@@ -46,10 +46,11 @@ from learned_opt.rules.directions import (
 )
 from learned_opt.rules.newton_schulz import newton_schulz
 from learned_opt.rules.numerics import TINY, is_known_zero
-from learned_opt.rules.refresh import derived, refresh_frame, update_moments, without_remnants
+from learned_opt.rules.refresh import derived, refresh_frame, update_moments
 from learned_opt.rules.slots import (
     PER_TENSOR,
     Slots,
+    by_shape,
     completed,
     framed,
     fresh_network,
@@ -65,6 +66,7 @@ from learned_opt.rules.slots import (
     times,
     whitened_axes,
     with_gradient,
+    without_negligible,
 )
 from learned_opt.symmetry import Symmetry
 
@@ -164,7 +166,9 @@ class WhitenedPolar(UpdateRule):
         for b, square, age in zip(layout.all, squares, ages_, strict=True):
             own = new[b.key]
             m = lerp(own["m"], g[b.key], 1 - beta1, in_place)
-            own["m"] = without_remnants(b, m, square, clock, in_place)
+            if clock.frame is not False:
+                m = when(clock.frame, without_negligible(b, m, square, in_place), m)
+            own["m"] = m
             update_moments(b, g[b.key], own, square, age, clock, warmup, in_place)
         if self.measure_lr:
             self._correlate(layout, new, clock, total_steps, across)
@@ -186,7 +190,7 @@ class WhitenedPolar(UpdateRule):
             elif b.thin:
                 d = thin_direction(b, g.pop(b.key), own, beta1, size, square, age, warmup)
             else:
-                d = matrix_direction(b, g.pop(b.key), own, beta1, size, controls.get(b.key), in_place)
+                d = matrix_direction(b, g.pop(b.key), own, beta1, size, square, controls.get(b.key), in_place)
             if clock.before_slope is not False:
                 own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
@@ -328,6 +332,7 @@ def matrix_direction(
     own: Slots,
     beta1: Tensor,
     size: Tensor,
+    square: Tensor,
     control: Control | None = None,
     in_place: bool = False,
 ) -> Tensor:
@@ -335,6 +340,8 @@ def matrix_direction(
     g = times(b, g, control.fresh) if control else g
     n = torch.lerp(g, own["m"].to(g.dtype), beta1, out=g if in_place else None)
     dtype, fast = n.dtype, product_dtype(b, n)
+    if fast == torch.float32:  # bfloat16 units of processors have no subnormal numbers, and float64 stays exact
+        n = without_negligible(b, n, square, in_place)
     roots = {i: own[f"root{i}"].to(fast) for i in whitened_axes(b)}
     n = preconditioned(b, n, own, roots, in_place)
     if b.padded > b.K:
@@ -344,15 +351,16 @@ def matrix_direction(
         x = n.to(fast)
     del g, n  # of a large matrix every copy counts
     x = whitening.multiplied(b, x, roots)
-    polar = [newton_schulz(part, ITERATIONS) for part in b.split(x)]
+    polar = by_shape(lambda part: newton_schulz(part, ITERATIONS), b.split(x))
     x = whitening.multiplied(b, b.join(polar), roots)[..., : b.K].to(dtype)
     x = b.scaled(x, control.units) if control else x
-    parts = []
-    for part, factor in zip(b.split(x), polar, strict=True):
+
+    def sized(part: Tensor, factor: Tensor, size: Tensor) -> Tensor:
         unit = step_scale(part.shape[-2], part.shape[-1], bool(b.biases))
-        scale = repeated(size * unit, part) * (norm_of(factor) / norm_of(part))
-        parts.append(torch.mul(part, scale, out=part if in_place else None))
-    d = b.join(parts)
+        return torch.mul(part, size * unit * (norm_of(factor) / norm_of(part)), out=part if in_place else None)
+
+    parts = b.split(x)
+    d = b.join(by_shape(sized, parts, polar, [repeated(size, part) for part in parts]))
     if b.biases:
         d[..., -1].mul_(own["bias_scale"] * control.bias[:, None] if control else own["bias_scale"])
     return d

@@ -72,3 +72,16 @@ def test_momentum_of_rows_that_fall_silent_ends_at_zero(inferred):
     for n, p in model.named_parameters():
         zero = optimizer.state[p]["m"] == 0
         assert zero[[1, 2]].all() and not zero[0].any(), n
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-25, 1e-38])
+def test_rows_whose_gradients_are_negligible_stay(scale):
+    """Their products would be subnormal numbers at every step, though no gradient is zero."""
+    weight = nn.Parameter(torch.zeros(600, 12))  # so many rows that nothing mixes them
+    optimizer = NFNOpt([weight], symmetry="independent", total_steps=40)
+    for _ in range(STEPS):
+        weight.grad = torch.randn_like(weight)
+        weight.grad[[1, 4]] *= scale
+        optimizer.step()
+    moved = (weight != 0).any(1)
+    assert moved.tolist() == [i not in (1, 4) for i in range(len(weight))]

@@ -4,6 +4,9 @@
 the example are taken from a run of the model. A packed sequence is the rows of the padded one, picked by constant
 indices, and a recurrent layer on it is one operator (``packed_recurrent``).
 
+*Padded sequences.* A recurrent layer is one operator as well (``recurrent``): torch would trace all of its steps, for
+seconds to minutes, to find out the shape of its output.
+
 *Cells.* A step of a cell is one operator (``cell``): to trace what torch makes of it takes ten times as long, and a
 loop has hundreds of them.
 """
@@ -93,6 +96,42 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 packed_recurrent.register_autograd(_backward, setup_context=_remember)
 
 
+@torch.library.custom_op("learned_opt::recurrent", mutates_args=())
+def recurrent(
+    kind: str, x: Tensor, start: Sequence[Tensor], params: Sequence[Tensor], bias: bool, layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A recurrent layer on padded sequences: its outputs, its last states, and cells of an LSTM."""
+    return _whole(kind, x, start, params, bias, layers, dropout, train, bidirectional, batch_first)
+
+
+def _whole(
+    kind: str, x: Tensor, start: Sequence[Tensor], params: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = getattr(_VF, kind)(x, list(start) if kind == "lstm" else start[0], list(params), *rest)
+    return (*found, x.new_empty(0)) if len(found) == 2 else found
+
+
+@recurrent.register_fake
+def _(
+    kind: str, x: Tensor, start: Sequence[Tensor], params: Sequence[Tensor], bias: bool, layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    width = start[0].shape[-1] * (2 if bidirectional else 1)
+    cell = torch.empty_like(start[1]) if kind == "lstm" else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], width), torch.empty_like(start[0]), cell
+
+
+def _recurrent_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, x, start, params, *rest = ctx.inputs
+    n = 1 + len(start)
+    found = _gradients(lambda ts: _whole(kind, ts[0], ts[1:n], ts[n:], *rest), [x, *start, *params], grads)
+    return None, found[0], list(found[1:n]), list(found[n:]), *[None] * len(rest)
+
+
+recurrent.register_autograd(_recurrent_backward, setup_context=_remember)
+
+
 @torch.library.custom_op("learned_opt::cell", mutates_args=())
 def cell(kind: str, x: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One step of a cell: its state, and the cell of an LSTM."""
@@ -152,7 +191,7 @@ def recorded_lengths(found: list[list[int]]) -> Iterator[None]:
 
 @contextmanager
 def as_operators(known: Sequence[Sequence[int]]) -> Iterator[None]:
-    """Layers on packed sequences, and cells, are the operators above.
+    """Recurrent layers and cells are the operators above.
 
     Sequences have the batch sizes that are known, in order of packing. :class:`UnknownLengths`: there are no more.
     """
@@ -178,12 +217,19 @@ def as_operators(known: Sequence[Sequence[int]]) -> Iterator[None]:
         padded = torch.where(there, data[at.clamp(min=0)], value)
         return padded, torch.tensor([sum(n > b for n in sizes) for b in range(sizes[0])])
 
-    def recurrent(kind: str) -> Callable[..., Any]:
-        def run(data: Tensor, sizes: Any, state: Any, params: Any, *rest: Any) -> Any:
-            if not isinstance(sizes, _Sizes):
-                return getattr(_VF, kind)(data, sizes, state, params, *rest)
-            start = list(state) if kind == "lstm" else [state]
-            found = packed_recurrent(kind, data, list(sizes), start, list(params), *rest)
+    def layer(kind: str) -> Callable[..., Any]:
+        def states(given: Any) -> list[Tensor]:
+            return list(given) if kind == "lstm" else [given]
+
+        def run(x: Tensor, *given: Any) -> Any:
+            if isinstance(given[0], _Sizes):
+                sizes, state, params, *rest = given
+                found = packed_recurrent(kind, x, list(sizes), states(state), list(params), *rest)
+            elif isinstance(given[2], bool):  # of padded sequences, in this order: state, parameters, whether biases
+                state, params, *rest = given
+                found = recurrent(kind, x, states(state), list(params), *rest)
+            else:
+                return getattr(_VF, kind)(x, *given)
             return found if kind == "lstm" else found[:2]
 
         return run
@@ -196,6 +242,6 @@ def as_operators(known: Sequence[Sequence[int]]) -> Iterator[None]:
 
         return run
 
-    ours = {k: recurrent(k) for k in _KINDS} | {k: one_step(k) for k in _CELLS}
+    ours = {k: layer(k) for k in _KINDS} | {k: one_step(k) for k in _CELLS}
     with _replaced(_pack_padded_sequence=pack, _pad_packed_sequence=pad, **ours):
         yield

@@ -109,6 +109,8 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
         args = (*args[:5], 0.0, *args[6:])
     if name == "packed_recurrent":
         args = (*args[:7], 0.0, *args[8:])
+    if name == "recurrent":
+        args = (*args[:6], 0.0, *args[7:])
     at = next((i for i, a in enumerate(args) if isinstance(a, GraphModule)), None)
     if at is not None:
         inner, operands = args[at], args[at + 1 :]

@@ -115,6 +115,18 @@ def packed_recurrent(
     return [y, state, state if kind == "lstm" else t.given([0])]
 
 
+@register_rule("recurrent")
+def recurrent(
+    t: Engine, kind: str, x: Value, start: Any, params: Any, bias: bool, layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool,
+) -> list[Any]:  # fmt: skip
+    """Any of them, as they are exported."""
+    gates, odd = {"lstm": (4, 2), "gru": (3, 2)}.get(kind, (1, 0))
+    relu = kind == "rnn_relu"
+    y, state, cells = _recurrent(t, x, start, params, bias, layers, bidirectional, gates, odd, batch_first, relu)
+    return [y, state, cells if kind == "lstm" else t.given([0])]
+
+
 # ------------------------------------------------------------------------------------------ single steps
 def _gates(t: Engine, x: Value, h: Value, params: Sequence[Value | None], count: int) -> list[list[Value]]:
     """What the input and the state write, gate by gate."""
