@@ -34,7 +34,8 @@ __all__ = ["InferenceError", "UnknownOperator", "infer_called", "infer_symmetry"
 logger = logging.getLogger(__name__)
 # beyond these, "auto" leaves out the check: it needs four float64 copies of the weights, and three forward passes in
 # float64 on the CPU (a large training batch, seen by NFNOpt, would take minutes)
-AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 5e10
+AUTO_WEIGHTS, AUTO_OPERATIONS = 100_000_000, 2e10
+LONG_CHECK = 5e9  # operations of a pass beyond which it is told that the check takes long
 ELSEWHERE_WEIGHTS = 1_000_000  # the same of a model in shards, of which no rank is to hold all weights
 _CLASH = "An input of the model that is called so goes into keywords={{'{}': ...}}."
 MANY = 1500  # operations of a graph beyond which it is told that it takes long
@@ -62,7 +63,7 @@ def infer_symmetry(
         inputs: example inputs, as for ``model(*inputs, **kwargs)``. A batch of at least 2 (an axis of size 1 says
             nothing of what it is), token ids with repeats.
         verify: compute the function in float64 at random weights before and after random group elements; a label or
-            scale that changes it is fixed, with a warning. "auto": up to 100 million weights, and up to 5e10
+            scale that changes it is fixed, with a warning. "auto": up to 100 million weights, and up to 2e10
             multiplications with weights in a forward pass.
         outputs: picks from what the model returns the tensors that must not change; default: all, except a
             language model's cache (``past_key_values``).
@@ -164,6 +165,8 @@ def _inferred(model: nn.Module, networks: Sequence[Network], verify: bool | Lite
     most = AUTO_WEIGHTS if all(map(has_data, propagation.tensors.values())) else ELSEWHERE_WEIGHTS
     cheap = weights <= most and operations <= AUTO_OPERATIONS and not meta
     if verify is True or (verify == "auto" and cheap):
+        if operations > LONG_CHECK:
+            logger.info("the symmetry of %s: checking it in float64, which takes seconds, once", type(model).__name__)
         symmetry = _verified(networks, symmetry, type(model).__name__, 1 if weights > LARGE else 2)
     elif verify == "auto":
         logger.info(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learned_opt import NFNOpt
+from learned_opt import NFNOpt, infer_symmetry
 from tests.symmetry.infer.more_architectures import MORE
 from tests.symmetry.infer.test_called import Net, l1, squared
 
@@ -93,3 +93,25 @@ def test_networks_are_trained_with_their_symmetry(name: str, said: Any) -> None:
     (squared(model(*inputs)) + sum((p * torch.rand_like(p)).sum() for p in model.parameters())).backward()
     optimizer.step()
     assert "used in another way" in said(logging.WARNING)[-1]  # the comparison takes place
+
+
+class LastStep(nn.Module):
+    """A recurrent layer on padded sequences, and a linear map of its last output."""
+
+    def __init__(self, layer: type[nn.RNNBase], **settings: Any) -> None:
+        super().__init__()
+        self.layer = layer(3, 5, batch_first=True, **settings)
+        self.head = nn.Linear(5 * (2 if settings.get("bidirectional") else 1), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_padded_sequences_may_be_as_long_as_they_are(layer: type[nn.RNNBase], settings: dict[str, Any]) -> None:
+    """Torch would trace every step of a layer: minutes for so many."""
+    torch.manual_seed(0)
+    model = LastStep(layer, **settings)
+    short, long = (infer_symmetry(model, torch.randn(2, length, 3)) for length in (4, 3000))
+    assert short.to_dict() == long.to_dict() and short.scales
