@@ -262,7 +262,7 @@ def measure(
     found = {}
     for name in make:
         say(f"operations of {name}")
-        calls = operations_per_step(running.pop(name).optimizer, steps)
+        calls = operations_per_step(running.pop(name).optimizer, min(steps, PERIOD))
         say(f"memory of {name}")
         own = copy.deepcopy(model)
         draw_gradients(own)
@@ -294,8 +294,8 @@ def bench_step(
     Args:
         only: names in ``CASES``; all if not given, without the large ones unless ``large``.
         optimizers: names as in an evaluation.
-        steps: how many are timed and counted; of large cases a fifth. A multiple of 50, so that rules that do part of
-            their work now and then have done all of it as often.
+        steps: how many are timed; of large cases a fifth. A multiple of 50, so that rules that do part of their work
+            now and then have done all of it as often. Operations are counted over at most 50 more.
         large: also the large cases.
         out: a JSON file of all that was measured.
 
