@@ -39,21 +39,33 @@ class _Sizes(list[int]):
         return len(self)
 
 
-@torch.library.custom_op("learned_opt::packed_recurrent", mutates_args=())
+@torch.library.custom_op("learned_opt::packed_recurrent", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def packed_recurrent(
     kind: str, data: Tensor, sizes: Sequence[int], start: Sequence[Tensor], params: Sequence[Tensor], bias: bool,
     layers: int, dropout: float, train: bool, bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A recurrent layer on packed rows ``[n, features]``: its outputs, its last states, and cells of an LSTM."""
-    return _computed(kind, data, sizes, start, params, bias, layers, dropout, train, bidirectional)
+    return _packed(kind, data, sizes, start, params, bias, layers, dropout, train, bidirectional)
 
 
-def _computed(
+def _packed(
     kind: str, data: Tensor, sizes: Sequence[int], start: Sequence[Tensor], params: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = list(start) if kind == "lstm" else start[0]
-    found = getattr(_VF, kind)(data, torch.tensor(sizes), state, list(params), *rest)
-    return (*found, data.new_empty(0)) if len(found) == 2 else found
+    return _three(data, getattr(_VF, kind)(data, torch.tensor(sizes), _state(kind, start), list(params), *rest))
+
+
+def _padded(
+    kind: str, x: Tensor, start: Sequence[Tensor], params: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _three(x, getattr(_VF, kind)(x, _state(kind, start), list(params), *rest))
+
+
+def _state(kind: str, start: Sequence[Tensor]) -> Any:
+    return list(start) if kind == "lstm" else start[0]
+
+
+def _three(x: Tensor, found: tuple[Tensor, ...]) -> Any:
+    return (*found, x.new_empty(0)) if len(found) == 2 else found
 
 
 @packed_recurrent.register_fake
@@ -61,9 +73,13 @@ def _(
     kind: str, data: Tensor, sizes: Sequence[int], start: Sequence[Tensor], params: Sequence[Tensor], bias: bool,
     layers: int, dropout: float, train: bool, bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _shapes(kind, data, start, bidirectional)
+
+
+def _shapes(kind: str, x: Tensor, start: Sequence[Tensor], bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
     width = start[0].shape[-1] * (2 if bidirectional else 1)
-    cell = torch.empty_like(start[1]) if kind == "lstm" else data.new_empty(0)
-    return data.new_empty(data.shape[0], width), torch.empty_like(start[0]), cell
+    cell = torch.empty_like(start[1]) if kind == "lstm" else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], width), torch.empty_like(start[0]), cell
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -82,34 +98,34 @@ def _gradients(
     return torch.autograd.grad(ys, leaves, gs, allow_unused=True)
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    kind, data, sizes, start, params, *rest = ctx.inputs
+def _layer_gradients(
+    run: Callable[..., Sequence[Tensor]],
+    x: Tensor,
+    start: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> tuple[Any, list[Any], list[Any]]:
     n = 1 + len(start)
-
-    def run(ts: list[Tensor]) -> Sequence[Tensor]:
-        return _computed(kind, ts[0], sizes, ts[1:n], ts[n:], *rest)
-
-    found = _gradients(run, [data, *start, *params], grads)
-    return None, found[0], None, list(found[1:n]), list(found[n:]), *[None] * len(rest)
+    found = _gradients(lambda ts: run(ts[0], ts[1:n], ts[n:]), [x, *start, *params], grads)
+    return found[0], list(found[1:n]), list(found[n:])
 
 
-packed_recurrent.register_autograd(_backward, setup_context=_remember)
+def _packed_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, data, sizes, start, params, *rest = ctx.inputs
+    x, h, w = _layer_gradients(lambda x, h, w: _packed(kind, x, sizes, h, w, *rest), data, start, params, grads)
+    return None, x, None, h, w, *[None] * len(rest)
 
 
-@torch.library.custom_op("learned_opt::recurrent", mutates_args=())
+packed_recurrent.register_autograd(_packed_backward, setup_context=_remember)
+
+
+@torch.library.custom_op("learned_opt::recurrent", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def recurrent(
     kind: str, x: Tensor, start: Sequence[Tensor], params: Sequence[Tensor], bias: bool, layers: int, dropout: float,
     train: bool, bidirectional: bool, batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A recurrent layer on padded sequences: its outputs, its last states, and cells of an LSTM."""
-    return _whole(kind, x, start, params, bias, layers, dropout, train, bidirectional, batch_first)
-
-
-def _whole(
-    kind: str, x: Tensor, start: Sequence[Tensor], params: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = getattr(_VF, kind)(x, list(start) if kind == "lstm" else start[0], list(params), *rest)
-    return (*found, x.new_empty(0)) if len(found) == 2 else found
+    return _padded(kind, x, start, params, bias, layers, dropout, train, bidirectional, batch_first)
 
 
 @recurrent.register_fake
@@ -117,19 +133,19 @@ def _(
     kind: str, x: Tensor, start: Sequence[Tensor], params: Sequence[Tensor], bias: bool, layers: int, dropout: float,
     train: bool, bidirectional: bool, batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    width = start[0].shape[-1] * (2 if bidirectional else 1)
-    cell = torch.empty_like(start[1]) if kind == "lstm" else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], width), torch.empty_like(start[0]), cell
+    return _shapes(kind, x, start, bidirectional)
 
 
-def _recurrent_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    kind, x, start, params, *rest = ctx.inputs
-    n = 1 + len(start)
-    found = _gradients(lambda ts: _whole(kind, ts[0], ts[1:n], ts[n:], *rest), [x, *start, *params], grads)
-    return None, found[0], list(found[1:n]), list(found[n:]), *[None] * len(rest)
+def _padded_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, given, start, params, *rest = ctx.inputs
+    x, h, w = _layer_gradients(lambda x, h, w: _padded(kind, x, h, w, *rest), given, start, params, grads)
+    return None, x, h, w, *[None] * len(rest)
 
 
-recurrent.register_autograd(_recurrent_backward, setup_context=_remember)
+recurrent.register_autograd(_padded_backward, setup_context=_remember)
+
+# what torch differentiates by itself, with the same dropout in both passes: the formulas above would draw it again
+DIFFERENTIABLE: dict[str, Callable[..., Any]] = {"packed_recurrent": _packed, "recurrent": _padded}
 
 
 @torch.library.custom_op("learned_opt::cell", mutates_args=())

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from learned_opt.calls import Call, sample
 from learned_opt.symmetry.infer.network import InferenceError, Network, has_data, operator_name
+from learned_opt.symmetry.infer.recurrence import DIFFERENTIABLE
 
 logger = logging.getLogger(__name__)
 EXACT, ROUNDED, COARSE = 1e-4, 1e-2, 0.1  # relative: the same kernels; compiled or in half precision; gradients in half
@@ -106,7 +107,7 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:
         return None
     at = next((i for i, a in enumerate(args) if isinstance(a, GraphModule)), None)
     if at is None:
-        return target(*args, **kwargs)
+        return DIFFERENTIABLE.get(name, target)(*args, **kwargs)
     if name not in _REGIONS:
         raise NotReplayed(f"a graph in {name}")
     holders = [n for n in args[at].graph.nodes if n.op == "placeholder"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from learned_opt import NFNOpt, infer_symmetry
 from tests.symmetry.infer.more_architectures import MORE
@@ -115,3 +116,21 @@ def test_padded_sequences_may_be_as_long_as_they_are(layer: type[nn.RNNBase], se
     model = LastStep(layer, **settings)
     short, long = (infer_symmetry(model, torch.randn(2, length, 3)) for length in (4, 3000))
     assert short.to_dict() == long.to_dict() and short.scales
+
+
+class PackedState(LastStep):
+    """The same on packed sequences: the last state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, torch.tensor([x.shape[1], x.shape[1] - 1]), batch_first=True)
+        return self.head(self.layer(packed)[1][0][-1])
+
+
+@pytest.mark.parametrize("model", [LastStep, PackedState])
+def test_recurrent_layers_with_dropout_are_compared_under_the_same_noise(model: type[LastStep], said: Any) -> None:
+    torch.manual_seed(0)
+    net = model(nn.LSTM, num_layers=2, dropout=0.5)
+    optimizer = NFNOpt(net.parameters())
+    squared(net(torch.randn(2, 4, 3))).backward()
+    optimizer.step()
+    assert not said(logging.WARNING) and len(optimizer.symmetry.scales) == 2

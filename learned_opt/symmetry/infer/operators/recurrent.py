@@ -121,10 +121,11 @@ def recurrent(
     bidirectional: bool, batch_first: bool,
 ) -> list[Any]:  # fmt: skip
     """Any of them, as they are exported."""
-    gates, odd = {"lstm": (4, 2), "gru": (3, 2)}.get(kind, (1, 0))
-    relu = kind == "rnn_relu"
-    y, state, cells = _recurrent(t, x, start, params, bias, layers, bidirectional, gates, odd, batch_first, relu)
-    return [y, state, cells if kind == "lstm" else t.given([0])]
+    settings = (params, bias, layers, dropout, train, bidirectional, batch_first)
+    if kind == "lstm":
+        return lstm(t, x, start, *settings)
+    rules = {"gru": gru, "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu}
+    return [*rules[kind](t, x, start[0], *settings), t.given([0])]
 
 
 # ------------------------------------------------------------------------------------------ single steps
