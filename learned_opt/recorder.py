@@ -93,7 +93,7 @@ class ForwardRecorder:
         self._gradients: dict[int, Tensor] = {}
         self._missing: list[nn.Module] = []
         self._parts: set[nn.Module] = set()
-        self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # called, and hold none of the parameters
+        self._unrelated: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # called, and hold none of the parameters
         self._in_place: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}  # by the module that was called
         self._optimizer = weakref.ref(optimizer, lambda _: self.release())
@@ -104,7 +104,7 @@ class ForwardRecorder:
 
     def expect(self, roots: Iterable[nn.Module]) -> None:
         """Wait for these modules too, if it is still waited. There may be parameters that others hold by now."""
-        self._strangers.clear()
+        self._unrelated.clear()
         if self in self._waiting:
             for root in roots:
                 self._missing.append(root)
@@ -146,7 +146,7 @@ class ForwardRecorder:
 
         Nor is a scripted module anything: it takes no hooks, and what it calls cannot be exported.
         """
-        if _is_traced() or module in self._strangers or isinstance(module, torch.jit.ScriptModule):
+        if _is_traced() or module in self._unrelated or isinstance(module, torch.jit.ScriptModule):
             return
         if not (torch.is_grad_enabled() and self._wanted(module)):
             return
@@ -179,7 +179,7 @@ class ForwardRecorder:
             self._parts.add(inner)
         else:
             if not self._has_some(inner):
-                self._strangers.add(module)
+                self._unrelated.add(module)
             return False
         within = {m for m in inner.modules() if m in self._handles}
         self.calls = [c for c in self.calls if c.module not in within]

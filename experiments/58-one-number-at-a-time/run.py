@@ -53,8 +53,8 @@ def measured(particles):
 
 
 @torch.no_grad()
-def changes(task, steps, generator):
-    """A line of the file."""
+def changes(task, steps, generator, arms):
+    """A line of the file, of arms as :func:`arms` gives them: the first is the hand-made rule."""
     rule = RULES["learned"]().requires_grad_(False)
     points = arms(list(rule.constants))
     theta = with_numbers(rule, rule.constants, points.repeat_interleave(RUNS, 0))
@@ -68,12 +68,12 @@ def changes(task, steps, generator):
     train = torch.cat([first.loss, second.loss])[-max(1, steps // 10) :].mean(0).view(-1, RUNS)
     held_out = tuple(b.expand(count, *b.shape) for b in task.held_out())
     held = unroll.losses(end["params"], held_out).view(-1, RUNS)
-    return {"train": (train - train[:1]).tolist(), "held_out": (held - held[:1]).tolist(), "measured": measured(middle)}
+    final = {"loss": train[0].tolist(), "measured": measured(middle)}
+    return {"train": (train - train[:1]).tolist(), "held_out": (held - held[:1]).tolist(), **final}
 
 
-def main():
-    """Run the tasks that are missing."""
-    known = families()
+def main(known, arms, seed):
+    """Run the tasks of families that are missing."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--families", nargs="*", default=list(known))
     parser.add_argument("--tasks", type=int, default=3)
@@ -86,11 +86,11 @@ def main():
         for family in args.families:
             if (family, number) in done:
                 continue
-            generator = generator_of(91, family.replace("57-", "x-"), (number,))
+            generator = generator_of(seed, family.replace("57-", "x-"), (number,))
             task, (low, high) = known[family](generator), LENGTHS
             steps = int(low * (high / low) ** float(torch.rand((), generator=generator)))
             row = {"family": family, "number": number, "task": task.name, "steps": steps}
-            row |= changes(task, steps, generator)
+            row |= changes(task, steps, generator, arms)
             with args.out.open("a") as f:
                 f.write(json.dumps(row) + "\n")
             told = [f"{sum(x) / RUNS:+.2f}" for x in row["train"]]
@@ -98,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(families(), arms, 91)

@@ -63,14 +63,18 @@ def times(b: TensorBatch | FlatBatch, x: Tensor, factor: Tensor) -> Tensor:
     return x * (factor.index_select(0, b.segment) if isinstance(b, FlatBatch) else factor[:, None, None])
 
 
-def without_negligible(b: TensorBatch | FlatBatch, x: Tensor, square: Tensor, in_place: bool) -> Tensor:
-    """``x`` with zero for entries below ``NEGLIGIBLE`` times the RMS of their tensor's gradients.
+def negligible(mean_square: Tensor) -> Tensor:
+    """Below which entries count as zero, of the mean square of each tensor's gradients ``[T]``: ``[T]``."""
+    return NEGLIGIBLE * root(mean_square)
+
+
+def without_negligible(b: TensorBatch | FlatBatch, x: Tensor, floor: Tensor, in_place: bool) -> Tensor:
+    """``x`` with zero for entries of at most their tensor's ``floor`` [N] (:func:`negligible`). In place, overwritten.
 
     Products of matrices with such entries get subnormal numbers, with which a processor is many times as slow: those of
     units that are dead, or far from all examples, of tokens that have become rare, of inputs in unlike units.
-    ``square`` [N] is the running mean square of the gradients of each tensor. In place, ``x`` is overwritten.
     """
-    floor = NEGLIGIBLE * root(square).to(x.dtype)
+    floor = floor.to(x.dtype)
     floor = floor.index_select(0, b.segment) if isinstance(b, FlatBatch) else floor[:, None, None]
     small = x.abs() <= floor
     return x.masked_fill_(small, 0.0) if in_place else x.masked_fill(small, 0.0)
@@ -80,7 +84,7 @@ def by_shape(function: Callable[..., Tensor], *parts: list[Tensor]) -> list[Tens
     """``function(*matrices)`` of each part, called once for all parts whose matrices have one shape.
 
     Args:
-        function: of batches of matrices ``[n, r, c]``, one matrix at a time.
+        function: of batches of matrices ``[n, r, c]``, which treats each matrix by itself.
         parts: one list for each argument; the shapes of the first one's count.
     """
     first = parts[0]

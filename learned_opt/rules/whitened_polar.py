@@ -58,6 +58,7 @@ from learned_opt.rules.slots import (
     gathered,
     kept_state,
     lerp,
+    negligible,
     norm_of,
     norms,
     numel_of,
@@ -163,11 +164,12 @@ class WhitenedPolar(UpdateRule):
         # momentum; second moments and roots (slow clock)
         warmup = auto_lr.warmup_weight(clock.now, total_steps)
         squares, ages_ = new["tensor"]["mean_square"].split(layout.counts), clock.ages_of(layout.counts)
-        for b, square, age in zip(layout.all, squares, ages_, strict=True):
+        floors = negligible(new["tensor"]["mean_square"]).split(layout.counts)
+        for b, square, floor, age in zip(layout.all, squares, floors, ages_, strict=True):
             own = new[b.key]
             m = lerp(own["m"], g[b.key], 1 - beta1, in_place)
             if clock.frame is not False:
-                m = when(clock.frame, without_negligible(b, m, square, in_place), m)
+                m = when(clock.frame, without_negligible(b, m, floor, in_place), m)
             own["m"] = m
             update_moments(b, g[b.key], own, square, age, clock, warmup, in_place)
         if self.measure_lr:
@@ -181,7 +183,7 @@ class WhitenedPolar(UpdateRule):
         lengths = []
         largest_square = across.most(new["tensor"]["mean_square"].amax())
         sizes = (-rate * new["tensor"]["size"]).split(layout.counts)
-        for b, size, square, age in zip(layout.all, sizes, squares, ages_, strict=True):
+        for b, size, square, floor, age in zip(layout.all, sizes, squares, floors, ages_, strict=True):
             own = new[b.key]
             if isinstance(b, FlatBatch):
                 d = flat_direction(b, own, size, square, largest_square, age)
@@ -190,7 +192,7 @@ class WhitenedPolar(UpdateRule):
             elif b.thin:
                 d = thin_direction(b, g.pop(b.key), own, beta1, size, square, age, warmup)
             else:
-                d = matrix_direction(b, g.pop(b.key), own, beta1, size, square, controls.get(b.key), in_place)
+                d = matrix_direction(b, g.pop(b.key), own, beta1, size, floor, controls.get(b.key), in_place)
             if clock.before_slope is not False:
                 own["last_update"] = stored(d, own["last_update"], in_place)
                 lengths.append(norms(b, d))
@@ -332,7 +334,7 @@ def matrix_direction(
     own: Slots,
     beta1: Tensor,
     size: Tensor,
-    square: Tensor,
+    floor: Tensor,
     control: Control | None = None,
     in_place: bool = False,
 ) -> Tensor:
@@ -341,7 +343,7 @@ def matrix_direction(
     n = torch.lerp(g, own["m"].to(g.dtype), beta1, out=g if in_place else None)
     dtype, fast = n.dtype, product_dtype(b, n)
     if fast == torch.float32:  # bfloat16 units of processors have no subnormal numbers, and float64 stays exact
-        n = without_negligible(b, n, square, in_place)
+        n = without_negligible(b, n, floor, in_place)
     roots = {i: own[f"root{i}"].to(fast) for i in whitened_axes(b)}
     n = preconditioned(b, n, own, roots, in_place)
     if b.padded > b.K:
